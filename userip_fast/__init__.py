@@ -1,0 +1,51 @@
+"""UserIP-Tuning as a performance-first engine: interaction logs to collaborative IDs.
+
+Source: "Prompt Tuning as User Inherent Profile Inference Machine", arXiv 2408.06577.
+
+Importing this package touches no GPU, file or network, and needs neither triton, bitsandbytes,
+flash-attn nor the compiled extension. Names are resolved on first use, so that
+``import userip_fast`` stays cheap.
+"""
+
+import os as _os
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
+from userip_fast._version import __version__
+
+# In a checkout (editable install, or the root on sys.path) the Triton kernels lie in `kernels/` beside
+# this package; in a wheel they are `userip_fast/kernels/`. There is no `kernels/__init__.py`, because
+# Hugging Face owns the top-level name `kernels` and transformers imports it.
+_here = _os.path.dirname(_os.path.abspath(__file__))
+_root = _os.path.dirname(_here)
+if not _os.path.isdir(_os.path.join(_here, "kernels")) and _os.path.isdir(
+    _os.path.join(_root, "kernels")
+):
+    __path__.append(_root)
+
+_PUBLIC = {
+    "Config": "userip_fast.config",
+    "FeatureBank": "userip_fast.bank",
+    "Interactions": "userip_fast.data",
+    "Model": "userip_fast.api",
+    "ProfileField": "userip_fast.prompts",
+    "PromptTemplate": "userip_fast.prompts",
+    "UserIPError": "userip_fast.errors",
+    "fit": "userip_fast.api",
+    "ops": "userip_fast",
+    "read_interactions": "userip_fast.data",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "ops":
+        return _import_module("userip_fast.ops")
+    if name in _PUBLIC:
+        return getattr(_import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'userip_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,34 @@
+"""What goes wrong, by name.
+
+Every message names the argument (or file, row and column), the rule, the value, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class UserIPError(Exception):
+    """Base of every error this package raises on purpose; the CLI prints it without a traceback."""
+
+
+class DataError(UserIPError, ValueError):
+    """Input data breaks a rule: missing column, unknown item, empty text, NaN rating, ..."""
+
+
+class ConfigError(UserIPError, ValueError):
+    """A setting is unknown, of the wrong type, or out of range."""
+
+
+class FormatError(UserIPError, ValueError):
+    """A file we wrote (model, bank, checkpoint) is torn, altered, of another version or not ours."""
+
+
+class MismatchError(UserIPError, ValueError):
+    """Two things that must belong together do not: model and template, codebook and LM, key types."""
+
+
+class UnsupportedError(UserIPError, ValueError):
+    """The LM or the request has a property that this package does not support, named in the text."""
+
+
+class UnavailableError(UserIPError, RuntimeError):
+    """An optional part asked for by name (library, compiled extension, device) is not there."""

@@ -1,0 +1,53 @@
+"""How an op finds its implementation.
+
+Every op has named implementations. `impl="auto"` takes the first usable one and logs the choice and the
+reason once per process; a name asked for explicitly is that implementation or an error, never another.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+from userip_fast.errors import UnavailableError
+
+logger = logging.getLogger("userip_fast.ops")
+
+_announced: set[tuple[str, str, str]] = set()
+
+WhyNot = Callable[[], str | None]
+"""Returns None where the implementation can run the call at hand, else the reason why it cannot."""
+
+
+def resolve(op: str, impl: str, candidates: Mapping[str, WhyNot]) -> str:
+    """The implementation to run.
+
+    Args:
+        op: Name of the op, for messages.
+        impl: "auto" or one of the candidates' names.
+        candidates: Name -> `WhyNot`, best first. The reference comes last and always can.
+
+    Raises:
+        ValueError: `impl` is not a name this op knows.
+        UnavailableError: `impl` was asked for by name and cannot run this call.
+    """
+    if impl != "auto":
+        if impl not in candidates:
+            raise ValueError(
+                f"{op}: impl={impl!r} is unknown; choose one of {['auto', *candidates]}"
+            )
+        reason = candidates[impl]()
+        if reason is not None:
+            raise UnavailableError(f"{op}: impl={impl!r} cannot run here: {reason}")
+        return impl
+    skipped: list[str] = []
+    for name, why_not in candidates.items():
+        reason = why_not()
+        if reason is None:
+            why = "; ".join(skipped) or "first choice"
+            if (op, name, why) not in _announced:
+                _announced.add((op, name, why))
+                logger.info("%s: impl=%s (%s)", op, name, why)
+            return name
+        skipped.append(f"{name}: {reason}")
+    raise UnavailableError(f"{op}: no implementation can run this call: {'; '.join(skipped)}")

@@ -1,0 +1,158 @@
+"""Frozen LM head and token negative log-likelihood on loss rows only, without full logits.
+
+    nll[u] = - sum_{r in rows of u} w_r * log softmax(softcap(hidden_r W^T + b))[target_r]
+
+The head is frozen, so there is no weight gradient. Logits exist for one chunk of rows at a time and are
+overwritten by their own gradient, which is multiplied into `d_hidden` at once: the backward pass is a
+per-user scale. Source: chunk-and-overwrite as in Liger Kernel's fused linear cross entropy, without dW.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from userip_fast.ops._dispatch import resolve
+
+_CHUNK_BYTES = 64 << 20  # logits of one chunk in fp32
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    loss_weight: Tensor,
+    cu_rows: Tensor,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    need_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The oracle: `linear_cross_entropy`'s nll [U] fp32, and d_hidden [R, D] (or [0, D])."""
+    rows, dim = hidden.shape
+    token_nll = hidden.new_empty(rows, dtype=torch.float32)
+    d_hidden = torch.empty_like(hidden) if need_grad else hidden.new_empty(0, dim)
+    step = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
+    for i in range(0, rows, step):
+        part = slice(i, i + step)
+        logits = (hidden[part] @ weight.T).float()
+        if bias is not None:
+            logits += bias.float()
+        if softcap > 0.0:
+            logits.div_(softcap).tanh_()
+            slope = 1 - logits.square()
+            logits.mul_(softcap)
+        lse = logits.logsumexp(1)
+        picked = target[part].unsqueeze(1)
+        token_nll[part] = (lse - logits.gather(1, picked).squeeze(1)) * loss_weight[part]
+        if need_grad:
+            logits.sub_(lse.unsqueeze(1)).exp_()  # probabilities, then the gradient of the NLL
+            logits.scatter_add_(1, picked, logits.new_full(picked.shape, -1.0))
+            logits.mul_(loss_weight[part].unsqueeze(1))
+            if softcap > 0.0:
+                logits.mul_(slope)
+            d_hidden[part] = logits.to(weight.dtype) @ weight
+    return torch.segment_reduce(token_nll, "sum", offsets=cu_rows), d_hidden
+
+
+@torch.library.custom_op("userip_fast::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    loss_weight: Tensor,
+    cu_rows: Tensor,
+    bias: Tensor | None,
+    softcap: float,
+    need_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    assert impl == "reference", impl
+    return linear_cross_entropy_reference(
+        hidden, weight, target, loss_weight, cu_rows, bias, softcap, need_grad
+    )
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden, weight, target, loss_weight, cu_rows, bias, softcap, need_grad, impl):  # type: ignore[no-untyped-def]
+    nll = hidden.new_empty(cu_rows.shape[0] - 1, dtype=torch.float32)
+    return nll, hidden.new_empty(hidden.shape[0] if need_grad else 0, hidden.shape[1])
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(output[1], inputs[4])
+
+
+def _backward(ctx, grad_nll, _grad_d_hidden):  # type: ignore[no-untyped-def]
+    d_hidden, cu_rows = ctx.saved_tensors
+    per_row = torch.repeat_interleave(
+        grad_nll, cu_rows.diff(), output_size=d_hidden.shape[0]
+    ).unsqueeze(1)
+    return (d_hidden * per_row).to(d_hidden.dtype), *[None] * 8
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    loss_weight: Tensor,
+    cu_rows: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Per-user weighted token NLL through a frozen LM head.
+
+    Args:
+        hidden: [R, D] fp32/bf16/fp16, final hidden states of the rows that predict a loss token.
+            Differentiable.
+        weight: [V, D], same dtype as `hidden`, the frozen head (must not require grad).
+        target: [R] int64, token ids in [0, V).
+        loss_weight: [R] fp32, weight of each token's NLL.
+        cu_rows: [U + 1] int64, rows of user u are `cu_rows[u]:cu_rows[u + 1]`; 0 first, R last.
+        bias: [V] or None.
+        softcap: Final logit soft cap `s * tanh(logits / s)` as in Gemma 2; 0 for none.
+        impl: "auto" or "reference".
+
+    Returns:
+        nll: [U] fp32, in nats; 0 for a user without rows.
+
+    Raises:
+        ValueError: A shape, dtype or argument breaks the rules above.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_cross_entropy: hidden [R, D] and weight [V, D] must share D, got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"linear_cross_entropy: hidden and weight must share a dtype, got {hidden.dtype} and "
+            f"{weight.dtype}"
+        )
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("linear_cross_entropy: weight and bias are frozen; they require grad")
+    rows = hidden.shape[0]
+    if target.shape != (rows,) or target.dtype != torch.int64:
+        raise ValueError(
+            f"linear_cross_entropy: target must be int64 [{rows}], got {target.dtype} "
+            f"{tuple(target.shape)}"
+        )
+    if loss_weight.shape != (rows,) or loss_weight.dtype != torch.float32:
+        raise ValueError(
+            f"linear_cross_entropy: loss_weight must be float32 [{rows}], got "
+            f"{loss_weight.dtype} {tuple(loss_weight.shape)}"
+        )
+    if cu_rows.dim() != 1 or cu_rows.shape[0] < 1 or cu_rows.dtype != torch.int64:
+        raise ValueError(
+            f"linear_cross_entropy: cu_rows must be int64 [U + 1], got "
+            f"{cu_rows.dtype} {tuple(cu_rows.shape)}"
+        )
+    chosen = resolve("linear_cross_entropy", impl, {"reference": lambda: None})
+    need_grad = hidden.requires_grad and torch.is_grad_enabled()
+    return _linear_cross_entropy(
+        hidden, weight, target, loss_weight, cu_rows, bias, softcap, need_grad, chosen
+    )[0]
