@@ -1,0 +1,16 @@
+// userip_fast._C: names only. Functions take raw addresses (tensor.data_ptr()), sizes, strides in
+// elements and, on CUDA, device and stream; outputs are allocated by Python and passed in; the GIL
+// is released.
+#include "bindings.h"
+
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
+    using namespace userip_fast;
+    m.doc() = "Compiled kernels of userip_fast; call them through userip_fast.ops.";
+    bind_features(m);
+#ifdef USERIP_FAST_WITH_CUDA
+    m.attr("cuda_architectures") = USERIP_FAST_CUDA_ARCHITECTURES;
+    bind_device(m);
+#else
+    m.attr("cuda_architectures") = pybind11::none();
+#endif
+}

@@ -1,0 +1,18 @@
+// One binder per op, defined beside the op. Add a line here and one in bindings.cpp.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace userip_fast {
+
+namespace py = pybind11;
+
+// csrc/cpu/
+void bind_features(py::module_& m);
+
+#ifdef USERIP_FAST_WITH_CUDA
+// csrc/cuda/
+void bind_device(py::module_& m);
+#endif
+
+}  // namespace userip_fast

@@ -1,0 +1,31 @@
+"""The one place that imports the compiled extension `userip_fast._C`."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from types import ModuleType
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    if os.environ.get("USERIP_FAST_NO_EXTENSION") == "1":
+        return None, "USERIP_FAST_NO_EXTENSION=1"
+    # torch first: its OpenMP runtime is then ours too, and torch.set_num_threads rules both.
+    import torch  # noqa: F401
+
+    try:
+        from userip_fast import _C
+    except (ImportError, OSError) as e:
+        return None, f"userip_fast._C is not built or does not load ({e}); see docs/environment.md"
+    return _C, None
+
+
+def load() -> ModuleType | None:
+    """`userip_fast._C`, or None where it cannot be used; `why_not` then says why."""
+    return _load()[0]
+
+
+def why_not() -> str | None:
+    """None where the extension is usable, else the reason in one line."""
+    return _load()[1]
