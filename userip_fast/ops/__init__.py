@@ -1,12 +1,24 @@
 """Operators: the public kernel API.
 
-Each op's module reads top to bottom: what it computes, reference, schema, fake kernel, autograd, and the
-public function with its checks and dispatch. Fast implementations are imported when first used.
+Each op's module reads top to bottom: what it computes, reference, schema, fake kernel, autograd, and
+the public function with its checks and dispatch. Fast implementations are imported when first used.
 """
 
 from userip_fast.ops.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
+from userip_fast.ops.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
+from userip_fast.ops.nf4_linear import nf4_linear, nf4_linear_reference
+from userip_fast.ops.sparse_adam import sparse_adam, sparse_adam_reference
 
-__all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
+__all__ = [
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
+    "nf4_dequantize",
+    "nf4_dequantize_reference",
+    "nf4_linear",
+    "nf4_linear_reference",
+    "sparse_adam",
+    "sparse_adam_reference",
+]

@@ -1,0 +1,94 @@
+"""NF4 weights back to floating point, bit for bit as bitsandbytes does it.
+
+    W[i] = round_to_dtype(NF4_LEVELS[code[i]] * absmax[i // blocksize])       product in fp32
+    absmax[b] = nested_map[absmax_u8[b]] * nested_absmax[b // 256] + offset   (double quantisation)
+
+The format is described in `userip_fast.nf4`. Weights are frozen: no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from userip_fast.nf4 import DTYPES, NESTED_BLOCKSIZE, NF4_LEVELS, NF4Weight
+from userip_fast.ops._dispatch import resolve
+
+
+def block_scales(
+    absmax: Tensor, nested_absmax: Tensor | None, nested_map: Tensor | None, offset: Tensor | None
+) -> Tensor:
+    """[blocks] fp32 scales, with double quantisation undone."""
+    if nested_absmax is None:
+        return absmax
+    assert nested_map is not None
+    assert offset is not None
+    groups = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.shape[0]]
+    return nested_map[absmax.long()] * groups + offset
+
+
+def nf4_dequantize_reference(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    offset: Tensor | None,
+    rows: int,
+    cols: int,
+    blocksize: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The oracle: [rows, cols] in `dtype`."""
+    levels = torch.tensor(NF4_LEVELS, device=packed.device)
+    n = rows * cols
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:n]
+    scales = block_scales(absmax, nested_absmax, nested_map, offset)
+    out = levels[codes.int()].mul_(scales.repeat_interleave(blocksize)[:n])
+    return out.view(rows, cols).to(dtype)
+
+
+@torch.library.custom_op("userip_fast::nf4_dequantize", mutates_args=())
+def _nf4_dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    offset: Tensor | None,
+    rows: int,
+    cols: int,
+    blocksize: int,
+    dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    assert impl == "reference", impl
+    return nf4_dequantize_reference(
+        packed, absmax, nested_absmax, nested_map, offset, rows, cols, blocksize, dtype
+    )
+
+
+@_nf4_dequantize.register_fake
+def _(packed, absmax, nested_absmax, nested_map, offset, rows, cols, blocksize, dtype, impl):  # type: ignore[no-untyped-def]
+    return packed.new_empty(rows, cols, dtype=dtype)
+
+
+def nf4_dequantize(
+    weight: NF4Weight, *, dtype: torch.dtype | None = None, impl: str = "auto"
+) -> Tensor:
+    """Dequantises a whole weight.
+
+    Args:
+        weight: The NF4 weight, on CPU or CUDA.
+        dtype: float32, bfloat16 or float16; None for the dtype the weight had.
+        impl: "auto" or "reference".
+
+    Returns:
+        [N, K] in `dtype`; equal to `bitsandbytes.functional.dequantize_4bit` in every bit.
+
+    Raises:
+        ValueError: `dtype` is not one of the three.
+    """
+    dtype = weight.dtype if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"nf4_dequantize: dtype must be one of {DTYPES}, got {dtype}")
+    chosen = resolve("nf4_dequantize", impl, {"reference": lambda: None})
+    return _nf4_dequantize(*weight.tensors(), *weight.shape, weight.blocksize, dtype, chosen)
