@@ -1,13 +1,13 @@
 """Builds the optional extension `userip_fast._C` with CMake; everything else is in pyproject.toml.
 
-Nothing here imports torch or touches the network. Without a C++ compiler or CMake the package installs
-pure, with one line that says so. Variables (docs/environment.md): USERIP_FAST_NO_EXTENSION,
-USERIP_FAST_CUDA, TORCH_CUDA_ARCH_LIST, CUDACXX, CXX.
+Nothing here imports torch or touches the network. Without a C++ compiler or CMake the package
+installs pure, with one line that says so. Variables: see docs/environment.md.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,11 +56,17 @@ def find_nvcc() -> str | None:
 
 
 def cuda_architectures() -> str:
-    """TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX", spaces or commas too) in CMake's words ("80-real,...")."""
+    """TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a"; spaces or commas too) in CMake's words.
+
+    Raises:
+        SystemExit: An entry is not a number such as 8.0, 9.0a or 8.0+PTX.
+    """
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
     real, virtual = [], []
     for arch in listed.replace(";", " ").replace(",", " ").split():
         number = arch.removesuffix("+PTX").replace(".", "")
+        if not re.fullmatch(r"[0-9]{2,3}[af]?", number):
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: wanted numbers such as 8.0 or 9.0a, got {arch!r}")
         real.append(f"{number}-real")
         if arch.endswith("+PTX"):
             virtual.append(f"{number}-virtual")
@@ -85,7 +91,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
         ]
         if ninja := shutil.which("ninja"):
-            # Named in full: an isolated build's ninja of last time is gone, but stays in CMake's cache.
+            # Named in full: the ninja of an earlier isolated build is gone but stays in CMake's cache.
             configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         nvcc = find_nvcc()
         if nvcc:
@@ -102,8 +108,8 @@ class CMakeBuild(build_ext):
             subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
         except subprocess.CalledProcessError as e:
             raise SystemExit(
-                f"userip_fast: building _C failed ({e}). USERIP_FAST_CUDA=0 leaves out the CUDA half, "
-                "USERIP_FAST_NO_EXTENSION=1 the whole extension (slower, same results)."
+                f"userip_fast: building _C failed ({e}). USERIP_FAST_CUDA=0 leaves out the CUDA "
+                "half, USERIP_FAST_NO_EXTENSION=1 the whole extension (slower, same results)."
             ) from e
 
 

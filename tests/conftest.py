@@ -1,4 +1,4 @@
-"""Shared fixtures. Triton kernels run in its interpreter here, unless the `gpu` tests are asked for."""
+"""Shared fixtures. Triton kernels run in its interpreter, unless the `gpu` tests are asked for."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ from typing import Any as _Any
 
 from userip_fast._version import __version__
 
-# In a checkout (editable install, or the root on sys.path) the Triton kernels lie in `kernels/` beside
-# this package; in a wheel they are `userip_fast/kernels/`. There is no `kernels/__init__.py`, because
-# Hugging Face owns the top-level name `kernels` and transformers imports it.
+# In a checkout (editable install, or the root on sys.path) the Triton kernels lie in `kernels/`
+# beside this package; in a wheel they are `userip_fast/kernels/`. There is no
+# `kernels/__init__.py`: Hugging Face owns the top-level name `kernels`, which transformers imports.
 _here = _os.path.dirname(_os.path.abspath(__file__))
 _root = _os.path.dirname(_here)
 if not _os.path.isdir(_os.path.join(_here, "kernels")) and _os.path.isdir(

@@ -1,6 +1,6 @@
 """What goes wrong, by name.
 
-Every message names the argument (or file, row and column), the rule, the value, and what to do next.
+Every message names the argument (or file, row and column), the rule, the value, and what to do.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class ConfigError(UserIPError, ValueError):
 
 
 class FormatError(UserIPError, ValueError):
-    """A file we wrote (model, bank, checkpoint) is torn, altered, of another version or not ours."""
+    """A file (model, bank, checkpoint) is torn, altered, of another version or not ours."""
 
 
 class MismatchError(UserIPError, ValueError):
-    """Two things that must belong together do not: model and template, codebook and LM, key types."""
+    """Two things do not belong together: model and template, codebook and LM, key types."""
 
 
 class UnsupportedError(UserIPError, ValueError):
-    """The LM or the request has a property that this package does not support, named in the text."""
+    """The LM or the request has a property this package does not support, named in the text."""
 
 
 class UnavailableError(UserIPError, RuntimeError):

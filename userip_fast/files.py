@@ -1,8 +1,9 @@
 """Files that are either whole and verified, or not there.
 
 `atomic_file` and `atomic_dir` write under a temporary name in the target's own folder, fsync, and
-rename. A reader therefore never sees a half-written file, and an interrupted writer leaves the previous
-state in place. `write_json` and `write_tensors` are the only formats models and checkpoints use.
+rename. A reader therefore never sees a half-written file, and an interrupted writer leaves the
+previous state in place. `write_json` and `write_tensors` are the only formats models and
+checkpoints use.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How an op finds its implementation.
 
-Every op has named implementations. `impl="auto"` takes the first usable one and logs the choice and the
-reason once per process; a name asked for explicitly is that implementation or an error, never another.
+Every op has named implementations. `impl="auto"` takes the first usable one and logs the choice and
+the reason once per process; a name asked for explicitly is that implementation or an error, never
+another.
 """
 
 from __future__ import annotations

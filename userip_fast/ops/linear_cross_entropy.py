@@ -2,9 +2,10 @@
 
     nll[u] = - sum_{r in rows of u} w_r * log softmax(softcap(hidden_r W^T + b))[target_r]
 
-The head is frozen, so there is no weight gradient. Logits exist for one chunk of rows at a time and are
-overwritten by their own gradient, which is multiplied into `d_hidden` at once: the backward pass is a
-per-user scale. Source: chunk-and-overwrite as in Liger Kernel's fused linear cross entropy, without dW.
+The head is frozen, so there is no weight gradient. Logits exist for one chunk of rows at a time and
+are overwritten by their own gradient, which is multiplied into `d_hidden` at once: the backward
+pass is a per-user scale. Source: chunk-and-overwrite as in Liger Kernel's fused linear cross
+entropy, without dW.
 """
 
 from __future__ import annotations
