@@ -4,6 +4,12 @@ Each op's module reads top to bottom: what it computes, reference, schema, fake 
 the public function with its checks and dispatch. Fast implementations are imported when first used.
 """
 
+from userip_fast.ops.assign_codes import (
+    assign_codes,
+    assign_codes_reference,
+    assign_codes_with_margin,
+    assign_codes_with_stats,
+)
 from userip_fast.ops.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
@@ -13,6 +19,10 @@ from userip_fast.ops.nf4_linear import nf4_linear, nf4_linear_reference
 from userip_fast.ops.sparse_adam import sparse_adam, sparse_adam_reference
 
 __all__ = [
+    "assign_codes",
+    "assign_codes_reference",
+    "assign_codes_with_margin",
+    "assign_codes_with_stats",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "nf4_dequantize",
