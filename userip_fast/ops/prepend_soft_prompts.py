@@ -1,0 +1,162 @@
+"""The packed LM input: vocabulary rows and soft-prompt rows, laid out by a plan.
+
+    x[t] = scale * token_embedding[plan[t]]   plan[t] >= 0
+    x[t] = soft_rows[-(plan[t] + 1)]          plan[t] <  0
+    x[t] = 0                                  plan[t] == SLACK_ROW
+
+The vocabulary is frozen. A soft row's gradient is the sum over its occurrences in plan order: no
+atomics, so it is bitwise repeatable, also when chunks of a long history or users with the same
+codeword share a row. An id out of range is refused on the CPU; on a GPU, where a check would cost a
+host sync, nothing is read out of bounds and the row is filled with NaN, which no loss survives
+unnoticed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from userip_fast.ops._dispatch import resolve
+
+_OP = "prepend_soft_prompts"
+SLACK_ROW = -(2**31)
+"""Plan entry of a row that belongs to no user."""
+
+
+def _soft_occurrences(plan: Tensor, num_soft_rows: int) -> tuple[Tensor, Tensor]:
+    """Rows of x that read a soft row, by soft row and then in plan order; and how many each has."""
+    row = (-(plan.long() + 1)).masked_fill((plan >= 0) | (plan == SLACK_ROW), num_soft_rows)
+    ordered, order = row.clamp_(max=num_soft_rows).sort(stable=True)
+    bounds = torch.searchsorted(ordered, torch.arange(num_soft_rows + 1, device=plan.device))
+    return order, bounds.diff()
+
+
+def _check_ids(plan: Tensor, vocabulary: int, num_soft_rows: int) -> None:
+    bad = (plan >= vocabulary) | ((plan < -num_soft_rows) & (plan != SLACK_ROW))
+    if bool(bad.any()):
+        t = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{_OP}: plan entries must be a vocabulary id in [0, {vocabulary}), a soft row in "
+            f"[-{num_soft_rows}, -1] or SLACK_ROW; plan[{t}] is {int(plan[t])}"
+        )
+
+
+def prepend_soft_prompts_reference(
+    token_embedding: Tensor, soft_rows: Tensor, plan: Tensor, scale: float = 1.0
+) -> Tensor:
+    """The oracle: x [T, D] in the dtype of `token_embedding`."""
+    _check_ids(plan, token_embedding.shape[0], soft_rows.shape[0])
+    x = token_embedding.new_zeros(plan.shape[0], token_embedding.shape[1])
+    token, soft = plan >= 0, (plan < 0) & (plan != SLACK_ROW)
+    # Hugging Face's scaled embeddings round the scale to the weight's dtype before they multiply.
+    x[token] = token_embedding[plan[token].long()] * token_embedding.new_tensor(scale)
+    x[soft] = soft_rows[-(plan[soft].long() + 1)].to(x.dtype)
+    return x
+
+
+def prepend_soft_prompts_backward_reference(
+    d_x: Tensor, plan: Tensor, num_soft_rows: int, dtype: torch.dtype
+) -> Tensor:
+    """The oracle's d_soft_rows [R, D]: a row's occurrences summed in plan order, in fp32."""
+    acc = torch.promote_types(d_x.dtype, torch.float32)
+    order, counts = _soft_occurrences(plan, num_soft_rows)
+    used = order[: int(counts.sum())]
+    if used.numel() == 0:
+        return d_x.new_zeros(num_soft_rows, d_x.shape[1], dtype=dtype)
+    return torch.segment_reduce(d_x[used].to(acc), "sum", lengths=counts, axis=0).to(dtype)
+
+
+@torch.library.custom_op("userip_fast::prepend_soft_prompts", mutates_args=())
+def _prepend_soft_prompts(
+    token_embedding: Tensor, soft_rows: Tensor, plan: Tensor, scale: float, impl: str
+) -> Tensor:
+    assert impl == "reference", impl
+    return prepend_soft_prompts_reference(token_embedding, soft_rows, plan, scale)
+
+
+@_prepend_soft_prompts.register_fake
+def _(token_embedding, soft_rows, plan, scale, impl):  # type: ignore[no-untyped-def]
+    return token_embedding.new_empty(plan.shape[0], token_embedding.shape[1])
+
+
+@torch.library.custom_op("userip_fast::prepend_soft_prompts_backward", mutates_args=())
+def _prepend_soft_prompts_backward(
+    d_x: Tensor, plan: Tensor, num_soft_rows: int, dtype: torch.dtype, impl: str
+) -> Tensor:
+    assert impl == "reference", impl
+    return prepend_soft_prompts_backward_reference(d_x, plan, num_soft_rows, dtype)
+
+
+@_prepend_soft_prompts_backward.register_fake
+def _(d_x, plan, num_soft_rows, dtype, impl):  # type: ignore[no-untyped-def]
+    return d_x.new_empty(num_soft_rows, d_x.shape[1], dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, soft_rows, plan, _, ctx.impl = inputs
+    ctx.save_for_backward(plan)
+    ctx.num_soft_rows, ctx.dtype = soft_rows.shape[0], soft_rows.dtype
+
+
+def _backward(ctx, d_x):  # type: ignore[no-untyped-def]
+    (plan,) = ctx.saved_tensors
+    d_soft_rows = _prepend_soft_prompts_backward(d_x, plan, ctx.num_soft_rows, ctx.dtype, ctx.impl)
+    return None, d_soft_rows, None, None, None
+
+
+_prepend_soft_prompts.register_autograd(_backward, setup_context=_setup_context)
+
+
+def prepend_soft_prompts(
+    token_embedding: Tensor,
+    soft_rows: Tensor,
+    plan: Tensor,
+    *,
+    scale: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Packed input embeddings from token ids and soft-prompt rows.
+
+    Args:
+        token_embedding: [V, D] fp32/bf16/fp16, frozen.
+        soft_rows: [R, D], any floating dtype (cast to that of `token_embedding`). Differentiable.
+        plan: [T] int32: a vocabulary id, `-(r + 1)` for soft row r, or `SLACK_ROW` for zeros.
+        scale: Multiplies vocabulary rows only, rounded to their dtype first, as Gemma's embedding
+            module does.
+        impl: "auto" or "reference".
+
+    Returns:
+        x: [T, D] in the dtype of `token_embedding`.
+
+    Raises:
+        ValueError: A shape, dtype or (on the CPU) an id breaks the rules above.
+    """
+    if (
+        token_embedding.dim() != 2
+        or soft_rows.dim() != 2
+        or token_embedding.shape[1] != soft_rows.shape[1]
+    ):
+        raise ValueError(
+            f"{_OP}: token_embedding [V, D] and soft_rows [R, D] must share D, got "
+            f"{tuple(token_embedding.shape)} and {tuple(soft_rows.shape)}"
+        )
+    if not token_embedding.is_floating_point() or not soft_rows.is_floating_point():
+        raise ValueError(
+            f"{_OP}: token_embedding and soft_rows must be floating point, got "
+            f"{token_embedding.dtype} and {soft_rows.dtype}"
+        )
+    if token_embedding.requires_grad:
+        raise ValueError(f"{_OP}: token_embedding is frozen, it requires grad; detach it")
+    if plan.dim() != 1 or plan.dtype != torch.int32:
+        raise ValueError(f"{_OP}: plan must be int32 [T], got {plan.dtype} {tuple(plan.shape)}")
+    if not token_embedding.device == soft_rows.device == plan.device:
+        raise ValueError(
+            f"{_OP}: all tensors must be on one device, got {token_embedding.device}, "
+            f"{soft_rows.device} and {plan.device}"
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"{_OP}: scale must be finite, got {scale}")
+    chosen = resolve(_OP, impl, {"reference": lambda: None})
+    return _prepend_soft_prompts(token_embedding, soft_rows, plan, scale, chosen)

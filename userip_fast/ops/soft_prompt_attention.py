@@ -1,0 +1,381 @@
+"""Attention of packed users over [constant field-name prefix | own soft rows | own behaviour].
+
+The rows of user u are `cu_seqlens[u]:cu_seqlens[u + 1]`; every user also sees the same P prefix
+rows, whose K/V is computed once per LM. Row r sees column c (a prefix row, or an own row not after
+r) iff, with s for segment,
+
+    s_r == s_c  or  s_c < 0  or  (s_r >= num_fields and s_c < num_fields)
+
+so a field sees itself and BOS (segment -1), and behaviour sees all fields and its own segment: one
+for a plain sequence (`num_fields`), one per item (`num_fields + i`) when items are independent
+given the profile. The last two terms are one comparison, `s_c < (num_fields if behaviour else 0)`,
+which is how every implementation writes them. The prefix is constant and gets no gradient.
+
+Backward, with P = exp(S - lse) and delta = sum_d(out * d_out), as in FlashAttention-2 (arXiv
+2307.08691): dV = P^T dO, dS = P (dO V^T - delta), dQ = scale dS K, dK = scale dS^T Q; a soft cap
+multiplies dS by 1 - (S / softcap)^2.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from userip_fast.ops._dispatch import resolve
+
+_OP = "soft_prompt_attention"
+
+
+def visible(
+    row_segment: Tensor,
+    column_segment: Tensor,
+    row_position: Tensor,
+    column_position: Tensor,
+    num_fields: int,
+    window: int,
+) -> Tensor:
+    """Who may see whom, causality apart; broadcasts [..., R, 1] rows over [..., 1, C] columns."""
+    limit = torch.where(row_segment >= num_fields, num_fields, 0)
+    ok = (column_segment == row_segment) | (column_segment < limit)
+    if window > 0:
+        ok = ok & (column_position > row_position - window)
+    return ok
+
+
+def user_bounds(cu_seqlens: Tensor, rows: int) -> list[int]:
+    """`cu_seqlens` as checked Python ints; for implementations that run on the CPU.
+
+    Raises:
+        ValueError: It does not start at 0, decreases, or ends past the last row.
+    """
+    bounds: list[int] = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] > rows or any(b < a for a, b in pairwise(bounds)):
+        raise ValueError(
+            f"{_OP}: cu_seqlens must start at 0, never decrease and end at or before row {rows}, "
+            f"got {bounds if len(bounds) < 12 else [*bounds[:6], '...', *bounds[-5:]]}"
+        )
+    return bounds
+
+
+def _user_scores(
+    q: Tensor,  # [n, H, d], rows of one user
+    columns: Tensor,  # [P + n, Hkv, d], prefix rows then own rows
+    segment: Tensor,  # [P + n]
+    position: Tensor,  # [P + n]
+    num_fields: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Scaled, capped and masked scores [Hkv, H / Hkv, n, P + n]."""
+    n, prefix = q.shape[0], columns.shape[0] - q.shape[0]
+    grouped = q.reshape(n, columns.shape[1], -1, q.shape[2])
+    scores = torch.einsum("rhgd,chd->hgrc", grouped, columns) * scale
+    if softcap > 0.0:
+        scores = softcap * torch.tanh(scores / softcap)
+    ok = visible(
+        segment[prefix:, None], segment, position[prefix:, None], position, num_fields, window
+    )
+    ok = ok & ok.new_ones(n, prefix + n).tril(prefix)
+    return scores.masked_fill(~ok, -math.inf)
+
+
+def soft_prompt_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    segment: Tensor,
+    prefix_segment: Tensor,
+    cu_seqlens: Tensor,
+    position: Tensor,
+    prefix_position: Tensor,
+    num_fields: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The oracle, user by user: out [T, H, d] and natural-log lse [H, T] fp32 (fp64 of fp64)."""
+    acc = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_zeros(q.shape)
+    lse = q.new_zeros(q.shape[1], q.shape[0], dtype=acc)
+    bounds = user_bounds(cu_seqlens, q.shape[0])
+    for start, end in pairwise(bounds):
+        if start == end:
+            continue
+        own = slice(start, end)
+        scores = _user_scores(
+            q[own].to(acc),
+            torch.cat([prefix_k, k[own]]).to(acc),
+            torch.cat([prefix_segment, segment[own]]),
+            torch.cat([prefix_position, position[own]]),
+            num_fields,
+            scale,
+            window,
+            softcap,
+        )
+        values = torch.cat([prefix_v, v[own]]).to(acc)
+        out[own] = torch.einsum("hgrc,chd->rhgd", scores.softmax(-1), values).flatten(1, 2)
+        lse[:, own] = scores.logsumexp(-1).flatten(0, 1)
+    return out, lse
+
+
+def soft_prompt_attention_backward_reference(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    segment: Tensor,
+    prefix_segment: Tensor,
+    cu_seqlens: Tensor,
+    position: Tensor,
+    prefix_position: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_fields: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The oracle's dq [T, H, d], dk and dv [T, Hkv, d]; zero in slack rows."""
+    acc = lse.dtype
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    prefix, kv_heads, dim = prefix_k.shape[0], *k.shape[1:]
+    bounds = user_bounds(cu_seqlens, q.shape[0])
+    for start, end in pairwise(bounds):
+        if start == end:
+            continue
+        own = slice(start, end)
+        columns = torch.cat([prefix_k, k[own]]).to(acc)
+        scores = _user_scores(
+            q[own].to(acc),
+            columns,
+            torch.cat([prefix_segment, segment[own]]),
+            torch.cat([prefix_position, position[own]]),
+            num_fields,
+            scale,
+            window,
+            softcap,
+        )
+        grad, rows, result = (
+            x[own].to(acc).reshape(end - start, kv_heads, -1, dim) for x in (d_out, q, out)
+        )  # [n, Hkv, G, d]
+        p = torch.exp(scores - lse[:, own].reshape(kv_heads, -1, end - start, 1))
+        dp = torch.einsum("rhgd,chd->hgrc", grad, torch.cat([prefix_v, v[own]]).to(acc))
+        delta = (grad * result).sum(-1).permute(1, 2, 0).unsqueeze(-1)
+        ds = p * (dp - delta) * scale
+        if softcap > 0.0:
+            ds = ds * (1 - (scores.masked_fill(p == 0, 0.0) / softcap).square())
+        dq[own] = torch.einsum("hgrc,chd->rhgd", ds, columns).flatten(1, 2)
+        dk[own] = torch.einsum("hgrc,rhgd->chd", ds[..., prefix:], rows)
+        dv[own] = torch.einsum("hgrc,rhgd->chd", p[..., prefix:], grad)
+    return dq, dk, dv
+
+
+@torch.library.custom_op("userip_fast::soft_prompt_attention", mutates_args=())
+def _soft_prompt_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    segment: Tensor,
+    prefix_segment: Tensor,
+    cu_seqlens: Tensor,
+    position: Tensor,
+    prefix_position: Tensor,
+    num_fields: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    max_seqlen: int,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    pack = (segment, prefix_segment, cu_seqlens, position, prefix_position)
+    settings = (num_fields, scale, window, softcap)
+    assert impl == "reference", impl
+    return soft_prompt_attention_reference(q, k, v, prefix_k, prefix_v, *pack, *settings)
+
+
+@_soft_prompt_attention.register_fake
+def _(q, *args):  # type: ignore[no-untyped-def]
+    acc = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=acc)
+
+
+@torch.library.custom_op("userip_fast::soft_prompt_attention_backward", mutates_args=())
+def _soft_prompt_attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    segment: Tensor,
+    prefix_segment: Tensor,
+    cu_seqlens: Tensor,
+    position: Tensor,
+    prefix_position: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_fields: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    max_seqlen: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pack = (segment, prefix_segment, cu_seqlens, position, prefix_position)
+    settings = (num_fields, scale, window, softcap)
+    assert impl == "reference", impl
+    return soft_prompt_attention_backward_reference(
+        d_out, q, k, v, prefix_k, prefix_v, *pack, out, lse, *settings
+    )
+
+
+@_soft_prompt_attention_backward.register_fake
+def _(d_out, q, k, v, *args):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:10], *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.settings = inputs[10:]
+
+
+def _backward(ctx, d_out, _d_lse):  # type: ignore[no-untyped-def]
+    grads = _soft_prompt_attention_backward(d_out, *ctx.saved_tensors, *ctx.settings)
+    return *grads, *[None] * 13
+
+
+_soft_prompt_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def soft_prompt_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    segment: Tensor,
+    prefix_segment: Tensor,
+    cu_seqlens: Tensor,
+    position: Tensor,
+    prefix_position: Tensor,
+    *,
+    num_fields: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    max_seqlen: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Causal attention of packed users with a shared constant prefix and a mask from segments.
+
+    Args:
+        q: [T, H, d] fp32/bf16/fp16 (fp64 for oracles), RoPE applied; rows may be strided, the last
+            dimension is contiguous. Differentiable. Slack rows may hold any finite value.
+        k: [T, Hkv, d], like `q`; Hkv divides H. Differentiable.
+        v: [T, Hkv, d], like `k`. Differentiable.
+        prefix_k: [P, Hkv, d], K of BOS and the field names after RoPE; constant. P may be 0.
+        prefix_v: [P, Hkv, d].
+        segment: [T] int32: the field of a soft row, `num_fields` or more for behaviour.
+        prefix_segment: [P] int32: -1 for BOS (visible to all), else the field.
+        cu_seqlens: [U + 1] int32, first row of each user, from 0; the last entry is at most T. Rows
+            past it are slack: output and gradients are zero there.
+        position: [T] int32, RoPE positions; read only when `window` > 0.
+        prefix_position: [P] int32.
+        num_fields: J.
+        scale: Multiplies q.k, usually d ** -0.5.
+        window: Keep only columns with `position_c > position_r - window`; 0 for no window.
+        softcap: Scores become `softcap * tanh(score / softcap)`; 0 for none.
+        max_seqlen: Most rows of any user, if known on the host; only `varlen` needs it.
+        impl: "auto" or "reference".
+
+    Returns:
+        out: [T, H, d] in the dtype of `q`, contiguous. Sums are kept in fp32.
+
+    Raises:
+        ValueError: A shape, dtype or argument breaks the rules above.
+        UnavailableError: The implementation asked for cannot run this call.
+    """
+    pack = (segment, prefix_segment, cu_seqlens, position, prefix_position)
+    _check(q, k, v, prefix_k, prefix_v, *pack)
+    if num_fields < 1 or window < 0 or not softcap >= 0.0 or not math.isfinite(scale):
+        raise ValueError(
+            f"{_OP}: num_fields >= 1, window >= 0, softcap >= 0 and a finite scale are needed, got "
+            f"num_fields={num_fields}, window={window}, softcap={softcap}, scale={scale}"
+        )
+    chosen = resolve(_OP, impl, {"reference": lambda: None})
+    settings = (num_fields, scale, window, softcap, max_seqlen or 0)
+    return _soft_prompt_attention(q, k, v, prefix_k, prefix_v, *pack, *settings, chosen)[0]
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    segment: Tensor,
+    prefix_segment: Tensor,
+    cu_seqlens: Tensor,
+    position: Tensor,
+    prefix_position: Tensor,
+) -> None:
+    if q.dim() != 3 or k.dim() != 3 or prefix_k.dim() != 3:
+        raise ValueError(
+            f"{_OP}: q [T, H, d], k [T, Hkv, d] and prefix_k [P, Hkv, d] must have 3 dimensions, "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(prefix_k.shape)}"
+        )
+    (rows, heads, dim), kv_heads, prefix = q.shape, k.shape[1], prefix_k.shape[0]
+    if not 8 <= dim <= 256 or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"{_OP}: head size must be 8 to 256 and the key heads must divide the query heads, got "
+            f"head size {dim}, {heads} query heads, {kv_heads} key heads"
+        )
+    kv, prefix_kv = (rows, kv_heads, dim), (prefix, kv_heads, dim)
+    for name, x, shape in (
+        ("k", k, kv),
+        ("v", v, kv),
+        ("prefix_k", prefix_k, prefix_kv),
+        ("prefix_v", prefix_v, prefix_kv),
+    ):
+        if tuple(x.shape) != shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{_OP}: {name} must be {q.dtype} {shape} on {q.device} to go with q "
+                f"{tuple(q.shape)}, got {x.dtype} {tuple(x.shape)} on {x.device}"
+            )
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"{_OP}: q must be float32, bfloat16, float16 or float64, got {q.dtype}")
+    for name, x in (("q", q), ("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        if x.stride(2) != 1:
+            raise ValueError(
+                f"{_OP}: the last dimension of {name} must be contiguous, its strides are "
+                f"{x.stride()}; call .contiguous()"
+            )
+    if prefix_k.requires_grad or prefix_v.requires_grad:
+        raise ValueError(
+            f"{_OP}: prefix_k and prefix_v are constants, one requires grad; detach it"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{_OP}: cu_seqlens must be [U + 1], got {tuple(cu_seqlens.shape)}")
+    for name, x, length in (
+        ("segment", segment, rows),
+        ("prefix_segment", prefix_segment, prefix),
+        ("position", position, rows),
+        ("prefix_position", prefix_position, prefix),
+        ("cu_seqlens", cu_seqlens, cu_seqlens.shape[0]),
+    ):
+        if tuple(x.shape) != (length,) or x.dtype != torch.int32 or x.device != q.device:
+            raise ValueError(
+                f"{_OP}: {name} must be int32 [{length}] on {q.device}, got {x.dtype} "
+                f"{tuple(x.shape)} on {x.device}"
+            )
