@@ -1,0 +1,313 @@
+"""`FeatureBank`: user id to J small integers, on disk and memory mapped."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from userip_fast.bank.generations import current_generation
+from userip_fast.bank.index import KeyTypeError, as_keys, key_type, name_some
+from userip_fast.bank.layout import VERSION, Field, Generation
+from userip_fast.bank.parquet import read_parquet, write_parquet
+from userip_fast.bank.writer import LOCK_TIMEOUT_S, BankWriter
+from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
+
+_INTEGER = re.compile(r"-?[0-9]+")
+
+
+class FeatureBank:
+    """One generation of a bank, read-only; open it with `open`, make it with `write`.
+
+    An instance never changes: `update` and later writers make new generations, which `open` finds.
+
+    Attributes:
+        path: The bank's folder.
+    """
+
+    def __init__(self, path: Path, generation: Generation) -> None:
+        self.path = path
+        self._generation = generation
+
+    @classmethod
+    def write(
+        cls,
+        path: str | os.PathLike[str],
+        user_keys: Any,
+        code_ids: Any,
+        *,
+        fields: Sequence[Mapping[str, Any]],
+        model_fingerprint: str,
+        probabilities: Any = None,
+        metadata: Mapping[str, Any] | None = None,
+        lock_timeout_s: float = LOCK_TIMEOUT_S,
+    ) -> FeatureBank:
+        """Writes a bank of exactly these users, in any order, and opens it.
+
+        See `BankWriter` for the arguments and for what is raised.
+        """
+        with BankWriter(
+            path,
+            fields=fields,
+            model_fingerprint=model_fingerprint,
+            metadata=metadata,
+            lock_timeout_s=lock_timeout_s,
+        ) as writer:
+            writer.append(user_keys, code_ids, probabilities)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], verify: bool = False) -> FeatureBank:
+        """Maps the current generation: milliseconds whatever the number of users.
+
+        Args:
+            path: The bank's folder.
+            verify: Also read and check everything, see `verify`.
+
+        Raises:
+            FormatError: There is no bank, or it is torn, altered or of another version.
+        """
+        path = Path(path)
+        while True:
+            current = current_generation(path)
+            try:
+                bank = cls(path, Generation.open(*current))
+                break
+            except FormatError:
+                # Two updates between the two lines above remove what we were about to open.
+                if current_generation(path) == current:
+                    raise
+        if verify:
+            bank.verify()
+        return bank
+
+    def lookup(self, user_ids: Any, on_unknown: str = "error") -> NDArray[np.int64]:
+        """Code ids of users.
+
+        Args:
+            user_ids: [n] keys of the bank's key type: a list, a numpy array, an Arrow array, or a
+                single key (n = 1). They may repeat.
+            on_unknown: "error", or "code": a user who is not in the bank gets the reserved code K_j
+                (`codebook_size`) in every field j.
+
+        Returns:
+            [n, J] int64.
+
+        Raises:
+            DataError: Users are not in the bank and `on_unknown` is "error".
+            KeyTypeError: Integers for a bank of strings or the other way round.
+        """
+        if on_unknown not in ("error", "code"):
+            raise ConfigError(f"on_unknown={on_unknown!r}: must be 'error' or 'code'")
+        keys = self._as_keys("user_ids", user_ids)
+        rows = self._generation.index.find(keys)
+        unknown = rows < 0
+        if not unknown.any():
+            return self.codes().take(rows, axis=0).astype(np.int64)
+        if on_unknown == "error":
+            missing = keys.filter(pa.array(unknown))
+            raise DataError(
+                f"user_ids: {len(missing)} of {len(keys)} are not in the bank {self.path}: "
+                f"{name_some(missing)}; on_unknown='code' gives them the reserved code"
+            )
+        codes = np.empty((len(keys), len(self.fields)), np.int64)
+        codes[:] = [field["codebook_size"] for field in self.fields]
+        codes[~unknown] = self.codes().take(rows[~unknown], axis=0)
+        return codes
+
+    def rows(self, user_ids: Any) -> NDArray[np.int64]:
+        """Row of each user in `keys()`, `codes()` and `probabilities`, [n] int64; -1: unknown."""
+        return self._generation.index.find(self._as_keys("user_ids", user_ids))
+
+    def coerce_keys(self, strings: Iterable[str]) -> pa.Array:
+        """Keys typed as text (a command line, a CSV file) as keys of this bank's type.
+
+        Raises:
+            KeyTypeError: The bank has integer keys and a text is not one.
+        """
+        texts = list(strings)
+        if self.key_type == "string":
+            return as_keys("keys", texts)
+        bad = [t for t in texts if not _INTEGER.fullmatch(t) or not -(2**63) <= int(t) < 2**63]
+        if bad:
+            raise KeyTypeError(
+                f"keys: the bank {self.path} has integer keys (int64); {len(bad)} of {len(texts)} "
+                f"are not: {', '.join(map(repr, bad[:10]))}"
+            )
+        return pa.array([int(t) for t in texts], pa.int64())
+
+    def describe(self, field: str, code: int) -> str:
+        """The name of a code, for people: its code name, "code 3" without one, "unknown user".
+
+        Raises:
+            ConfigError: The bank has no such field, or the field no such code.
+        """
+        for f in self.fields:
+            if f["name"] == field:
+                break
+        else:
+            names = [f["name"] for f in self.fields]
+            raise ConfigError(f"field={field!r}: the bank has the fields {names}")
+        size, code = f["codebook_size"], int(code)
+        if not 0 <= code <= size:
+            raise ConfigError(f"code={code}: field {field!r} has codes 0 .. {size - 1} and {size}")
+        if code == size:
+            return "unknown user"
+        return str(f["code_names"][code]) if f["code_names"] else f"code {code}"
+
+    def update(
+        self,
+        user_keys: Any,
+        code_ids: Any,
+        probabilities: Any = None,
+        *,
+        lock_timeout_s: float = LOCK_TIMEOUT_S,
+    ) -> FeatureBank:
+        """Adds users and overwrites those who are there, in a new generation, and opens it.
+
+        It starts from the bank's current generation, which may be later than this one. This
+        instance and every other open reader stay as they are.
+
+        Args:
+            user_keys: [n] keys of the bank's type.
+            code_ids: [n, J] codes of the same model.
+            probabilities: [n, J], if and only if the bank has them (or is empty).
+
+        Raises:
+            DataError: See `BankWriter.append`; also a user given twice.
+            MismatchError: Meanwhile the bank was rewritten with other fields or another model; or
+                probabilities are missing, or not wanted.
+        """
+        keys = self._as_keys("user_keys", user_keys)
+        if len(self) and (probabilities is None) != (self.probabilities is None):
+            has = "has no" if self.probabilities is None else "has"
+            raise MismatchError(f"probabilities: the bank {self.path} {has} probabilities")
+        with BankWriter(
+            self.path,
+            fields=self.fields,
+            model_fingerprint=self.model_fingerprint,
+            metadata=self.metadata,
+            lock_timeout_s=lock_timeout_s,
+        ) as writer:
+            current = FeatureBank.open(self.path)
+            if current._identity() != self._identity():
+                raise MismatchError(
+                    f"{self.path}: was rewritten with another model, fields, key type or metadata "
+                    "since it was opened; open it again"
+                )
+            writer.append(keys, code_ids, probabilities)
+            stays = np.ones(len(current), np.bool_)
+            rows = current._generation.index.find(keys)
+            stays[rows[rows >= 0]] = False
+            writer.append(
+                current.keys().filter(pa.array(stays)),
+                current.codes()[stays],
+                None if current.probabilities is None else current.probabilities[stays],
+            )
+        return FeatureBank.open(self.path)
+
+    def verify(self) -> None:
+        """Reads the whole bank: SHA-256 of every file, order of the keys, ranges of the codes.
+
+        Raises:
+            FormatError: Names the file and what is wrong with it.
+        """
+        self._generation.verify()
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Writes `user_id`, a column of codes per field and, if any, `FIELD_probability`."""
+        write_parquet(self, path)
+
+    @classmethod
+    def from_parquet(
+        cls, parquet: str | os.PathLike[str], path: str | os.PathLike[str]
+    ) -> FeatureBank:
+        """Writes the bank at `path` from a file that `to_parquet` wrote.
+
+        Raises:
+            FormatError: Not such a file.
+            DataError: Its columns break a rule of `BankWriter.append`.
+        """
+        return cls.write(path, **read_parquet(parquet))
+
+    def __len__(self) -> int:
+        return len(self._generation.index)
+
+    @property
+    def fields(self) -> list[Field]:
+        """Per field `{"name", "codebook_size", "code_names"}`, as the columns of the codes."""
+        return self._generation.fields
+
+    @property
+    def key_type(self) -> str:
+        """ "int64" or "string"."""
+        return self._generation.key_type
+
+    @property
+    def model_fingerprint(self) -> str:
+        """Which model the codes come from."""
+        return self._generation.model_fingerprint
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the writer added."""
+        return self._generation.metadata
+
+    def keys(self) -> pa.Array:
+        """[U] int64 or large_string, in hash order; mapped, not copied."""
+        return self._generation.index.keys()
+
+    def codes(self) -> NDArray[Any]:
+        """[U, J] code ids in their storage type, rows as in `keys()`; mapped, read-only."""
+        return self._generation.codes
+
+    @property
+    def probabilities(self) -> NDArray[np.float32] | None:
+        """[U, J] float32, rows as in `keys()`; mapped, read-only; None if the bank has none."""
+        return self._generation.probabilities
+
+    def info(self) -> dict[str, Any]:
+        """What is in the bank and what it costs, as JSON values."""
+        sizes = {
+            name: (self._generation.folder / name).stat().st_size for name in self._generation.files
+        }
+        return {
+            "path": str(self.path),
+            "generation": self._generation.folder.name,
+            "version": VERSION,
+            "users": len(self),
+            "key_type": self.key_type,
+            "code_dtype": self.codes().dtype.name,
+            "fields": self.fields,
+            "probabilities": self.probabilities is not None,
+            "model_fingerprint": self.model_fingerprint,
+            "metadata": self.metadata,
+            "file_bytes": sizes,
+            "bytes_per_user": sum(sizes.values()) / max(1, len(self)),
+        }
+
+    def __repr__(self) -> str:
+        names = [field["name"] for field in self.fields]
+        return f"FeatureBank({str(self.path)!r}, users={len(self)}, fields={names})"
+
+    def _as_keys(self, name: str, values: Any) -> pa.Array:
+        keys = as_keys(name, values)
+        own = pa.int64() if self.key_type == "int64" else pa.large_string()
+        if len(keys) == 0:
+            return pa.array([], own)
+        if len(self) and keys.type != own:  # an empty bank has no key type yet
+            raise KeyTypeError(
+                f"{name}: the bank {self.path} has {self.key_type} keys, these are "
+                f"{key_type(keys)} (the first is {keys[0].as_py()!r}); convert them, or see "
+                "coerce_keys"
+            )
+        return keys
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.model_fingerprint, self.fields, self.metadata, self.key_type

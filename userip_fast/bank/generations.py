@@ -1,0 +1,133 @@
+"""Generations: how a bank changes without any reader ever noticing half a change.
+
+    BANK/CURRENT       {"generation": "gen-000002", "manifest_sha256": "..."}
+    BANK/gen-000001/   the generation before, kept for readers that are just opening it
+    BANK/gen-000002/   immutable
+    BANK/LOCK          flock'ed by the one writer
+
+A writer prepares a generation under a temporary name, fsyncs and renames it, and then replaces the
+small file CURRENT atomically. Killed at any point, it leaves CURRENT and what CURRENT names intact;
+the next writer sweeps up. Readers hold mappings, which outlive the names of the files.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from userip_fast.errors import DataError, FormatError, UnavailableError
+from userip_fast.files import atomic_dir, read_json, sha256_file, write_json
+
+CURRENT = "CURRENT"
+MANIFEST = "manifest.json"
+_LOCK = "LOCK"
+_GENERATION = re.compile(r"gen-(\d{6,})")
+_LEFTOVER = re.compile(r"\.(gen-\d{6,}|CURRENT)\.\w+\.(tmp|old)")
+
+
+def current_generation(path: Path) -> tuple[Path, str]:
+    """The folder that CURRENT names, and the SHA-256 that its manifest must have.
+
+    Raises:
+        FormatError: There is no bank at `path`, or CURRENT is damaged.
+    """
+    if not (path / CURRENT).is_file():
+        raise FormatError(f"{path}: no feature bank here (there is no file {CURRENT})")
+    pointer = read_json(path / CURRENT)
+    if (
+        not isinstance(pointer, dict)
+        or not _GENERATION.fullmatch(str(pointer.get("generation")))
+        or not isinstance(pointer.get("manifest_sha256"), str)
+    ):
+        raise FormatError(f"{path / CURRENT}: does not name a generation; the file is damaged")
+    return path / pointer["generation"], pointer["manifest_sha256"]
+
+
+def publish(path: Path, write: Callable[[Path], None]) -> None:
+    """Adds a generation and makes it the current one. The caller holds `write_lock(path)`.
+
+    Args:
+        path: The bank.
+        write: Writes the files of the generation, manifest included, into the folder it is given.
+    """
+    try:
+        previous = current_generation(path)[0].name
+    except FormatError:
+        previous = ""
+    taken = [int(m[1]) for m in map(_GENERATION.fullmatch, os.listdir(path)) if m]
+    folder = path / f"gen-{max(taken, default=0) + 1:06d}"
+    with atomic_dir(folder) as tmp:
+        write(tmp)
+    pointer = {"generation": folder.name, "manifest_sha256": sha256_file(folder / MANIFEST)}
+    write_json(path / CURRENT, pointer)
+    for entry in path.iterdir():
+        old = _GENERATION.fullmatch(entry.name) and entry.name not in (folder.name, previous)
+        if old or _LEFTOVER.fullmatch(entry.name):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+@contextmanager
+def write_lock(path: Path, timeout_s: float) -> Iterator[None]:
+    """The right to write the bank at `path`, which is created if it is not there.
+
+    A folder that this call created and that no generation was written to is removed again.
+
+    Raises:
+        DataError: `path` exists and is not a bank.
+        UnavailableError: Another writer holds the lock for longer than `timeout_s`.
+    """
+    _refuse_foreign(path)
+    lock = _acquire(path, timeout_s)
+    try:
+        yield
+    finally:
+        if not (path / CURRENT).exists() and os.listdir(path) == [_LOCK]:
+            (path / _LOCK).unlink()
+            path.rmdir()
+        lock.close()
+
+
+def _refuse_foreign(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise DataError(f"path={path}: is a file, not a feature bank; choose another path")
+    for name in os.listdir(path):
+        ours = name in (CURRENT, _LOCK) or _GENERATION.fullmatch(name) or _LEFTOVER.fullmatch(name)
+        if not ours:
+            raise DataError(
+                f"path={path}: exists and is not a feature bank (it holds {name!r}); "
+                "choose another path"
+            )
+
+
+def _acquire(path: Path, timeout_s: float) -> IO[bytes]:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = open(path / _LOCK, "ab")  # noqa: SIM115 (it lives as long as the lock)
+        except FileNotFoundError:
+            continue  # an abandoned first write just removed the folder
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / _LOCK)):
+                return lock
+        except FileNotFoundError:
+            pass  # we locked a file whose name is gone
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                lock.close()
+                raise UnavailableError(
+                    f"path={path}: another writer has been holding this bank for {timeout_s:g} s; "
+                    "wait for it to finish, or raise lock_timeout_s"
+                ) from None
+            time.sleep(0.05)
+        lock.close()

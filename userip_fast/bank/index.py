@@ -1,0 +1,222 @@
+"""From user keys to rows: keys in hash order behind a directory of their hashes' top bits.
+
+    hash -> bucket (top b bits) -> its rows -> binary search for the hash -> compare the key
+
+b is chosen so that a bucket holds 8 to 16 users on average: a look-up touches one line of the
+directory and one or two of the keys. Everything is vectorised over the batch, nothing loops over
+keys. A bucket may be of any size and hashes may collide: both cost time, never a wrong answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from userip_fast.errors import DataError, FormatError, MismatchError
+from userip_fast.keys import canonical_keys, hash_keys, key_order
+
+_USERS_PER_BUCKET = 8  # at least, on average; below 16, since the number of buckets doubles
+
+
+class KeyTypeError(MismatchError, TypeError):
+    """Keys are neither integers nor strings, or not of the bank's key type."""
+
+
+def as_keys(name: str, values: Any) -> pa.Array:
+    """`values` as [n] int64 or large_string keys; one integer or string counts as n = 1.
+
+    Raises:
+        KeyTypeError: They are not all integers within int64 or all valid strings, or one is null.
+    """
+    if isinstance(values, str | int | np.integer):
+        values = [values]
+    elif isinstance(values, tuple):
+        values = list(values)  # not through numpy, whose strings lose trailing NULs
+    elif not isinstance(values, list | pa.Array | pa.ChunkedArray):
+        values = np.asarray(values)
+    try:
+        keys = canonical_keys(values)
+    except (DataError, TypeError, OverflowError, UnicodeError) as e:
+        raise KeyTypeError(f"{name}: {e}; pass integers (within int64) or strings") from e
+    return keys
+
+
+def key_type(keys: pa.Array) -> str:
+    """ "int64" or "string"."""
+    return "int64" if pa.types.is_integer(keys.type) else "string"
+
+
+def refuse_duplicates(name: str, keys: pa.Array, hashes: NDArray[np.uint64]) -> None:
+    """Checks that keys in hash order (ties by key) are unique.
+
+    Raises:
+        DataError: A key occurs more than once; the first ten are named.
+    """
+    tied = np.flatnonzero(hashes[1:] == hashes[:-1])
+    same = _equal(keys.take(pa.array(tied)), keys.take(pa.array(tied + 1)))
+    if same.any():
+        twice = keys.take(pa.array(tied[same])).unique()
+        raise DataError(
+            f"{name}: every user must occur once; {len(twice)} occur more than once: "
+            f"{name_some(twice)}"
+        )
+
+
+def name_some(keys: pa.Array) -> str:
+    """The first ten keys, for messages."""
+    shown = ", ".join(repr(k) for k in keys[:10].to_pylist())
+    return shown + (", ..." if len(keys) > 10 else "")
+
+
+def in_hash_order(
+    name: str, keys: pa.Array, hashes: NDArray[np.uint64]
+) -> tuple[pa.Array, NDArray[np.uint64], NDArray[np.int64]]:
+    """(keys, hashes, order): both sorted by hash, ties by key; `order` sorts what goes with them.
+
+    Raises:
+        DataError: A key occurs more than once.
+    """
+    order = key_order(keys, hashes)
+    keys, hashes = keys.take(pa.array(order)), hashes[order]
+    refuse_duplicates(name, keys, hashes)
+    return keys, hashes, order
+
+
+def directory_bits(num_users: int) -> int:
+    """How many top bits of the hash choose the bucket."""
+    return max(1, (num_users // _USERS_PER_BUCKET).bit_length() - 1)
+
+
+def directory_dtype(num_users: int) -> str:
+    return "<u4" if num_users < 2**32 else "<u8"
+
+
+def build_directory(hashes: NDArray[np.uint64]) -> NDArray[Any]:
+    """First row of each bucket, [2**b + 1]; the last entry is the number of users.
+
+    Args:
+        hashes: [n] sorted hashes.
+    """
+    bits = directory_bits(len(hashes))
+    bucket = (hashes >> np.uint64(64 - bits)).astype(np.int64)
+    directory = np.zeros(2**bits + 1, directory_dtype(len(hashes)))
+    np.cumsum(np.bincount(bucket, minlength=2**bits), out=directory[1:])
+    return directory
+
+
+@dataclass(frozen=True)
+class HashIndex:
+    """Mapped keys of a bank, searchable.
+
+    Attributes:
+        path: Folder of the generation, for messages.
+        integers: [n] int64 keys, or None for string keys.
+        offsets: [n + 1] int64 byte offsets of string keys, else None.
+        text: UTF-8 bytes of string keys, else None.
+        hashes: [n] uint64 of string keys; those of integers are computed, which is cheaper.
+        directory: See `build_directory`.
+    """
+
+    path: Path
+    integers: NDArray[np.int64] | None
+    offsets: NDArray[np.int64] | None
+    text: NDArray[np.uint8] | None
+    hashes: NDArray[np.uint64] | None
+    directory: NDArray[Any]
+
+    def __len__(self) -> int:
+        if self.integers is not None:
+            return len(self.integers)
+        assert self.offsets is not None
+        return len(self.offsets) - 1
+
+    def keys(self) -> pa.Array:
+        """All keys in hash order, without a copy.
+
+        Raises:
+            FormatError: The stored strings are not what was written.
+        """
+        n = len(self)
+        if self.integers is not None:
+            return pa.Array.from_buffers(pa.int64(), n, [None, pa.py_buffer(self.integers)])
+        buffers = [None, pa.py_buffer(self.offsets), pa.py_buffer(self.text)]
+        array = pa.Array.from_buffers(pa.large_string(), n, buffers)
+        try:
+            array.validate(full=True)  # Arrow itself trusts offsets: bad ones would crash it
+        except pa.ArrowInvalid as e:
+            raise FormatError(f"{self.path}: the string keys are damaged ({e})") from e
+        return array
+
+    def find(self, queries: pa.Array) -> NDArray[np.int64]:
+        """Row of each key, [len(queries)]; -1 where the bank has no such key.
+
+        Args:
+            queries: Canonical keys of the bank's key type.
+
+        Raises:
+            FormatError: The directory or the string offsets point outside their files.
+        """
+        rows = np.full(len(queries), -1, np.int64)
+        if len(self) == 0 or len(queries) == 0:
+            return rows
+        wanted = hash_keys(queries)
+        bits = (len(self.directory) - 1).bit_length() - 1
+        bucket = (wanted >> np.uint64(64 - bits)).astype(np.int64)
+        start = self.directory.take(bucket).astype(np.int64)
+        end = self.directory.take(bucket + 1).astype(np.int64)
+        longest = int((end - start).max())
+        if int(end.max()) > len(self) or int((end - start).min()) < 0:
+            raise FormatError(f"{self.path}: the hash directory is damaged; restore the bank")
+
+        # Lower bound: `row` moves past every hash of the bucket below the wanted one.
+        row = start
+        step = 1 << longest.bit_length() >> 1
+        while step:
+            probe = row + step
+            below = (self._hashes_at(probe - 1) < wanted) & (probe <= end)
+            row = row + step * below
+            step >>= 1
+
+        # Keys of an equal hash follow each other: nearly always one.
+        left = np.flatnonzero(row < end)
+        while len(left):
+            at = row[left]
+            tied = self._hashes_at(at) == wanted[left]
+            left, at = left[tied], at[tied]
+            same = self._equal_at(at, queries.take(pa.array(left)))
+            rows[left[same]] = at[same]
+            left = left[~same]
+            row[left] += 1
+            left = left[row[left] < end[left]]
+        return rows
+
+    def _hashes_at(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Hashes of the keys at `rows`; a row past the end reads the last one."""
+        if self.integers is not None:
+            return hash_keys(self.integers.take(rows, mode="clip"))
+        assert self.hashes is not None
+        return self.hashes.take(rows, mode="clip")
+
+    def _equal_at(self, rows: NDArray[np.int64], queries: pa.Array) -> NDArray[np.bool_]:
+        """Whether the key at each row is the query."""
+        if self.integers is not None:
+            return np.asarray(self.integers.take(rows) == queries.to_numpy())
+        assert self.offsets is not None
+        assert self.text is not None
+        start, end = self.offsets.take(rows), self.offsets.take(rows + 1)
+        if ((start < 0) | (end < start) | (end > len(self.text))).any():
+            raise FormatError(f"{self.path}: the string keys' offsets are damaged")
+        # As bytes: an altered key may not be UTF-8, and then it just differs.
+        buffers = [None, pa.py_buffer(self.offsets), pa.py_buffer(self.text)]
+        stored = pa.Array.from_buffers(pa.large_binary(), len(self), buffers)
+        return _equal(stored.take(pa.array(rows)), queries.cast(pa.large_binary()))
+
+
+def _equal(a: pa.Array, b: pa.Array) -> NDArray[np.bool_]:
+    return np.asarray(pc.equal(a, b).to_numpy(zero_copy_only=False), dtype=np.bool_)

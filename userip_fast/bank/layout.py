@@ -1,0 +1,331 @@
+"""What one generation of a bank holds: layout version 1.
+
+    manifest.json       format, version, users, key type, fields, model fingerprint, metadata,
+                        and of every file below its dtype, shape and SHA-256
+    keys.bin            int64 [n]                       \\
+    key_offsets.bin     int64 [n + 1]  of string keys    | in hash order, ties by key
+    key_text.bin        UTF-8 bytes    of string keys    |
+    key_hashes.bin      uint64 [n]     of string keys   /
+    directory.bin       uint32 [2**b + 1], see `userip_fast.bank.index`
+    codes.bin           [n, J], row-major, the smallest unsigned type that holds K_j for every j:
+                        code ids are 0 .. K_j - 1, and K_j itself is reserved for unknown users
+    probabilities.bin   float32 [n, J], optional
+
+All arrays are raw and little-endian. Opening checks the manifest's own SHA-256 (kept in CURRENT)
+and the size of every file; `Generation.verify` reads everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from userip_fast.bank.generations import MANIFEST
+from userip_fast.bank.index import (
+    HashIndex,
+    build_directory,
+    directory_bits,
+    directory_dtype,
+    key_type,
+    refuse_duplicates,
+)
+from userip_fast.errors import ConfigError, DataError, FormatError
+from userip_fast.files import read_json, sha256_file, write_json
+from userip_fast.keys import hash_keys, key_order
+
+FORMAT = "userip_fast.bank"
+VERSION = 1
+
+Field = dict[str, Any]
+"""`{"name": str, "codebook_size": int, "code_names": [str, ...] | None}`"""
+
+
+def check_fields(fields: Sequence[Mapping[str, Any]]) -> list[Field]:
+    """The fields as plain dicts.
+
+    Raises:
+        ConfigError: None at all, a size or a list of names that does not fit, a name used twice.
+    """
+    if not fields:
+        raise ConfigError("fields: a bank has at least one profile field, got none")
+    checked: list[Field] = []
+    for j, field in enumerate(fields):
+        unknown = set(field) - {"name", "codebook_size", "code_names"}
+        name, size = field.get("name"), field.get("codebook_size")
+        names = field.get("code_names")
+        if unknown:
+            raise ConfigError(f"fields[{j}]: unknown entries {sorted(unknown)}")
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"fields[{j}]: name must be a text that is not empty, got {name!r}")
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**32:
+            raise ConfigError(f"field {name!r}: codebook_size must be 1 .. 2**32 - 1, got {size!r}")
+        if names is not None:
+            names = list(names)
+            if len(names) != size or not all(isinstance(n, str) for n in names):
+                raise ConfigError(
+                    f"field {name!r}: code_names must be {size} texts, one per code, "
+                    f"got {len(names)}: {names[:3]!r}"
+                )
+        checked.append({"name": name, "codebook_size": size, "code_names": names})
+    # They become the columns of the Parquet file.
+    columns = ["user_id"]
+    for field in checked:
+        columns += [field["name"], f"{field['name']}_probability"]
+    clash = sorted({c for c in columns if columns.count(c) > 1})
+    if clash:
+        raise ConfigError(f"fields: the column names {clash} are used twice; rename a field")
+    return checked
+
+
+def code_dtype(fields: Sequence[Field]) -> np.dtype[Any]:
+    """Smallest unsigned type that holds 0 .. K_j (K_j: unknown user) of every field."""
+    return np.min_scalar_type(max(field["codebook_size"] for field in fields)).newbyteorder("<")
+
+
+def check_codes(fields: Sequence[Field], keys: pa.Array, code_ids: Any) -> NDArray[Any]:
+    """`code_ids` as a new [n, J] array of `code_dtype`.
+
+    Raises:
+        DataError: Wrong shape or dtype, or a code outside 0 .. K_j - 1.
+    """
+    codes = np.asarray(code_ids)
+    shape = (len(keys), len(fields))
+    if codes.shape != shape:
+        raise DataError(f"code_ids: must be [users, fields] = {shape}, got {codes.shape}")
+    if codes.dtype.kind not in "iu":
+        raise DataError(f"code_ids: must be integers, got {codes.dtype}")
+    sizes = np.array([field["codebook_size"] for field in fields])
+    bad = (codes < 0) | (codes >= sizes)
+    if bad.any():
+        i, j = np.argwhere(bad)[0]
+        raise DataError(
+            f"code_ids: user {keys[int(i)].as_py()!r} has code {codes[i, j]} in field "
+            f"{fields[j]['name']!r}, which has codes 0 .. {sizes[j] - 1} ({bad.sum()} such values)"
+        )
+    return codes.astype(code_dtype(fields))
+
+
+def check_probabilities(shape: tuple[int, int], probabilities: Any) -> NDArray[np.float32]:
+    """`probabilities` as a new float32 array of `shape`.
+
+    Raises:
+        DataError: Wrong shape, or a value that is not within 0 .. 1.
+    """
+    p = np.array(probabilities, dtype="<f4")
+    if p.shape != shape:
+        raise DataError(f"probabilities: must be [users, fields] = {shape}, got {p.shape}")
+    bad = ~((p >= 0) & (p <= 1))
+    if bad.any():
+        i, j = np.argwhere(bad)[0]
+        raise DataError(f"probabilities: must be within 0 .. 1, [{i}, {j}] is {p[i, j]}")
+    return p
+
+
+def write_generation(
+    folder: Path,
+    *,
+    keys: pa.Array,
+    hashes: NDArray[np.uint64],
+    codes: NDArray[Any],
+    probabilities: NDArray[np.float32] | None,
+    fields: Sequence[Field],
+    model_fingerprint: str,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Writes the files of a generation into `folder`.
+
+    Args:
+        folder: An empty folder.
+        keys: [n] canonical keys in hash order, unique.
+        hashes: [n] their hashes.
+        codes: [n, J], see `check_codes`.
+        probabilities: [n, J], see `check_probabilities`.
+    """
+    if key_type(keys) == "int64":
+        arrays: dict[str, NDArray[Any]] = {"keys.bin": keys.to_numpy()}
+    else:
+        arrays = _string_arrays(keys) | {"key_hashes.bin": hashes}
+    arrays |= {"directory.bin": build_directory(hashes), "codes.bin": codes}
+    if probabilities is not None:
+        arrays["probabilities.bin"] = probabilities
+    files = {}
+    for name, array in arrays.items():
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        array.tofile(folder / name)
+        files[name] = {
+            "dtype": array.dtype.str,
+            "shape": list(array.shape),
+            "sha256": hashlib.sha256(array.data).hexdigest(),
+        }
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "users": len(keys),
+        "key_type": key_type(keys),
+        "fields": list(fields),
+        "model_fingerprint": model_fingerprint,
+        "metadata": dict(metadata),
+        "files": files,
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def _string_arrays(keys: pa.Array) -> dict[str, NDArray[Any]]:
+    n = len(keys)
+    _, offset_buffer, text_buffer = keys.buffers()
+    offsets = np.zeros(1, np.int64)
+    if n:
+        offsets = np.frombuffer(offset_buffer, np.int64)[keys.offset : keys.offset + n + 1]
+    text = np.frombuffer(text_buffer or b"", np.uint8)[offsets[0] : offsets[-1]]
+    return {"key_offsets.bin": offsets - offsets[0], "key_text.bin": text}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An opened generation: checked manifest and mapped, read-only arrays."""
+
+    folder: Path
+    fields: list[Field]
+    key_type: str
+    model_fingerprint: str
+    metadata: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    index: HashIndex
+    codes: NDArray[Any]
+    probabilities: NDArray[np.float32] | None
+
+    @classmethod
+    def open(cls, folder: Path, manifest_sha256: str) -> Generation:
+        """Maps a generation; reads no more than the manifest and the sizes of the files.
+
+        Raises:
+            FormatError: Torn, altered, of another version or not ours; names the file.
+        """
+        path = folder / MANIFEST
+        manifest = read_json(path)
+        if sha256_file(path) != manifest_sha256:
+            raise FormatError(f"{path}: altered since it was written (SHA-256 differs)")
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise FormatError(f"{path}: not the manifest of a feature bank")
+        if manifest.get("version") != VERSION:
+            raise FormatError(
+                f"{path}: layout version {manifest.get('version')!r}, this release reads {VERSION}"
+            )
+        try:
+            fields = check_fields(manifest["fields"])
+            files: dict[str, dict[str, Any]] = manifest["files"]
+            users, kind = int(manifest["users"]), str(manifest["key_type"])
+            arrays = {}
+            for name, (dtype, shape) in _expected(users, kind, fields).items():
+                if name == "probabilities.bin" and name not in files:
+                    continue
+                got = (files[name]["dtype"], tuple(files[name]["shape"]))
+                if got != (dtype, shape or got[1]):
+                    raise FormatError(f"{path}: {name} is {got}, must be {(dtype, shape)}")
+                arrays[name] = _map(folder / name, np.dtype(dtype), got[1])
+            return cls(
+                folder=folder,
+                fields=fields,
+                key_type=kind,
+                model_fingerprint=manifest["model_fingerprint"],
+                metadata=manifest["metadata"],
+                files=files,
+                index=HashIndex(
+                    path=folder,
+                    integers=arrays.get("keys.bin"),
+                    offsets=arrays.get("key_offsets.bin"),
+                    text=arrays.get("key_text.bin"),
+                    hashes=arrays.get("key_hashes.bin"),
+                    directory=arrays["directory.bin"],
+                ),
+                codes=arrays["codes.bin"],
+                probabilities=arrays.get("probabilities.bin"),
+            )
+        except FormatError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            raise FormatError(f"{path}: not a valid manifest ({e!r})") from e
+
+    def verify(self) -> None:
+        """Reads every file and checks its SHA-256, then what the arrays say.
+
+        Raises:
+            FormatError: Names the file and what is wrong with it.
+        """
+        for name, entry in self.files.items():
+            if sha256_file(self.folder / name) != entry["sha256"]:
+                raise FormatError(
+                    f"{self.folder / name}: altered since it was written (SHA-256 differs); "
+                    "restore it from a copy or write the bank again"
+                )
+        keys = self.index.keys()
+        hashes = hash_keys(keys)
+        if not np.array_equal(key_order(keys, hashes), np.arange(len(keys))):
+            raise FormatError(f"{self.folder}: the keys are not in hash order")
+        try:
+            refuse_duplicates("keys", keys, hashes)
+            check_codes(self.fields, keys, self.codes)
+            if self.probabilities is not None:
+                check_probabilities((len(keys), len(self.fields)), self.probabilities)
+        except DataError as e:
+            raise FormatError(f"{self.folder}: {e}") from e
+        if self.index.hashes is not None and not np.array_equal(self.index.hashes, hashes):
+            raise FormatError(f"{self.folder / 'key_hashes.bin'}: not the hashes of the keys")
+        if not np.array_equal(self.index.directory, build_directory(hashes)):
+            raise FormatError(f"{self.folder / 'directory.bin'}: does not fit the keys")
+
+
+def _expected(
+    users: int, kind: str, fields: Sequence[Field]
+) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """dtype and shape of every file; None where the shape is free."""
+    rows = (users, len(fields))
+    expected: dict[str, tuple[str, tuple[int, ...] | None]] = {
+        "directory.bin": (directory_dtype(users), (2 ** directory_bits(users) + 1,)),
+        "codes.bin": (code_dtype(fields).str, rows),
+        "probabilities.bin": ("<f4", rows),
+    }
+    if kind == "int64":
+        return expected | {"keys.bin": ("<i8", (users,))}
+    return expected | {
+        "key_offsets.bin": ("<i8", (users + 1,)),
+        "key_text.bin": ("|u1", None),
+        "key_hashes.bin": ("<u8", (users,)),
+    }
+
+
+def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Maps a file read-only as a plain array, after checking its size."""
+    want = dtype.itemsize * math.prod(shape)
+    try:
+        got = path.stat().st_size
+        if got != want:
+            raise FormatError(f"{path}: is {got} bytes, must be {want}; the file is torn")
+        if want == 0:  # an empty file cannot be mapped
+            return np.empty(shape, dtype)
+        return np.asarray(np.memmap(path, dtype, mode="r", shape=shape))
+    except OSError as e:
+        raise FormatError(f"{path}: cannot be opened ({e})") from e
+
+
+def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`metadata` as it will be read back.
+
+    Raises:
+        ConfigError: It is not a mapping of JSON values.
+    """
+    try:
+        checked = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"metadata: must be a mapping of JSON values ({e})") from e
+    assert isinstance(checked, dict)
+    return checked
