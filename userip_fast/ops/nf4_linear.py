@@ -2,8 +2,8 @@
 
     y = x W^T + bias,    dx = dy W,    W = nf4_dequantize(weight) in x's dtype, accumulated in fp32
 
-Backward reads the 4-bit weight again: no dequantised copy and no activation is kept for it. The same
-W is used both ways (bitsandbytes rounds it to the stored dtype in backward only).
+Backward reads the 4-bit weight again: no dequantised copy and no activation is kept. The same W is
+used both ways (bitsandbytes rounds it to the stored dtype in backward only).
 """
 
 from __future__ import annotations

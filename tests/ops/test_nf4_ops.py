@@ -1,0 +1,156 @@
+"""nf4_dequantize and nf4_linear: every implementation against the reference and a dense layer."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from userip_fast import ops
+from userip_fast.nf4 import BLOCKSIZES, NF4Weight
+from userip_fast.ops.nf4_dequantize import _nf4_dequantize, nf4_dequantize_reference
+from userip_fast.ops.nf4_linear import _nf4_linear, _nf4_linear_grad
+from userip_fast.testing import assert_close_to_oracle, poisoned_memory
+
+DEQUANTIZE = ["reference"]
+LINEAR = ["reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# (N, K): one value; odd; rows of one block and one more; blocks across rows; several tiles.
+SHAPES = [(1, 1), (5, 7), (3, 64), (9, 65), (31, 96), (129, 320)]
+
+
+def make(shape, nested=True, blocksize=64, seed=0):
+    torch.manual_seed(seed)
+    weight = torch.randn(shape) * (0.1 + torch.rand(shape[0], 1)) / shape[1] ** 0.5
+    return NF4Weight.quantize(weight, blocksize=blocksize, nested=nested)
+
+
+def reference(weight, dtype):
+    return nf4_dequantize_reference(*weight.tensors(), *weight.shape, weight.blocksize, dtype)
+
+
+@pytest.mark.parametrize("impl", DEQUANTIZE)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dequantize_equals_the_reference_in_every_bit(shape, dtype, nested, impl):
+    weight = make(shape, nested)
+    with poisoned_memory():
+        got = ops.nf4_dequantize(weight, dtype=dtype, impl=impl)
+    assert got.dtype == dtype
+    assert torch.equal(got, reference(weight, dtype))
+
+
+@pytest.mark.parametrize("impl", DEQUANTIZE)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_dequantize_every_blocksize(blocksize, impl):
+    weight = make((67, 250), blocksize=blocksize)
+    assert torch.equal(ops.nf4_dequantize(weight, impl=impl), reference(weight, torch.float32))
+
+
+@pytest.mark.parametrize("impl", DEQUANTIZE)
+def test_dequantize_extreme_scales(impl):
+    """Zero, denormal and huge scales: they vanish, round or overflow alike."""
+    absmax = torch.tensor([0.0, 1e-42, 3e-39, 1e-30, 6e4, 7e4, 1e30, 3.4e38])
+    packed = torch.arange(256, dtype=torch.uint8)
+    weight = NF4Weight(packed, absmax, (8, 64), 64)
+    for dtype in DTYPES:
+        assert torch.equal(
+            ops.nf4_dequantize(weight, dtype=dtype, impl=impl), reference(weight, dtype)
+        )
+
+
+def run_linear(weight, x, bias, grad, impl):
+    x = x.clone().requires_grad_()
+    with poisoned_memory():
+        y = ops.nf4_linear(x, weight, bias, impl=impl)
+        y.backward(grad)
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("impl", LINEAR)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_and_its_gradient_equal_the_dequantised_dense_layer(shape, dtype, bias, impl):
+    weight = make(shape)
+    dense = reference(weight, dtype)
+    b = torch.randn(shape[0]).to(dtype) if bias else None
+    for rows in (1, 2, 3, 5, 8, 17, 70):
+        x = torch.randn(rows, shape[1]).to(dtype)
+        grad = torch.randn(rows, shape[0]).to(dtype)
+        y, dx = run_linear(weight, x, b, grad, impl)
+        low = F.linear(x, dense, b), grad @ dense
+        x64, g64, w64 = x.double(), grad.double(), dense.double()
+        oracle = F.linear(x64, w64, None if b is None else b.double()), g64 @ w64
+        assert_close_to_oracle(y, oracle[0], low[0], name=f"y, {rows} rows")
+        assert_close_to_oracle(dx, oracle[1], low[1], name=f"dx, {rows} rows")
+
+
+@pytest.mark.parametrize("impl", LINEAR)
+def test_linear_takes_any_leading_shape_and_strides(impl):
+    weight = make((20, 48))
+    for x in (
+        torch.randn(2, 3, 48),
+        torch.randn(48),
+        torch.randn(0, 48),
+        torch.randn(48, 5).T,
+        torch.randn(4, 100)[:, 7:55],
+    ):
+        y = ops.nf4_linear(x, weight, impl=impl)
+        assert y.shape == (*x.shape[:-1], 20)
+        torch.testing.assert_close(y, F.linear(x, reference(weight, x.dtype)))
+    # A gradient that arrives expanded (stride 0), as from `y.sum()`.
+    x = torch.randn(3, 48, requires_grad=True)
+    ops.nf4_linear(x, weight, impl=impl).sum().backward()
+    torch.testing.assert_close(x.grad, reference(weight, x.dtype).sum(0).expand(3, 48))
+
+
+@pytest.mark.parametrize("impl", LINEAR)
+def test_a_row_does_not_depend_on_who_else_is_in_the_batch_and_repeats(impl):
+    weight = make((40, 128))
+    x, grad = torch.randn(6, 128), torch.randn(6, 40)
+    first, again = (run_linear(weight, x, None, grad, impl) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    order = torch.tensor([3, 5, 0, 1, 4, 2])
+    y, dx = run_linear(weight, x[order], None, grad[order], impl)
+    assert torch.equal(y, first[0][order])
+    assert torch.equal(dx, first[1][order])
+
+
+@pytest.mark.parametrize("impl", LINEAR)
+def test_linear_saves_nothing_but_the_stored_weight(impl):
+    """No input, no dequantised weight and no weight gradient is kept between the passes."""
+    weight = make((64, 128))
+    own = {t.data_ptr() for t in weight.tensors() if t is not None}
+    saved = []
+    x = torch.randn(5, 128, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.nf4_linear(x, weight, torch.randn(64), impl=impl).sum().backward()
+    assert {t.data_ptr() for t in saved} == own
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("impl", LINEAR)
+def test_opcheck(impl, nested):
+    weight = make((10, 64), nested)
+    sizes = (*weight.tensors(), *weight.shape, weight.blocksize)
+    x, grad = torch.randn(3, 64, requires_grad=True), torch.randn(3, 10)
+    torch.library.opcheck(_nf4_linear, (x, *sizes, torch.randn(10), impl))
+    torch.library.opcheck(_nf4_linear_grad, (grad, *sizes, impl))
+    for dtype in DTYPES:
+        torch.library.opcheck(_nf4_dequantize, (*sizes, dtype, impl))
+
+
+def test_bad_arguments_are_named():
+    weight = make((10, 64))
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 64\]"):
+        ops.nf4_linear(torch.randn(3, 63), weight)
+    with pytest.raises(ValueError, match="float64"):
+        ops.nf4_linear(torch.randn(3, 64).double(), weight)
+    with pytest.raises(ValueError, match=r"bias must be \[10\]"):
+        ops.nf4_linear(torch.randn(3, 64), weight, torch.randn(9))
+    with pytest.raises(ValueError, match="requires_grad=True"):
+        ops.nf4_linear(torch.randn(3, 64), weight, torch.randn(10, requires_grad=True))
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        ops.nf4_dequantize(weight, dtype=torch.float64)
+    with pytest.raises(ValueError, match="impl='nope'"):
+        ops.nf4_linear(torch.randn(3, 64), weight, impl="nope")
