@@ -2,8 +2,9 @@
 
 Users are always kept in the order of their key's hash (ties by the key itself). The shard of a user
 is the top 8 bits of that hash, so hash order is also shard order: the data layer, the EM sums and
-the feature bank all rely on this one order. A hash value never changes between releases or machines:
-banks on disk and resumed runs depend on it. Collisions are harmless: callers compare keys.
+the feature bank all rely on this one order. A hash value never changes between releases or
+machines: banks on disk and resumed runs depend on it. Collisions are harmless, as callers compare
+keys.
 
 Source: splitmix64, Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
 """

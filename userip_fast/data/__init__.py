@@ -1,0 +1,32 @@
+"""Interaction logs and item tables: read, checked, split, and turned into per-user events."""
+
+from userip_fast.data.feedback import (
+    Catalogue,
+    Events,
+    FeedbackScale,
+    Negatives,
+    make_events,
+)
+from userip_fast.data.interactions import Interactions
+from userip_fast.data.nete import read_nete
+from userip_fast.data.read import read_interactions
+from userip_fast.data.report import BadRow, BadRows
+from userip_fast.data.splits import split_by_time, split_last, split_users
+from userip_fast.data.text import TextTemplate
+
+__all__ = [
+    "BadRow",
+    "BadRows",
+    "Catalogue",
+    "Events",
+    "FeedbackScale",
+    "Interactions",
+    "Negatives",
+    "TextTemplate",
+    "make_events",
+    "read_interactions",
+    "read_nete",
+    "split_by_time",
+    "split_last",
+    "split_users",
+]

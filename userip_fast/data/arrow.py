@@ -1,0 +1,22 @@
+"""Small steps between Arrow and numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+from numpy.typing import NDArray
+
+
+def combine(column: pa.ChunkedArray) -> pa.Array:
+    """One contiguous array of a table's column; strings become large_string, so none overflows."""
+    if pa.types.is_string(column.type):
+        column = column.cast(pa.large_string())
+    array = column.combine_chunks()
+    return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
+
+
+def to_numpy(array: pa.Array) -> NDArray[Any]:
+    """Values without nulls; copied where Arrow's layout is not numpy's, as for booleans."""
+    values: NDArray[Any] = array.to_numpy(zero_copy_only=False)
+    return values

@@ -1,0 +1,237 @@
+"""Review logs in the layout of NETE, PETER and PEPLER, read without running what a pickle says.
+
+The layout (as the data sets' own notes and github.com/lileipisces/PEPLER `utils.py` describe it): a
+folder with `reviews.pickle`, a list of dicts `user`, `item`, `rating`, `template` = (feature,
+adjective, sentence, sentiment) and perhaps more scalars (brand, price, ...); and folders `1`, `2`,
+... that each hold `train.index`, `validation.index` and `test.index`: positions in that list, from
+0, in one line with spaces between.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from userip_fast.data.filters import RowFilter
+from userip_fast.data.interactions import Interactions
+from userip_fast.data.read import Columns, build_interactions
+from userip_fast.data.sources import Source, TableLike, read_source
+from userip_fast.data.text import TextTemplate
+from userip_fast.errors import DataError
+
+_TEMPLATE = ("feature", "adjective", "sentence", "sentiment")
+_NUM_FEATURES = 3
+
+
+def read_nete(
+    folder: str | os.PathLike[str],
+    items: TableLike | None = None,
+    *,
+    fold: int | str | None = None,
+    split: str = "train",
+    text: str | None = None,
+    filter: str | None = None,
+    on_bad: str = "error",
+    min_history: int = 1,
+    seed: int = 0,
+) -> Interactions:
+    """Reads reviews as rated interactions, without times.
+
+    Args:
+        folder: The folder with `reviews.pickle`, or that file.
+        items: Item table with a column `item`; None: an item's columns are those of its first
+            review (other keys of the dicts included), and `features`, the three features named most
+            often in the reviews read (the train part, where a fold is given), joined by ", ".
+        fold: A folder of `split` indexes beside the pickle; None reads every review.
+        split: "train", "validation" or "test".
+        text: Item text; default "{features}", with `items` "{title}".
+        filter, on_bad, min_history, seed: As for `read_interactions`.
+
+    Raises:
+        DataError: As for `read_interactions`; or the pickle asks for anything but plain containers
+            and scalars, does not hold records as above, or an index does not fit it.
+    """
+    path = Path(folder)
+    file = path if path.suffix == ".pickle" else path / "reviews.pickle"
+    records = load_plain_pickle(file)
+    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+        raise DataError(f"{file}: must hold a list of dicts")
+    rows = described = np.arange(len(records))
+    if fold is not None:
+        rows = _read_index(file.parent / str(fold) / f"{split}.index", len(records))
+        described = _read_index(file.parent / str(fold) / "train.index", len(records))
+    table = _table(file, records)
+    if items is None:
+        table = table.append_column("features", _features(table, described))
+    log = Source(str(file), table, ((str(file), 0),), True)
+    template = TextTemplate(text or ("{features}" if items is None else "{title}"))
+    catalogue = None
+    if items is None:
+        template.check(table.column_names, log.name)
+    else:
+        as_text = {"item", *template.columns}
+        catalogue = read_source(items, None, what="items", as_text=as_text)
+        template.check(catalogue.table.column_names, catalogue.name)
+    return build_interactions(
+        log,
+        catalogue,
+        columns=Columns("user", "item", "rating", None),
+        template=template,
+        predicate=RowFilter(filter) if filter is not None else None,
+        rows=rows,
+        on_bad=on_bad,
+        min_history=min_history,
+        seed=seed,
+    )
+
+
+def _table(file: Path, records: list[dict[Any, Any]]) -> pa.Table:
+    """Records as columns; a key that a record lacks is null there."""
+    names = dict.fromkeys(name for record in records for name in record)
+    for name in ("user", "item", "rating"):
+        if name not in names:
+            raise DataError(f"{file}: no record has {name!r}; they have {list(names)}")
+    columns: dict[str, list[Any]] = {
+        str(name): [record.get(name) for record in records] for name in names
+    }
+    templates = columns.pop("template", None)
+    if templates is not None:
+        for row, value in enumerate(templates):
+            if not isinstance(value, tuple | list) or len(value) != len(_TEMPLATE):
+                raise DataError(
+                    f"{file}, row {row + 1}: template must be {_TEMPLATE}, is {value!r}"
+                )
+        parts = zip(_TEMPLATE, zip(*templates, strict=True), strict=True)
+        columns |= {name: list(values) for name, values in parts}
+    for name, values in columns.items():
+        for row, value in enumerate(values):
+            if not isinstance(value, str | int | float | None):
+                raise DataError(
+                    f"{file}, row {row + 1}: {name!r} must be text or a number, "
+                    f"is {type(value).__name__}"
+                )
+    arrays = {}
+    for name, values in columns.items():
+        try:
+            arrays[name] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as e:
+            raise DataError(f"{file}: {name!r} mixes types or exceeds int64 ({e})") from e
+    return pa.table(arrays)
+
+
+def _features(table: pa.Table, rows: NDArray[np.int64]) -> pa.Array:
+    """[n] the features named most often for each row's item among `rows`; ties alphabetical."""
+    if "feature" not in table.column_names:
+        return pa.nulls(table.num_rows, pa.string())
+    named = table.select(["item", "feature"]).take(rows).drop_null()
+    counts = named.group_by(["item", "feature"]).aggregate([([], "count_all")])
+    counts = counts.sort_by([("count_all", "descending"), ("feature", "ascending")])
+    best: dict[Any, list[str]] = {}
+    for item, feature in zip(
+        counts["item"].to_pylist(), counts["feature"].to_pylist(), strict=True
+    ):
+        features = best.setdefault(item, [])
+        if len(features) < _NUM_FEATURES:
+            features.append(str(feature))
+    texts = pa.array([", ".join(features) for features in best.values()], pa.string())
+    place = pc.index_in(table["item"], value_set=pa.array(list(best), table["item"].type))
+    return texts.take(place.combine_chunks())
+
+
+def _read_index(file: Path, n: int) -> NDArray[np.int64]:
+    try:
+        index = np.array(file.read_text(encoding="ascii").split(), np.int64)
+    except (OSError, ValueError, OverflowError) as e:
+        raise DataError(f"{file}: cannot be read as whole numbers with spaces between ({e})") from e
+    if len(index) == 0 or index.min() < 0 or index.max() >= n:
+        raise DataError(f"{file}: positions must be in [0, {n}), as reviews.pickle has {n} records")
+    if len(np.unique(index)) < len(index):
+        raise DataError(f"{file}: a position is given twice")
+    return np.sort(index)
+
+
+# Opcodes of plain containers and scalars, by how their argument is laid out (`pickletools.opcodes`
+# describes them all). Whatever is not here, buffers and extension codes among it, is refused.
+_FIXED = {
+    **dict.fromkeys(b".(0)]}lduast\x85\x86\x87eN\x88\x89\x94", 0),  # containers, None, bools
+    **dict.fromkeys(b"K\x80", 1),
+    b"M"[0]: 2,
+    b"J"[0]: 4,
+    **dict.fromkeys(b"G\x95", 8),
+}
+_PREFIXED = {b"\x8c"[0]: 1, b"U"[0]: 1, b"\x8a"[0]: 1, b"X"[0]: 4, b"T"[0]: 4, b"\x8d"[0]: 8}
+_LINE = frozenset(b"ILFVS")
+_MEMO = {b"q"[0]: 1, b"h"[0]: 1, b"r"[0]: 4, b"j"[0]: 4}
+_MEMO_LINE = frozenset(b"pg")
+_CLASS = frozenset(b"ci\x93")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for the class {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it asks for a persistent object")
+
+
+def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
+    """Loads a pickle of lists, tuples, dicts, text, numbers, bools and None.
+
+    No class is ever looked up, so nothing can be called. The opcodes are walked first: only those
+    of plain values may occur, and no memo index may exceed the file's size, so that a small file
+    cannot ask for much memory.
+
+    Raises:
+        DataError: The file asks for a class (named) or anything else that is not plain, or is torn.
+    """
+    try:
+        data = Path(path).read_bytes()
+        _walk(data)
+        return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
+    except (OSError, EOFError, IndexError, KeyError, TypeError, AttributeError, ValueError) as e:
+        raise DataError(f"{path}: not a pickle of plain values ({e})") from e
+    except (pickle.UnpicklingError, MemoryError, OverflowError, RecursionError) as e:
+        raise DataError(
+            f"{path}: only lists, tuples, dicts, text, numbers, bools and None are read from a "
+            f"pickle; {e or 'it asks for too much memory'}"
+        ) from e
+
+
+def _walk(data: bytes) -> None:
+    """Checks opcodes up to the end, or to the first class, where `find_class` refuses."""
+    at, size = 0, len(data)
+    find: Callable[[bytes, int], int] = data.find
+    while at < size:
+        op = data[at]
+        at += 1
+        if (fixed := _FIXED.get(op)) is not None:
+            at += fixed
+            if op == 0x2E:  # STOP
+                return
+        elif (width := _PREFIXED.get(op)) is not None:
+            at += width + int.from_bytes(data[at : at + width], "little")
+        elif (width := _MEMO.get(op)) is not None:
+            if int.from_bytes(data[at : at + width], "little") > size:
+                raise pickle.UnpicklingError("a memo index exceeds the file's size")
+            at += width
+        elif op in _LINE or op in _MEMO_LINE:
+            end = find(b"\n", at)
+            if end < 0:
+                break
+            if op in _MEMO_LINE and int(data[at:end]) > size:
+                raise pickle.UnpicklingError("a memo index exceeds the file's size")
+            at = end + 1
+        elif op in _CLASS:
+            return
+        else:
+            raise pickle.UnpicklingError(f"it uses the opcode 0x{op:02x}")
+    raise pickle.UnpicklingError("it ends too early")

@@ -1,0 +1,338 @@
+"""`read_interactions`: files to checked `Interactions`, every bad row accounted for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from userip_fast.data.arrow import to_numpy
+from userip_fast.data.filters import RowFilter
+from userip_fast.data.interactions import Interactions
+from userip_fast.data.report import NUM_EXAMPLES, BadRows, RowChecks
+from userip_fast.data.sources import Source, TableLike, read_source
+from userip_fast.data.text import TextTemplate
+from userip_fast.errors import DataError
+from userip_fast.keys import hash_keys, key_order, mix64
+
+Mask = NDArray[np.bool_]
+
+DEFAULT_TEXT = "{title}"
+
+
+def read_interactions(
+    interactions: TableLike,
+    items: TableLike | None = None,
+    *,
+    user: str = "user_id",
+    item: str = "item_id",
+    rating: str | None = None,
+    time: str | None = None,
+    text: str = DEFAULT_TEXT,
+    filter: str | None = None,
+    on_bad: str = "error",
+    min_history: int = 1,
+    seed: int = 0,
+) -> Interactions:
+    """Reads and checks an interaction log and its items.
+
+    Args:
+        interactions: Arrow table, .csv, .tsv, .parquet, .jsonl or .ndjson file, or a folder of
+            such; a `reviews.pickle` or its folder goes to `userip_fast.data.read_nete`.
+        items: The same kinds, one row per item. None: the columns of `text` are columns of the
+            interactions, and an item's text is the first non-empty one seen for it.
+        user, item: Key columns, integers (kept as int64) or strings; an empty string is a null.
+        rating: Numeric column, or None. A rating that never varies counts as none.
+        time: Column of seconds since 1970 (integers or floats) or of timestamps or dates, or None.
+            Events are sorted by it within a user, ties in file order. Without it they are in an
+            order fixed by `seed` and the keys, which no other row of the file influences.
+        text: Item text, see `TextTemplate`.
+        filter: Rows to keep, see `RowFilter`; applied before any check.
+        on_bad: "error" refuses the file if any row is bad; "skip" drops bad rows. Bad is: a null
+            key, an item that is not in `items`, an item whose text is empty, a null, NaN or
+            infinite rating or time, an item key that `items` holds twice (the first row is kept).
+            Items that nobody interacts with may have empty text.
+        min_history: Users with fewer events left are dropped and listed in `report`.
+        seed: Of the fixed order when there is no time.
+
+    Returns:
+        The data; `data.report` says what was dropped and why.
+
+    Raises:
+        DataError: A file cannot be read, a column is missing or of an unusable type, a row is bad
+            (unless skipped), or no user is left.
+    """
+    if isinstance(interactions, str | Path) and _is_nete(Path(interactions)):
+        from userip_fast.data.nete import read_nete
+
+        return read_nete(
+            interactions,
+            items,
+            text=None if text == DEFAULT_TEXT and items is None else text,
+            filter=filter,
+            on_bad=on_bad,
+            min_history=min_history,
+            seed=seed,
+        )
+    template = TextTemplate(text)
+    predicate = RowFilter(filter) if filter is not None else None
+    filtered_by = predicate.columns if predicate else ()
+    own_text = template.columns if items is None else ()
+    wanted = [user, item, *(c for c in (rating, time) if c is not None), *filtered_by, *own_text]
+    columns = list(dict.fromkeys(wanted))
+    as_text = {user, item, *own_text} - {*filtered_by, rating, time}
+    log = read_source(interactions, columns, what="interactions", as_text=as_text)
+    catalogue = None
+    if items is not None:
+        as_text = {item, *template.columns}
+        catalogue = read_source(items, None, what="items", as_text=as_text)
+        template.check(catalogue.table.column_names, catalogue.name)
+    return build_interactions(
+        log,
+        catalogue,
+        columns=Columns(user, item, rating, time),
+        template=template,
+        predicate=predicate,
+        on_bad=on_bad,
+        min_history=min_history,
+        seed=seed,
+    )
+
+
+def _is_nete(path: Path) -> bool:
+    return path.suffix == ".pickle" or (path / "reviews.pickle").is_file()
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of the log mean what."""
+
+    user: str
+    item: str
+    rating: str | None
+    time: str | None
+
+
+def build_interactions(
+    log: Source,
+    catalogue: Source | None,
+    *,
+    columns: Columns,
+    template: TextTemplate,
+    predicate: RowFilter | None,
+    on_bad: str,
+    min_history: int,
+    seed: int,
+    rows: NDArray[np.int64] | None = None,
+) -> Interactions:
+    """Checks rows (None: all) of sources already read, and sorts them into histories.
+
+    The other arguments and the errors are those of `read_interactions`.
+    """
+    if on_bad not in ("error", "skip"):
+        raise DataError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
+    if min_history < 1:
+        raise DataError(f"min_history must be at least 1, got {min_history}")
+    checks = RowChecks()
+    users, item_column = log.keys(columns.user), log.keys(columns.item)
+    read = np.arange(log.table.num_rows) if rows is None else rows
+    rows = read if predicate is None else read[predicate.mask(log.table)[read]]
+    kept_users, kept_items = users.take(rows), item_column.take(rows)
+
+    if catalogue is None:
+        items = _items_of_log(log, item_column, rows, template)
+    else:
+        items = _items_of_catalogue(catalogue, columns.item, template, checks)
+        kept_items, items = _one_key_type(log, catalogue, columns.item, kept_items, items)
+    found = pc.index_in(kept_items, value_set=items.keys)
+    place = to_numpy(pc.fill_null(found, -1))
+
+    checks.start(log, rows)
+    checks.add("null key", columns.user, to_numpy(pc.is_null(kept_users)), kept_users)
+    checks.add("null key", columns.item, to_numpy(pc.is_null(kept_items)), kept_items)
+    checks.add("unknown item", columns.item, place < 0, kept_items)
+    empty = np.append(items.empty, False)[place]
+    checks.add("empty text", columns.item, empty, kept_items)
+    ratings = times = None
+    if columns.rating is not None:
+        ratings, values = _ratings(log, columns.rating, rows)
+        checks.add("rating is not a number", columns.rating, ~np.isfinite(ratings), values)
+    if columns.time is not None:
+        times, invalid, values = _times(log, columns.time, rows)
+        checks.add("time is not valid", columns.time, invalid, values)
+    if checks.counts and on_bad == "error":
+        raise checks.error()
+
+    good = np.flatnonzero(~checks.bad)
+    seen = pc.unique(
+        users.take(read)
+    ).drop_null()  # also users all of whose rows are gone: they are listed
+    hashes = hash_keys(seen)
+    order = key_order(seen, hashes)
+    seen, hashes = seen.take(order), hashes[order]
+    event_user = to_numpy(pc.index_in(kept_users.take(good), value_set=seen)).astype(np.int64)
+    lengths = np.bincount(event_user, minlength=len(seen))
+    enough = lengths >= min_history
+    short = seen.filter(pa.array(~enough))
+    report = BadRows(
+        rows_read=len(read),
+        rows_filtered=len(read) - len(rows),
+        counts=checks.counts,
+        examples=checks.examples(),
+        short_users=len(short),
+        short_examples=tuple(short[:NUM_EXAMPLES].to_pylist()),
+        min_history=min_history,
+    )
+    if not enough.any():
+        raise DataError(
+            f"{log.name}: no user with behaviour is left (at least {min_history} event(s) each)\n"
+            f"{report.table()}"
+        )
+
+    stay = enough[event_user]
+    good, event_user = good[stay], event_user[stay]
+    within: NDArray[Any]
+    if times is not None:
+        within = times[good]
+    else:  # fixed by the keys alone; repeats of an item stay in file order
+        salt = mix64(np.array([seed], np.int64).view(np.uint64))
+        item_hash = hash_keys(items.keys)[place[good]]
+        within = mix64(mix64(hashes[event_user] ^ salt) ^ item_hash)
+    sort = np.lexsort((within, event_user))
+    good = good[sort]
+
+    item_kept = ~items.empty
+    new_place = np.cumsum(item_kept, dtype=np.int32) - np.int32(1)
+    rating_values = None if ratings is None else ratings[good]
+    constant = None
+    if rating_values is not None and rating_values.min() == rating_values.max():
+        constant, rating_values = float(rating_values[0]), None
+    valid = pa.array(item_kept)
+    return Interactions(
+        user_keys=seen.filter(pa.array(enough)),
+        item_keys=items.keys.filter(valid),
+        item_text=items.text.filter(valid),
+        items=items.table.filter(valid),
+        offsets=np.concatenate([[0], np.cumsum(lengths[enough])]).astype(np.int64),
+        item_index=new_place[place[good]],
+        rating=rating_values,
+        time=None if times is None else times[good],
+        ordered=times is not None,
+        constant_rating=constant,
+        report=report,
+    )
+
+
+@dataclass(frozen=True)
+class _Items:
+    """Items with distinct keys, [I] each."""
+
+    keys: pa.Array
+    text: pa.Array
+    empty: Mask
+    table: pa.Table
+
+
+def _items_of_catalogue(
+    catalogue: Source, item: str, template: TextTemplate, checks: RowChecks
+) -> _Items:
+    keys = catalogue.keys(item)
+    checks.start(catalogue, np.arange(len(keys)))
+    checks.add("null key", item, to_numpy(pc.is_null(keys)), keys)
+    first = np.zeros(len(keys), bool)
+    first[_first_rows(keys)] = True
+    checks.add("duplicate item", item, ~first, keys)
+    kept = np.flatnonzero(~checks.bad)
+    table = catalogue.table.take(kept)
+    text = template.render(table)
+    return _Items(keys.take(kept), text, to_numpy(pc.equal(text, "")), table)
+
+
+def _items_of_log(
+    log: Source, keys: pa.Array, rows: NDArray[np.int64], template: TextTemplate
+) -> _Items:
+    """Each item by the first of its rows that has a text, or its first row."""
+    text = template.render(log.table.take(rows))
+    keys = keys.take(rows)
+    filled = np.flatnonzero(to_numpy(pc.not_equal(text, "")))
+    candidates = np.concatenate([filled, np.arange(len(rows))])
+    kept = candidates[_first_rows(keys.take(candidates))]
+    text = text.take(kept)
+    table = log.table.select(template.columns).take(rows[kept])
+    return _Items(keys.take(kept), text, to_numpy(pc.equal(text, "")), table)
+
+
+def _first_rows(keys: pa.Array) -> NDArray[np.int64]:
+    """Rows at which each non-null key is seen for the first time, ascending."""
+    codes = keys.dictionary_encode().indices
+    _, first = np.unique(to_numpy(codes.drop_null()), return_index=True)
+    return np.sort(np.flatnonzero(to_numpy(codes.is_valid()))[first])
+
+
+def _one_key_type(
+    log: Source, catalogue: Source, item: str, keys: pa.Array, items: _Items
+) -> tuple[pa.Array, _Items]:
+    """Lets digits read from a CSV file meet item keys that the other table holds as text."""
+    if keys.type == items.keys.type:
+        return keys, items
+    text = pa.large_string()
+    if keys.type != text and not log.typed:
+        return keys.cast(text), items
+    if items.keys.type != text and not catalogue.typed:
+        return keys, replace(items, keys=items.keys.cast(text))
+    raise DataError(
+        f"{log.name}: column {item!r} is {keys.type}, but it is {items.keys.type} in "
+        f"{catalogue.name}; write both as integers or both as strings"
+    )
+
+
+def _ratings(
+    log: Source, name: str, rows: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], pa.Array]:
+    values = log.column(name).take(rows)
+    kind = values.type
+    if not (
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_decimal(kind)
+        or pa.types.is_null(kind)
+    ):
+        raise DataError(f"{log.name}: rating column {name!r} is {kind}, not a number")
+    floats = pc.fill_null(values.cast(pa.float32(), safe=False), np.float32("nan"))
+    return to_numpy(floats), values
+
+
+def _times(
+    log: Source, name: str, rows: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], Mask, pa.Array]:
+    """Microseconds since 1970, 0 where they are not valid, and where that is."""
+    values = log.column(name).take(rows)
+    kind = values.type
+    micros = pa.timestamp("us")
+    try:
+        if pa.types.is_integer(kind):
+            whole = pc.multiply_checked(values.cast(pa.int64()), 1_000_000)
+        elif pa.types.is_floating(kind):
+            finite = pc.if_else(pc.is_finite(values), values, pa.scalar(None, kind))
+            whole = pc.round(pc.multiply(finite.cast(pa.float64()), 1e6)).cast(pa.int64())
+        elif pa.types.is_timestamp(kind):
+            unit = pa.timestamp("us", tz=kind.tz)
+            whole = values.cast(unit, safe=False).cast(pa.int64())
+        elif pa.types.is_date(kind) or pa.types.is_large_string(kind):
+            whole = values.cast(micros).cast(pa.int64())
+        elif pa.types.is_null(kind):
+            whole = values.cast(pa.int64())
+        else:
+            raise DataError(f"{log.name}: time column {name!r} is {kind}, not a time")
+    except pa.ArrowInvalid as e:
+        raise DataError(
+            f"{log.name}: time column {name!r} of type {kind} must hold seconds since 1970, "
+            f"timestamps or dates ({e})"
+        ) from e
+    return to_numpy(pc.fill_null(whole, 0)), to_numpy(pc.is_null(whole)), values
