@@ -66,7 +66,7 @@ def cuda_architectures() -> str:
     for arch in listed.replace(";", " ").replace(",", " ").split():
         number = arch.removesuffix("+PTX").replace(".", "")
         if not re.fullmatch(r"[0-9]{2,3}[af]?", number):
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: wanted numbers such as 8.0 or 9.0a, got {arch!r}")
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {arch!r} is not a number such as 9.0a")
         real.append(f"{number}-real")
         if arch.endswith("+PTX"):
             virtual.append(f"{number}-virtual")
@@ -91,7 +91,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
         ]
         if ninja := shutil.which("ninja"):
-            # Named in full: the ninja of an earlier isolated build is gone but stays in CMake's cache.
+            # In full: the ninja of an earlier isolated build is gone but stays in CMake's cache.
             configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         nvcc = find_nvcc()
         if nvcc:

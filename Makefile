@@ -1,0 +1,64 @@
+# One command each, on a machine with Python 3.11+ and git only:
+#   make demo        set up .venv, run the main job on a planted world, write runs/demo
+#   make test        set up .venv, run the tests
+#   make lint        ruff, mypy, clang-format, typos and text rules (the pre-commit hooks)
+#   make bench       the benchmark suite on this machine
+#   make gpu-check   on a GPU machine, offline: build in place, gpu tests, sanitizers, benchmarks
+#   make clean       remove build products (`make distclean`: and .venv)
+# PYTHON=python3.12 chooses the interpreter; pip's own settings (PIP_*, pip.conf) pass through.
+
+SHELL := /bin/sh
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip
+# Without an NVIDIA driver torch is held at the version of constraints.txt, whose CPU wheel pip
+# prefers where one is provided; with one, torch is whatever pip finds.
+CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints.txt)
+NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: help demo test lint bench gpu-check clean distclean
+help:
+	@sed -n '2,8s/^# //p' Makefile
+
+demo: .venv/.installed
+	$(BIN)/userip demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+bench: .venv/.installed
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: .venv/.linters
+	PATH="$(CURDIR)/$(BIN):$$PATH" PRE_COMMIT_HOME=.venv/.pre-commit pre-commit run --all-files
+
+# No .venv and no download: torch, triton, transformers, pybind11, cmake, ninja are already there.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+
+clean:
+	rm -rf build dist *.egg-info userip_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv
+
+# Stamps: each runs again only when what it was made from has changed.
+.venv/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "userip_fast needs Python 3.11 or newer, got: $$($(PYTHON) --version 2>&1);" \
+	       "name one by make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) install $(CONSTRAINTS) 'torch>=2.11'
+	@touch $@
+
+.venv/.installed: .venv/.torch pyproject.toml $(NATIVE)
+	$(PIP) install $(CONSTRAINTS) -e '.[test,nf4,triton,report]'
+	@$(BIN)/python -c 'from userip_fast import _extension as e; \
+	  print("compiled extension:", e.why_not() or "usable")'
+	@touch $@
+
+.venv/.linters: .venv/.installed
+	$(PIP) install $$($(BIN)/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"])')
+	@touch $@
