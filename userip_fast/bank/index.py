@@ -1,9 +1,9 @@
 """From user keys to rows: keys in hash order behind a directory of their hashes' top bits.
 
-    hash -> bucket (top b bits) -> its rows -> binary search for the hash -> compare the key
+    hash -> bucket (top b bits) -> its first row -> compare with a window of 16 users -> next window
 
 b is chosen so that a bucket holds 8 to 16 users on average: a look-up touches one line of the
-directory and one or two of the keys. Everything is vectorised over the batch, nothing loops over
+directory and two or three of the keys. Everything is vectorised over the batch, nothing loops over
 keys. A bucket may be of any size and hashes may collide: both cost time, never a wrong answer.
 """
 
@@ -22,6 +22,8 @@ from userip_fast.errors import DataError, FormatError, MismatchError
 from userip_fast.keys import canonical_keys, hash_keys, key_order
 
 _USERS_PER_BUCKET = 8  # at least, on average; below 16, since the number of buckets doubles
+_WINDOW = 16  # users compared at once
+_CHUNK = 8192  # look-ups at once: their windows take 1 MiB
 
 
 class KeyTypeError(MismatchError, TypeError):
@@ -163,53 +165,48 @@ class HashIndex:
             FormatError: The directory or the string offsets point outside their files.
         """
         rows = np.full(len(queries), -1, np.int64)
-        if len(self) == 0 or len(queries) == 0:
-            return rows
-        wanted = hash_keys(queries)
-        bits = (len(self.directory) - 1).bit_length() - 1
-        bucket = (wanted >> np.uint64(64 - bits)).astype(np.int64)
-        start = self.directory.take(bucket).astype(np.int64)
-        end = self.directory.take(bucket + 1).astype(np.int64)
-        longest = int((end - start).max())
-        if int(end.max()) > len(self) or int((end - start).min()) < 0:
-            raise FormatError(f"{self.path}: the hash directory is damaged; restore the bank")
-
-        # Lower bound: `row` moves past every hash of the bucket below the wanted one.
-        row = start
-        step = 1 << longest.bit_length() >> 1
-        while step:
-            probe = row + step
-            below = (self._hashes_at(probe - 1) < wanted) & (probe <= end)
-            row = row + step * below
-            step >>= 1
-
-        # Keys of an equal hash follow each other: nearly always one.
-        left = np.flatnonzero(row < end)
-        while len(left):
-            at = row[left]
-            tied = self._hashes_at(at) == wanted[left]
-            left, at = left[tied], at[tied]
-            same = self._equal_at(at, queries.take(pa.array(left)))
-            rows[left[same]] = at[same]
-            left = left[~same]
-            row[left] += 1
-            left = left[row[left] < end[left]]
+        if len(self):
+            for i in range(0, len(queries), _CHUNK):
+                rows[i : i + _CHUNK] = self._find(queries[i : i + _CHUNK])
         return rows
 
-    def _hashes_at(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Hashes of the keys at `rows`; a row past the end reads the last one."""
-        if self.integers is not None:
-            return hash_keys(self.integers.take(rows, mode="clip"))
-        assert self.hashes is not None
-        return self.hashes.take(rows, mode="clip")
+    def _find(self, queries: pa.Array) -> NDArray[np.int64]:
+        rows = np.full(len(queries), -1, np.int64)
+        hashes = hash_keys(queries)
+        bits = (len(self.directory) - 1).bit_length() - 1
+        bucket = (hashes >> np.uint64(64 - bits)).astype(np.int64)
+        start = self.directory[bucket].astype(np.int64)
+        end = self.directory[bucket + 1].astype(np.int64)
+        if ((start > end) | (end > len(self))).any():
+            raise FormatError(f"{self.path}: the hash directory is damaged; restore the bank")
 
-    def _equal_at(self, rows: NDArray[np.int64], queries: pa.Array) -> NDArray[np.bool_]:
-        """Whether the key at each row is the query."""
-        if self.integers is not None:
-            return np.asarray(self.integers.take(rows) == queries.to_numpy())
+        stored: NDArray[Any] | None = self.integers
+        wanted: NDArray[Any] = queries.to_numpy() if stored is not None else hashes
+        if stored is None:
+            stored = self.hashes
+        assert stored is not None
+        # windows[r] is stored[r : r + width]. What it shows of the next bucket does no harm.
+        width = min(_WINDOW, len(self))
+        shape = (len(self) - width + 1, width)
+        windows = np.ndarray(shape, stored.dtype, stored.data, strides=stored.strides * 2)
+        left = np.flatnonzero(start < end)
+        while len(left):
+            first = np.minimum(start[left], shape[0] - 1)
+            query, place = np.nonzero(windows[first] == wanted[left, None])
+            query, found = left[query], first[query] + place
+            if self.integers is None:  # equal hashes are not yet equal keys
+                same = self._same_text(found, queries.take(pa.array(query)))
+                query, found = query[same], found[same]
+            rows[query] = found
+            start[left] += width
+            left = left[(rows[left] < 0) & (start[left] < end[left])]
+        return rows
+
+    def _same_text(self, rows: NDArray[np.int64], queries: pa.Array) -> NDArray[np.bool_]:
+        """Whether the string key at each row is the query."""
         assert self.offsets is not None
         assert self.text is not None
-        start, end = self.offsets.take(rows), self.offsets.take(rows + 1)
+        start, end = self.offsets[rows], self.offsets[rows + 1]
         if ((start < 0) | (end < start) | (end > len(self.text))).any():
             raise FormatError(f"{self.path}: the string keys' offsets are damaged")
         # As bytes: an altered key may not be UTF-8, and then it just differs.
