@@ -6,7 +6,9 @@
 PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
     using namespace userip_fast;
     m.doc() = "Compiled kernels of userip_fast; call them through userip_fast.ops.";
+    bind_assign_codes(m);
     bind_features(m);
+    bind_nf4(m);
 #ifdef USERIP_FAST_WITH_CUDA
     m.attr("cuda_architectures") = USERIP_FAST_CUDA_ARCHITECTURES;
     bind_device(m);

@@ -8,7 +8,9 @@ namespace userip_fast {
 namespace py = pybind11;
 
 // csrc/cpu/
+void bind_assign_codes(py::module_& m);
 void bind_features(py::module_& m);
+void bind_nf4(py::module_& m);
 
 #ifdef USERIP_FAST_WITH_CUDA
 // csrc/cuda/
