@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 
@@ -12,13 +13,11 @@ def _load() -> tuple[ModuleType | None, str | None]:
     if os.environ.get("USERIP_FAST_NO_EXTENSION") == "1":
         return None, "USERIP_FAST_NO_EXTENSION=1"
     # torch first: its OpenMP runtime is then ours too, and torch.set_num_threads rules both.
-    import torch  # noqa: F401
-
+    import_module("torch")
     try:
-        from userip_fast import _C
+        return import_module("userip_fast._C"), None
     except (ImportError, OSError) as e:
         return None, f"userip_fast._C is not built or does not load ({e}); see docs/environment.md"
-    return _C, None
 
 
 def load() -> ModuleType | None:
