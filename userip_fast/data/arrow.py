@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 
 def combine(column: pa.ChunkedArray) -> pa.Array:
-    """One contiguous array of a table's column; strings become large_string, so none overflows."""
-    if pa.types.is_string(column.type):
+    """One contiguous array of a table's column, dictionaries decoded, strings as large_string."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_string(column.type):  # whose 32-bit offsets could overflow
         column = column.cast(pa.large_string())
     array = column.combine_chunks()
     return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)

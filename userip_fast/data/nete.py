@@ -80,6 +80,7 @@ def read_nete(
     else:
         as_text = {"item", *template.columns}
         catalogue = read_source(items, None, what="items", as_text=as_text)
+        catalogue.require("item")
         template.check(catalogue.table.column_names, catalogue.name)
     return build_interactions(
         log,

@@ -43,7 +43,8 @@ def read_interactions(
 
     Args:
         interactions: Arrow table, .csv, .tsv, .parquet, .jsonl or .ndjson file, or a folder of
-            such; a `reviews.pickle` or its folder goes to `userip_fast.data.read_nete`.
+            such. A `reviews.pickle` or its folder goes to `userip_fast.data.read_nete`, whose
+            columns are fixed.
         items: The same kinds, one row per item. None: the columns of `text` are columns of the
             interactions, and an item's text is the first non-empty one seen for it.
         user, item: Key columns, integers (kept as int64) or strings; an empty string is a null.
@@ -70,6 +71,18 @@ def read_interactions(
     if isinstance(interactions, str | Path) and _is_nete(Path(interactions)):
         from userip_fast.data.nete import read_nete
 
+        fixed = [
+            ("user", user, ("user", "user_id")),
+            ("item", item, ("item", "item_id")),
+            ("rating", rating, ("rating", None)),
+            ("time", time, (None,)),
+        ]
+        for name, column, known in fixed:
+            if column not in known:
+                raise DataError(
+                    f"{interactions}: reviews have columns 'user', 'item' and 'rating', and no "
+                    f"time; got {name}={column!r}"
+                )
         return read_nete(
             interactions,
             items,
@@ -91,6 +104,7 @@ def read_interactions(
     if items is not None:
         as_text = {item, *template.columns}
         catalogue = read_source(items, None, what="items", as_text=as_text)
+        catalogue.require(item)
         template.check(catalogue.table.column_names, catalogue.name)
     return build_interactions(
         log,

@@ -47,18 +47,13 @@ class Source:
         file, first = self.parts[at]
         return file, row - first + 1
 
-    def column(self, name: str) -> pa.Array:
-        """A column in one piece.
+    def require(self, *columns: str) -> None:
+        """Raises a DataError that names a column which is not there, and those that are."""
+        _check_columns(columns, self.table.column_names, self.name)
 
-        Raises:
-            DataError: It holds text that is not UTF-8.
-        """
-        array = combine(self.table[name])
-        try:
-            array.validate(full=True)
-        except pa.ArrowInvalid as e:
-            raise DataError(f"{self.name}: column {name!r} is not valid ({e})") from e
-        return array
+    def column(self, name: str) -> pa.Array:
+        """A column in one piece."""
+        return combine(self.table[name])
 
     def keys(self, name: str) -> pa.Array:
         """A key column as int64 or large_string; an empty string is null.
@@ -70,14 +65,12 @@ class Source:
             DataError: The column is of another type, or an integer does not fit int64.
         """
         array = self.column(name)
-        if pa.types.is_dictionary(array.type):
-            array = array.dictionary_decode()
         if pa.types.is_integer(array.type):
             try:
                 return array.cast(pa.int64())
             except pa.ArrowInvalid as e:
                 raise DataError(f"{self.name}: key column {name!r} exceeds int64 ({e})") from e
-        if pa.types.is_string(array.type) or pa.types.is_null(array.type):
+        if pa.types.is_null(array.type):
             array = array.cast(pa.large_string())
         if not pa.types.is_large_string(array.type):
             floating = pa.types.is_floating(array.type)
@@ -116,7 +109,7 @@ def read_source(
         name = f"the {what} table"
         _check_columns(columns, source.column_names, name)
         table = source if columns is None else source.select(columns)
-        return Source(name, table, ((name, 0),), True)
+        return _validated(Source(name, table, ((name, 0),), True))
     path = Path(source)
     files = _files(path, what)
     reader = _READERS[files[0].suffix.lower()]
@@ -133,7 +126,16 @@ def read_source(
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as e:
         raise DataError(f"{what}: the files in {path} do not fit together: {e}") from e
-    return Source(str(path), table, tuple(parts), reader is not _read_csv)
+    return _validated(Source(str(path), table, tuple(parts), reader is not _read_csv))
+
+
+def _validated(source: Source) -> Source:
+    """Refuses text that is not UTF-8, which only CSV and JSON readers check."""
+    try:
+        source.table.validate(full=True)
+    except pa.ArrowInvalid as e:
+        raise DataError(f"{source.name}: holds invalid values ({e})") from e
+    return source
 
 
 def _files(path: Path, what: str) -> list[Path]:

@@ -148,9 +148,7 @@ class TextTemplate:
         array = combine(table[name])
         kind = array.type
         try:
-            if pa.types.is_dictionary(kind):
-                array = array.dictionary_decode()
-            elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            if pa.types.is_list(kind) or pa.types.is_large_list(kind):
                 array = pc.binary_join(array.cast(pa.list_(pa.string())), ", ")
             elif pa.types.is_floating(kind):
                 array = pc.if_else(pc.is_nan(array), pa.scalar(None, kind), array)
