@@ -43,7 +43,7 @@ def compare(case: Case, impl: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("impl", ["reference"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_equals_dense_fp64(impl, name, dtype):
     compare(make_case(**CASES[name], dtype=dtype), impl)
 
@@ -56,7 +56,7 @@ def test_reference_in_fp64_is_exact():
         torch.testing.assert_close(g, o, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("impl", ["reference"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_a_user_does_not_depend_on_the_batch(impl):
     case = make_case([6, 30, 2], slack=3)
     cu = case.pack[2].tolist()
@@ -96,7 +96,7 @@ def test_users_without_rows_and_empty_packs(impl):
     assert run_op(impl)(none).shape == (0, 2, 8)
 
 
-@pytest.mark.parametrize("impl", ["reference"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_opcheck(impl):
     case = make_case([3, 4], window=4, softcap=3.0)
     settings = (*(case.options[x] for x in ("num_fields", "scale", "window", "softcap")), 0, impl)

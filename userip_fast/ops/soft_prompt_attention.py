@@ -199,12 +199,19 @@ def _soft_prompt_attention(
 ) -> tuple[Tensor, Tensor]:
     pack = (segment, prefix_segment, cu_seqlens, position, prefix_position)
     settings = (num_fields, scale, window, softcap)
+    if impl == "cpu":
+        from userip_fast.ops import _soft_prompt_attention_cpu as cpu
+
+        # Its backward pass needs no lse.
+        return cpu.forward(q, k, v, prefix_k, prefix_v, *pack, *settings), q.new_empty(0)
     assert impl == "reference", impl
     return soft_prompt_attention_reference(q, k, v, prefix_k, prefix_v, *pack, *settings)
 
 
 @_soft_prompt_attention.register_fake
 def _(q, *args):  # type: ignore[no-untyped-def]
+    if args[-1] == "cpu":
+        return q.new_empty(q.shape), q.new_empty(0)
     acc = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=acc)
 
@@ -233,6 +240,10 @@ def _soft_prompt_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     pack = (segment, prefix_segment, cu_seqlens, position, prefix_position)
     settings = (num_fields, scale, window, softcap)
+    if impl == "cpu":
+        from userip_fast.ops import _soft_prompt_attention_cpu as cpu
+
+        return cpu.backward(d_out, q, k, v, prefix_k, prefix_v, out, *pack, *settings)
     assert impl == "reference", impl
     return soft_prompt_attention_backward_reference(
         d_out, q, k, v, prefix_k, prefix_v, *pack, out, lse, *settings
@@ -297,7 +308,7 @@ def soft_prompt_attention(
         window: Keep only columns with `position_c > position_r - window`; 0 for no window.
         softcap: Scores become `softcap * tanh(score / softcap)`; 0 for none.
         max_seqlen: Most rows of any user, if known on the host; only `varlen` needs it.
-        impl: "auto" or "reference".
+        impl: "auto", "cpu" or "reference".
 
     Returns:
         out: [T, H, d] in the dtype of `q`, contiguous. Sums are kept in fp32.
@@ -313,7 +324,15 @@ def soft_prompt_attention(
             f"{_OP}: num_fields >= 1, window >= 0, softcap >= 0 and a finite scale are needed, got "
             f"num_fields={num_fields}, window={window}, softcap={softcap}, scale={scale}"
         )
-    chosen = resolve(_OP, impl, {"reference": lambda: None})
+    on_cpu = q.device.type == "cpu"
+    chosen = resolve(
+        _OP,
+        impl,
+        {
+            "cpu": lambda: None if on_cpu else f"it is for CPU tensors, these are on {q.device}",
+            "reference": lambda: None,
+        },
+    )
     settings = (num_fields, scale, window, softcap, max_seqlen or 0)
     return _soft_prompt_attention(q, k, v, prefix_k, prefix_v, *pack, *settings, chosen)[0]
 
