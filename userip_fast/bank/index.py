@@ -144,13 +144,18 @@ class HashIndex:
         Raises:
             FormatError: The stored strings are not what was written.
         """
-        n = len(self)
         if self.integers is not None:
-            return pa.Array.from_buffers(pa.int64(), n, [None, pa.py_buffer(self.integers)])
+            buffers = [None, pa.py_buffer(self.integers)]
+            return pa.Array.from_buffers(pa.int64(), len(self), buffers)
+        # Arrow trusts offsets: without a full check, bad ones would crash it later.
+        return self._text(pa.large_string(), full_check=True)
+
+    def _text(self, kind: pa.DataType, full_check: bool) -> pa.Array:
+        """The string keys as an array of `kind`, without a copy."""
         buffers = [None, pa.py_buffer(self.offsets), pa.py_buffer(self.text)]
-        array = pa.Array.from_buffers(pa.large_string(), n, buffers)
         try:
-            array.validate(full=True)  # Arrow itself trusts offsets: bad ones would crash it
+            array = pa.Array.from_buffers(kind, len(self), buffers)
+            array.validate(full=full_check)
         except pa.ArrowInvalid as e:
             raise FormatError(f"{self.path}: the string keys are damaged ({e})") from e
         return array
@@ -210,9 +215,8 @@ class HashIndex:
         if ((start < 0) | (end < start) | (end > len(self.text))).any():
             raise FormatError(f"{self.path}: the string keys' offsets are damaged")
         # As bytes: an altered key may not be UTF-8, and then it just differs.
-        buffers = [None, pa.py_buffer(self.offsets), pa.py_buffer(self.text)]
-        stored = pa.Array.from_buffers(pa.large_binary(), len(self), buffers)
-        return _equal(stored.take(pa.array(rows)), queries.cast(pa.large_binary()))
+        stored = self._text(pa.large_binary(), full_check=False).take(pa.array(rows))
+        return _equal(stored, queries.cast(pa.large_binary()))
 
 
 def _equal(a: pa.Array, b: pa.Array) -> NDArray[np.bool_]:

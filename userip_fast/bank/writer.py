@@ -130,10 +130,12 @@ class BankWriter:
         self._open.close()
 
     def _publish(self) -> None:
+        if not self._blocks:  # a bank of nobody
+            keys, codes = as_keys("user_keys", []), np.empty((0, len(self._fields)), np.int64)
+            self._blocks.append(
+                (keys, hash_keys(keys), check_codes(self._fields, keys, codes), None)
+            )
         columns = list(zip(*self._blocks, strict=True))
-        if not columns:
-            none = as_keys("user_keys", [])
-            columns = [(none,), (hash_keys(none),), (check_codes(self._fields, none, []),), (None,)]
         keys, hashes, order = in_hash_order(
             "user_keys", pa.concat_arrays(columns[0]), np.concatenate(columns[1])
         )
