@@ -27,7 +27,7 @@ _PUBLIC = {
     "Config": "userip_fast.config",
     "FeatureBank": "userip_fast.bank",
     "Interactions": "userip_fast.data",
-    "Model": "userip_fast.api",
+    "Model": "userip_fast.model",
     "ProfileField": "userip_fast.prompts",
     "PromptTemplate": "userip_fast.prompts",
     "UserIPError": "userip_fast.errors",

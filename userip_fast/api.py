@@ -1,0 +1,288 @@
+"""`fit`: from an interaction log to a model and a feature bank, in one call."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from userip_fast.bank import FeatureBank
+from userip_fast.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.config import Config
+from userip_fast.data import Catalogue, Interactions
+from userip_fast.errors import ConfigError, DataError
+from userip_fast.files import write_json
+from userip_fast.lm import FrozenLM
+from userip_fast.lm.embedded import SlotIds, embedded_lm
+from userip_fast.model import Model, behaviour_source, make_trainer
+from userip_fast.names import code_cards
+from userip_fast.prompts import ProfileField, PromptTemplate
+from userip_fast.report import write_report
+
+logger = logging.getLogger("userip_fast")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder's paths."""
+
+    root: Path
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def bank(self) -> Path:
+        return self.root / "bank"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.json"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+
+def fit(
+    data: Interactions,
+    lm: str | None = None,
+    fields: Sequence[ProfileField] | None = None,
+    config: Config | Mapping[str, Any] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    max_users: int | None = None,
+    resume: bool = False,
+    show: bool = False,
+) -> Model:
+    """Learns codebooks on the users of `data`, and writes model, bank, metrics and report.
+
+    Args:
+        data: Training histories, from `read_interactions` or a split of it.
+        lm: "default" for the embedded LM, or a folder or hub id; None takes the config's.
+        fields: Profile fields; None takes the config's.
+        config: Settings, or a nested mapping of them; None for the defaults.
+        out: Run folder that gets `model/ bank/ checkpoints/ metrics.json metrics.jsonl
+        report.html`.
+            Model and bank appear whole, at the end; None writes nothing.
+        max_users: Only the first so many users in hash order.
+        resume: Goes on after the last checkpoint of `out`.
+        show: Whether to show progress.
+
+    Raises:
+        DataError: The data breaks a rule (see `read_interactions`), or has fewer users than codes.
+        ConfigError: A setting is wrong.
+        UnsupportedError, UnavailableError: The LM cannot be used, and why.
+    """
+    config = _config(config, lm, fields)
+    if resume and out is None:
+        raise ConfigError("resume=True needs `out`, the run folder to go on in")
+    if max_users is not None:
+        data = data.head_users(max_users)
+    run = _open_run(out)
+    started = time.monotonic()
+    model, source = prepare(data, config, show=show)
+    assert model.trainer is not None
+
+    records: list[dict[str, Any]] = []
+    with _JsonLines(run.log if run else None, append=resume) as jsonl:
+
+        def log(record: dict[str, Any]) -> None:
+            records.append(record)
+            jsonl.write(record)
+
+        result = model.trainer.fit(
+            source, log=log, checkpoints=run.checkpoints if run else None, resume=resume
+        )
+    model.codebooks = result.codebooks
+    model.start = result.start
+    codes = []
+    nll = weight = cost = 0.0
+    for profiles in model.trainer.infer(source, result.codebooks, result.start):
+        assert profiles.code_ids is not None
+        codes.append(profiles.code_ids.numpy())
+        nll += float(profiles.nll.double().sum())
+        weight += float(profiles.weight.sum())
+        cost += float(profiles.forward_equivalents.double().sum())
+    code_ids = np.concatenate(codes)
+    model.cards = {
+        name: [card.to_dict() for card in cards]
+        for name, cards in code_cards(
+            model.lm, config.fields, model.codebooks, code_ids, source.events
+        ).items()
+    }
+    usage = {
+        f.name: book.usage(profiles_codes)
+        for f, book, profiles_codes in zip(config.fields, model.codebooks, map(_tensor, code_ids.T))
+    }
+    if run:
+        model.save(run.model)
+        FeatureBank.write(
+            run.bank,
+            source.events.user_keys,
+            code_ids,
+            fields=model.bank_fields(),
+            model_fingerprint=model.fingerprint,
+            metadata={"lm": model.lm.source, "config": config.to_dict()},
+        )
+        seconds = time.monotonic() - started
+        metrics = {
+            "data": {
+                "users": source.num_users,
+                "items": data.num_items,
+                "events": data.num_events,
+                "rated": data.rating is not None,
+                "time_ordered": data.ordered,
+                "dropped": data.report.to_dict(),
+            },
+            "lm": {
+                "source": "embedded" if model.embedded else model.lm.source,
+                "fingerprint": model.lm.fingerprint,
+                "quantization": model.lm.quantization,
+                "dtype": str(model.lm.dtype).removeprefix("torch."),
+                "device": str(model.lm.device),
+                "hidden_size": model.lm.hidden_size,
+            },
+            "fit": {
+                "seconds": seconds,
+                "users_per_second": source.num_users / seconds,
+                "nll_per_weight": nll / max(weight, 1e-12),
+                "forward_equivalents": cost / source.num_users,
+                "rounds": len(records),
+            },
+            "fields": {
+                name: {
+                    "codes": len(u.counts),
+                    "perplexity": u.perplexity,
+                    "dead": u.dead,
+                    "counts": u.counts.tolist(),
+                }
+                for name, u in usage.items()
+            },
+            "model_fingerprint": model.fingerprint,
+            "seed": config.em.seed,
+        }
+        write_json(run.metrics, metrics)
+        write_report(run.report, metrics, records, model.cards)
+    return model
+
+
+def prepare(
+    data: Interactions, config: Config, *, slot_ids: SlotIds | None = None, show: bool = False
+) -> tuple[Model, BehaviourSource]:
+    """Everything before EM: behaviour format, LM (trained if it is the embedded one), engine.
+
+    Args:
+        slot_ids: What stands in the soft rows while the embedded LM is pre-trained; see
+            `userip_fast.lm.embedded`.
+
+    Returns:
+        A model without codebooks, and the training users' behaviour.
+    """
+    if data.num_users == 0:
+        raise DataError("there is no user with behaviour to fit on")
+    largest = max(config.fields, key=lambda f: f.codebook_size)
+    if largest.codebook_size > data.num_users:
+        raise DataError(
+            f"codebook_size of field {largest.name!r} is {largest.codebook_size}, more than the "
+            f"{data.num_users} users; choose a smaller one or bring more users"
+        )
+    fmt = BehaviourFormat.fit(config.data, data, config.em.seed)
+    catalogue = Catalogue.from_interactions(data)
+    embedded = config.lm.path == "default"
+    if embedded:
+        untokenized = BehaviourSource(fmt.events(data, catalogue), fmt)
+        folder = embedded_lm(
+            untokenized.rendered(),
+            PromptTemplate(config.fields),
+            lambda tokenizer, layout: untokenized.block(
+                tokenizer, layout, 0, untokenized.num_users
+            ),
+            config.lm,
+            content_key=untokenized.content_key(),
+            slot_ids=slot_ids,
+            seed=config.em.seed,
+            show=show,
+        )
+        lm = FrozenLM.load(str(folder), config.lm)
+    else:
+        lm = FrozenLM.load(config.lm.path, config.lm)
+    trainer = make_trainer(config, lm, show)
+    source = behaviour_source(data, fmt, catalogue, lm.tokenizer, config.data.on_bad)
+    empty = np.zeros((0, 0), np.float32)
+    return Model(config, fmt, lm, [], _tensor(empty), catalogue, {}, embedded, trainer), source
+
+
+def _tensor(x: Any) -> Any:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(x))
+
+
+def _config(
+    config: Config | Mapping[str, Any] | None,
+    lm: str | None,
+    fields: Sequence[ProfileField] | None,
+) -> Config:
+    if config is None:
+        config = Config()
+    elif not isinstance(config, Config):
+        config = Config.from_dict(config)
+    if lm is not None:
+        config = replace(config, lm=replace(config.lm, path=str(lm)))
+    if fields is not None:
+        config = replace(config, fields=tuple(fields))
+    return config
+
+
+def _open_run(out: str | os.PathLike[str] | None) -> Run | None:
+    if out is None:
+        return None
+    root = Path(out)
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"out={str(root)!r} is a file; name a folder for the run")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"out={str(root)!r} cannot be made: {e}") from e
+    if not os.access(root, os.W_OK):
+        raise ConfigError(f"out={str(root)!r} cannot be written to")
+    return Run(root)
+
+
+class _JsonLines:
+    """metrics.jsonl: one record a line, flushed as it comes."""
+
+    def __init__(self, path: Path | None, append: bool) -> None:
+        self.path, self.mode = path, "a" if append else "w"
+        self.file: TextIO | None = None
+
+    def __enter__(self) -> _JsonLines:
+        if self.path:
+            self.file = open(self.path, self.mode, encoding="utf-8")
+        return self
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        if self.file:
+            self.file.write(json.dumps({"time": time.time(), **record}) + "\n")
+            self.file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if self.file:
+            self.file.close()

@@ -1,0 +1,194 @@
+"""From events to behaviour tokens: one format, fixed at fit, saved with the model, reused later."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from userip_fast.config import DataConfig
+from userip_fast.data import Catalogue, Events, FeedbackScale, Interactions, Negatives, make_events
+from userip_fast.errors import DataError
+from userip_fast.keys import hash_keys
+from userip_fast.packing import Behaviour, Int64, build_behaviour
+from userip_fast.prompts import Layout, TokenTable, tokenize_events
+
+
+@dataclass(frozen=True)
+class BehaviourFormat:
+    """How a user's events are told to the LM, and which tokens carry loss.
+
+    Attributes:
+        template: Event template, with `{feedback}` when there is feedback.
+        scale: Ratings to words, or None.
+        negatives: Sampled negatives per event of a log without ratings; 0 for none.
+        text_weight, feedback_weight: Loss weight of a token of the item text, of the feedback.
+    """
+
+    template: str
+    separator: str
+    context: Literal["sequence", "independent"]
+    max_tokens: int
+    scale: FeedbackScale | None
+    negatives: int
+    text_weight: float
+    feedback_weight: float
+    seed: int
+
+    @classmethod
+    def fit(cls, config: DataConfig, data: Interactions, seed: int) -> BehaviourFormat:
+        """Chooses what the config leaves open, from the training data.
+
+        Raises:
+            DataError: The config asks for feedback that the data cannot give.
+        """
+        words = config.feedback_words
+        if data.rating is None:
+            scale = None
+        elif config.feedback_thresholds is not None:
+            scale = FeedbackScale(words, config.feedback_thresholds)
+        else:
+            scale = FeedbackScale.fit(data.rating, words)
+        negatives = 0
+        if scale is None:
+            negatives = 1 if config.negatives is None else config.negatives
+        has_feedback = scale is not None or negatives > 0
+        template = config.behaviour
+        if template == "auto":
+            template = "{text}: {feedback}" if has_feedback else "{text}"
+        if "{feedback}" not in template:
+            scale, negatives, has_feedback = None, 0, False
+        elif not has_feedback:
+            raise DataError(
+                f"data.behaviour={template!r} tells feedback, but the log has no varying rating "
+                "and data.negatives is 0; name a rating column, ask for negatives, or drop {feedback}"
+            )
+        if isinstance(config.loss, tuple):
+            text_weight, feedback_weight = config.loss
+        elif config.loss == "all" or (config.loss == "auto" and not has_feedback):
+            text_weight = feedback_weight = 1.0
+        else:
+            text_weight, feedback_weight = 0.0, 1.0
+        if not has_feedback and text_weight == 0:
+            raise DataError(
+                f"data.loss={config.loss!r} puts no loss on item text, and the log has no "
+                "feedback: no token would carry loss; use loss=all"
+            )
+        return cls(
+            template,
+            config.separator,
+            config.behaviour_context,
+            config.max_tokens,
+            scale,
+            negatives,
+            text_weight,
+            feedback_weight,
+            seed,
+        )
+
+    def events(self, data: Interactions, catalogue: Catalogue) -> Events:
+        """The users' events, ratings told as words or negatives added from the catalogue."""
+        if self.negatives:
+            return make_events(data, Negatives(catalogue, n=self.negatives, seed=self.seed))
+        return make_events(data, self.scale)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["scale"] = self.scale.to_dict() if self.scale else None
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BehaviourFormat:
+        scale = values["scale"]
+        return cls(**{**values, "scale": FeedbackScale.from_dict(scale) if scale else None})
+
+
+class BehaviourSource:
+    """Behaviour of all users of a log, tokenised once per distinct event and built block by block.
+
+    Attributes:
+        events: What happened.
+        hashes: [U] uint64 key hashes; users are in this order.
+    """
+
+    def __init__(self, events: Events, fmt: BehaviourFormat) -> None:
+        self.events, self.format = events, fmt
+        self.hashes = hash_keys(events.user_keys)
+        words = max(1, len(events.words))
+        level = np.zeros(events.num_events, np.int64) if events.level is None else events.level
+        pairs = events.item_index.astype(np.int64) * words + level
+        distinct, self.kinds = np.unique(pairs, return_inverse=True)
+        text = events.item_text.to_pylist()
+        self.texts = [text[i] for i in (distinct // words).tolist()]
+        self.feedback = (
+            None if events.level is None else [events.words[i] for i in (distinct % words).tolist()]
+        )
+        self._tokens: dict[str, TokenTable] = {}
+
+    @property
+    def num_users(self) -> int:
+        return self.events.num_users
+
+    def content_key(self) -> str:
+        """A digest of everything the LM would read."""
+        digest = hashlib.sha256(repr(sorted(self.format.to_dict().items())).encode())
+        for text, word in zip(self.texts, self.feedback or [""] * len(self.texts)):
+            digest.update(f"{text}\x1f{word}\x1e".encode())
+        digest.update(self.kinds.tobytes())
+        digest.update(self.events.offsets.tobytes())
+        return digest.hexdigest()
+
+    def rendered(self) -> list[str]:
+        """Text of each event kind, separator in front, as it is tokenised."""
+        return [
+            self.format.separator
+            + self.format.template.replace("{text}", t).replace("{feedback}", w)
+            for t, w in zip(self.texts, self.feedback or [""] * len(self.texts))
+        ]
+
+    def block(self, tokenizer: Any, layout: Layout, start: int, stop: int) -> Behaviour:
+        """Behaviour of users `start:stop`."""
+        table = self._table(tokenizer)
+        offsets = self.events.offsets[start : stop + 1]
+        return build_behaviour(
+            table,
+            self.kinds[offsets[0] : offsets[-1]],
+            offsets - offsets[0],
+            layout,
+            max_tokens=self.format.max_tokens,
+            context=self.format.context,
+            text_weight=self.format.text_weight,
+            feedback_weight=self.format.feedback_weight,
+        )
+
+    def empty_users(self, tokenizer: Any) -> Int64:
+        """Users whose latest event alone has more tokens than fit: nothing is left of them."""
+        size = np.diff(self._table(tokenizer).offsets)[self.kinds]
+        last = self.events.offsets[1:] - 1
+        return np.flatnonzero(size[last] > self.format.max_tokens)
+
+    def blocks(
+        self, tokenizer: Any, layout: Layout, size: int
+    ) -> Iterator[tuple[int, int, Behaviour]]:
+        """(start, stop, behaviour) of all users, `size` users at a time."""
+        for start in range(0, self.num_users, size):
+            stop = min(start + size, self.num_users)
+            yield start, stop, self.block(tokenizer, layout, start, stop)
+
+    def _table(self, tokenizer: Any) -> TokenTable:
+        key = f"{id(tokenizer)}"
+        if key not in self._tokens:
+            self._tokens = {
+                key: tokenize_events(
+                    tokenizer,
+                    self.texts,
+                    self.feedback,
+                    self.format.template,
+                    self.format.separator,
+                )
+            }
+        return self._tokens[key]

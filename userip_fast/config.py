@@ -1,0 +1,305 @@
+"""Settings: frozen dataclasses, checked when made, equal in YAML, JSON, flags and Python.
+
+A `Config` is saved with every model. Files and flags give nested dictionaries; `Config.from_dict`
+refuses unknown keys and coerces by field type (PyYAML reads `1e-2` as a string).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from userip_fast.errors import ConfigError
+from userip_fast.prompts import TEMPLATES, ProfileField
+
+T = TypeVar("T")
+
+
+def _require(ok: bool, name: str, rule: str, value: object) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {rule}, is {value!r}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How an interaction log is read and told to the LM (see `userip_fast.read_interactions`)."""
+
+    user: str = "user_id"
+    item: str = "item_id"
+    rating: str | None = None
+    time: str | None = None
+    text: str = "{title}"
+    """Item text; `{column}` of the items table, `[[ ({genres})]]` vanishes when empty."""
+    filter: str | None = None
+    on_bad: Literal["error", "skip"] = "error"
+    min_history: int = 1
+    behaviour: str = "auto"
+    """One event. "auto" is `{text}: {feedback}`, or `{text}` when there is no feedback to tell."""
+    separator: str = "; "
+    behaviour_context: Literal["sequence", "independent"] = "sequence"
+    max_tokens: int = 256
+    """Behaviour tokens per user; the latest whole events that fit are kept."""
+    feedback_words: tuple[str, ...] = ("disliked", "okay", "liked")
+    feedback_thresholds: tuple[float, ...] | None = None
+    """Lower bounds of the second, third, ... word; None takes terciles of the training ratings."""
+    negatives: int | None = None
+    """Sampled negatives per event of a log without ratings ("passed over"); None is 1, 0 is off."""
+    loss: Literal["auto", "feedback", "all"] | tuple[float, float] = "auto"
+    """Tokens with loss; a pair is (weight of text tokens, weight of feedback tokens)."""
+
+    def __post_init__(self) -> None:
+        _require(self.min_history >= 1, "data.min_history", "at least 1", self.min_history)
+        _require(self.max_tokens >= 2, "data.max_tokens", "at least 2", self.max_tokens)
+        _require(
+            self.negatives is None or self.negatives >= 0,
+            "data.negatives",
+            "0 or more",
+            self.negatives,
+        )
+        _require(bool(self.feedback_words), "data.feedback_words", "non-empty", self.feedback_words)
+        if self.behaviour != "auto":
+            _require("{text}" in self.behaviour, "data.behaviour", "holding {text}", self.behaviour)
+        if self.feedback_thresholds is not None:
+            cuts = self.feedback_thresholds
+            _require(
+                len(cuts) == len(self.feedback_words) - 1 and list(cuts) == sorted(set(cuts)),
+                "data.feedback_thresholds",
+                f"{len(self.feedback_words) - 1} increasing numbers",
+                cuts,
+            )
+        if isinstance(self.loss, tuple):
+            _require(
+                min(self.loss) >= 0 and max(self.loss) > 0,
+                "data.loss",
+                "two weights of 0 or more, one positive",
+                self.loss,
+            )
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """Which frozen LM reads the prompts, and in which form its weights are kept."""
+
+    path: str = "default"
+    """"default" pre-trains a small Llama on the training users' text; else a folder or hub id."""
+    quantization: Literal["auto", "none", "nf4", "nf4-double"] = "auto"
+    """"auto" is nf4-double where bitsandbytes is installed, else none (and says so)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype; "auto" is float32 on a CPU, bfloat16 on a GPU."""
+    device: str = "auto"
+    trust_remote_code: bool = False
+    embedded_hidden: int = 128
+    embedded_layers: int = 3
+    embedded_heads: int = 4
+    embedded_vocab: int = 2048
+    embedded_tokens: int = 1_200_000
+    """Training tokens of the embedded LM; about a minute per million on two CPU cores."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.embedded_hidden % (2 * self.embedded_heads) == 0,
+            "lm.embedded_hidden",
+            "a multiple of 2 * lm.embedded_heads",
+            self.embedded_hidden,
+        )
+        for name in ("embedded_layers", "embedded_tokens"):
+            _require(getattr(self, name) >= 1, f"lm.{name}", "at least 1", getattr(self, name))
+        _require(
+            self.embedded_vocab >= 300,
+            "lm.embedded_vocab",
+            "at least 300 (256 bytes and special tokens)",
+            self.embedded_vocab,
+        )
+
+
+@dataclass(frozen=True)
+class EMConfig:
+    """The EM loop (method.md in the paper's terms: E-step infers theta, M-step moves codebooks)."""
+
+    recipe: Literal["userip", "paper"] = "userip"
+    """"paper" is the public code's algorithm: random starts, one joint loss, dense AdamW."""
+    estep: Literal["gradient"] = "gradient"
+    rounds: int = 2
+    """E-step + M-step sweeps; the first starts all users of a field at one shared point."""
+    steps: int = 12
+    """Adam steps of an E-step, at most; users that stop improving leave earlier."""
+    lr: float = 0.05
+    """Adam step size on theta, in units of the RMS of the LM's token embeddings."""
+    tolerance: float = 1e-3
+    """A user is converged when its NLL per weight falls by less than this for `patience` steps."""
+    patience: int = 3
+    refine_steps: int = 0
+    """Further Adam steps from the codeword of the nearest code, once there are codebooks."""
+    commitment: float = 0.0
+    """beta of beta * ||theta - C[z]||^2 / (D rms^2), in the refining steps."""
+    codebook_update: Literal["kmeans", "ema", "mse"] = "kmeans"
+    ema_decay: float = 0.9
+    mse_lr: float = 0.5
+    dead_code_threshold: float = 1.0
+    """A code with fewer users than this is revived at a user that no code serves well."""
+    kmeans_sample: int = 65_536
+    """Users (lowest salted hash) whose theta starts the codebooks."""
+    block_users: int = 4_096
+    pack_tokens: int = 8_192
+    engine: Literal["packed", "reference"] = "packed"
+    seed: int = 0
+    paper_epochs: int = 60
+    paper_batch: int = 8
+    paper_lr: float = 0.01
+    paper_vq_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in (
+            "rounds",
+            "steps",
+            "patience",
+            "kmeans_sample",
+            "block_users",
+            "pack_tokens",
+            "paper_epochs",
+            "paper_batch",
+        ):
+            _require(getattr(self, name) >= 1, f"em.{name}", "at least 1", getattr(self, name))
+        for name in ("lr", "paper_lr", "mse_lr"):
+            _require(getattr(self, name) > 0, f"em.{name}", "positive", getattr(self, name))
+        for name in (
+            "tolerance",
+            "refine_steps",
+            "commitment",
+            "dead_code_threshold",
+            "paper_vq_weight",
+        ):
+            _require(getattr(self, name) >= 0, f"em.{name}", "0 or more", getattr(self, name))
+        _require(0 <= self.ema_decay < 1, "em.ema_decay", "in [0, 1)", self.ema_decay)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run's result, beside the data itself."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    lm: LMConfig = field(default_factory=LMConfig)
+    em: EMConfig = field(default_factory=EMConfig)
+    fields: tuple[ProfileField, ...] = TEMPLATES["generic"]
+
+    def __post_init__(self) -> None:
+        _require(len(self.fields) >= 1, "fields", "at least one profile field", self.fields)
+        names = [f.name for f in self.fields]
+        _require(len(set(names)) == len(names), "fields", "of different names", names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, ready for JSON."""
+        return typing.cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(self))))
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Config:
+        """Builds a checked config.
+
+        Raises:
+            ConfigError: A key is unknown, or a value has the wrong type or breaks a rule.
+        """
+        return _build(Config, values, "config")
+
+    @staticmethod
+    def load(path: str | Path) -> Config:
+        """Reads a YAML or JSON file."""
+        import yaml
+
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            raise ConfigError(f"config file {path} cannot be read: {e}") from e
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"config file {path} must hold a mapping, holds {type(values).__name__}"
+            )
+        return Config.from_dict(values)
+
+    def override(self, values: Mapping[str, Any]) -> Config:
+        """A copy with dotted names replaced, for example `{"em.steps": 20}`.
+
+        Raises:
+            ConfigError: As `from_dict`.
+        """
+        tree = self.to_dict()
+        for name, value in values.items():
+            node = tree
+            *parents, leaf = name.split(".")
+            for parent in parents:
+                if not isinstance(node.get(parent), dict):
+                    raise ConfigError(f"setting {name!r} is unknown: there is no {parent!r}")
+                node = node[parent]
+            if leaf not in node:
+                raise ConfigError(f"setting {name!r} is unknown; choose one of {sorted(node)}")
+            node[leaf] = value
+        return Config.from_dict(tree)
+
+
+def _build(cls: type[T], values: Any, where: str) -> T:
+    """A dataclass from a mapping: unknown keys refused, values coerced to the annotated types."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} must be a mapping, is {values!r}")
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(set(map(str, values)) - set(hints)):
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; choose one of {sorted(hints)}")
+    try:
+        return cls(**{k: _coerce(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+    except TypeError as e:
+        raise ConfigError(f"{where}: {e}") from e
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        errors = []
+        for option in args:
+            if option is not type(None):
+                try:
+                    return _coerce(option, value, where)
+                except ConfigError as e:
+                    errors.append(str(e))
+        raise ConfigError("; ".join(errors))
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where} must be one of {list(args)}, is {value!r}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ConfigError(f"{where} must be a list, is {value!r}")
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) != len(value):
+            raise ConfigError(f"{where} must have {len(kinds)} entries, is {value!r}")
+        return tuple(_coerce(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
+    if dataclasses.is_dataclass(hint):
+        return (
+            value
+            if isinstance(value, typing.cast(type, hint))
+            else _build(typing.cast("type[Any]", hint), value, where)
+        )
+    try:
+        if hint is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "false": False}[str(value).lower()]
+        if hint is int:
+            number = int(value) if isinstance(value, str) else value
+            if isinstance(number, bool) or int(number) != number:
+                raise ValueError
+            return int(number)
+        if hint is float:
+            if isinstance(value, bool):
+                raise ValueError
+            return float(value)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise ConfigError(f"{where} must be {hint.__name__}, is {value!r}") from None
+    if not isinstance(value, hint):
+        raise ConfigError(f"{where} must be {hint.__name__}, is {value!r}")
+    return value

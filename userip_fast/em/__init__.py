@@ -1,0 +1,19 @@
+"""EM on the likelihood of users' real behaviour: E-steps, M-steps, and the loop."""
+
+from userip_fast.em.gradient import GradientEStep
+from userip_fast.em.mstep import Stats, ThetaMStep
+from userip_fast.em.steps import Block, EMState, EStep, MStep, Profiles
+from userip_fast.em.trainer import FitResult, Trainer
+
+__all__ = [
+    "Block",
+    "EMState",
+    "EStep",
+    "FitResult",
+    "GradientEStep",
+    "MStep",
+    "Profiles",
+    "Stats",
+    "ThetaMStep",
+    "Trainer",
+]

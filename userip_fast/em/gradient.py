@@ -1,0 +1,154 @@
+"""The gradient E-step (arXiv 2408.06577): a few Adam steps on each user's soft prompts, then codes.
+
+All users of a field start at one shared point, inside the region of the embedding space that the LM
+understands. Independent random starts would leave user-specific noise in every direction that the
+gradient does not reach, and the nearest codeword would then read that noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from userip_fast.codebook import Codebook
+from userip_fast.config import EMConfig
+from userip_fast.em.steps import Block, EMState, Profiles
+from userip_fast.lm.engine import Engine
+from userip_fast.ops import sparse_adam
+from userip_fast.packing import Int64, iter_packs
+
+_MEMO_BYTES = 1 << 30
+
+
+class GradientEStep:
+    """See the module.
+
+    Args:
+        engine: Scores packs.
+        start: [S, D] fp32, the shared start of each soft row.
+        config: Steps, learning rate, stopping, commitment, pack size.
+        on_step: Called after each pack with (users, mean NLL per weight), for progress.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        start: Tensor,
+        config: EMConfig,
+        on_step: Callable[[int, float], None] | None = None,
+    ) -> None:
+        self.engine, self.start, self.config = engine, start, config
+        self.on_step = on_step
+        # The descent from the shared start does not depend on the codebooks, so later sweeps reuse
+        # it.
+        self._memo: dict[bytes, tuple[Tensor, Tensor, Tensor]] = {}
+        self._memo_bytes = 0
+
+    def run(self, block: Block, codebooks: list[Codebook] | None, state: EMState) -> Profiles:
+        """See `EStep.run`."""
+        theta, nll, cost = self._from_start(block)
+        if codebooks is not None and self.config.refine_steps:
+            codes = assign(codebooks, theta, self.engine.layout.field_slices)
+            target = decode(codebooks, codes, self.engine.layout.field_slices)
+            theta, nll, more = self._descend(block, target, self.config.refine_steps, target)
+            cost = cost + more
+        codes_now = None
+        if codebooks is not None:
+            codes_now = assign(codebooks, theta, self.engine.layout.field_slices)
+        return Profiles(
+            hashes=block.hashes,
+            code_ids=codes_now,
+            nll=nll,
+            weight=torch.from_numpy(block.behaviour.total_weight),
+            forward_equivalents=cost,
+            theta=theta,
+        )
+
+    def _from_start(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+        key = block.hashes.tobytes()
+        if key not in self._memo:
+            start = self.start.cpu().expand(block.behaviour.num_users, -1, -1)
+            found = self._descend(block, start, self.config.steps, None)
+            size = found[0].numel() * 4
+            if self._memo_bytes + size > _MEMO_BYTES:
+                return found
+            self._memo[key] = found
+            self._memo_bytes += size
+        return self._memo[key]
+
+    def _descend(
+        self, block: Block, start: Tensor, steps: int, target: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """At most `steps` Adam steps per user; (theta [U, S, D], nll [U], forward equivalents [U]).
+
+        A user leaves once its NLL per weight has not fallen by `tolerance` for `patience` steps;
+        packs are cut anew from the users that remain. NLL is that of the theta returned.
+        """
+        config, lm = self.config, self.engine.lm
+        users, soft, dim = start.shape
+        theta = start.to(lm.device, torch.float32).clone(memory_format=torch.contiguous_format)
+        rows = theta.view(users * soft, dim)
+        m, v = torch.zeros_like(rows), torch.zeros_like(rows)
+        step = torch.zeros(users * soft, dtype=torch.int32, device=lm.device)
+        weight = torch.from_numpy(block.behaviour.total_weight).clamp_min(1e-9).float()
+        anchor = None if target is None else target.to(theta)
+        pull = config.commitment / (dim * lm.embedding_rms**2)
+
+        best = torch.full((users,), float("inf"))
+        waited = torch.zeros(users, dtype=torch.int32)
+        cost = torch.zeros(users)
+        active: Int64 = np.arange(users)
+        for _ in range(steps):
+            for pack in iter_packs(
+                block.behaviour, active, self.engine.layout, lm.device, config.pack_tokens
+            ):
+                index = torch.from_numpy(pack.users)
+                here = index.to(lm.device)
+                x = theta[here].requires_grad_()
+                nll = self.engine.nll(pack, x)
+                loss = (nll / weight[index].to(nll)).sum()
+                if anchor is not None and pull:
+                    loss = loss + pull * (x - anchor[here]).square().sum()
+                (grad,) = torch.autograd.grad(loss, x)
+                at = (here[:, None] * soft + torch.arange(soft, device=lm.device)).flatten()
+                sparse_adam(
+                    rows, m, v, step, at, grad.reshape(-1, dim), lr=config.lr * lm.embedding_rms
+                )
+                now = nll.detach().cpu() / weight[index]
+                better = now < best[index] - config.tolerance
+                waited[index] = torch.where(better, 0, waited[index] + 1)
+                best[index] = torch.minimum(best[index], now)
+                cost[index] += 2
+                if self.on_step is not None:
+                    self.on_step(pack.num_users, float(now.mean()))
+            active = active[(waited[torch.from_numpy(active)] < config.patience).numpy()]
+            if not len(active):
+                break
+
+        final = torch.empty(users)
+        with torch.no_grad():
+            for pack in iter_packs(
+                block.behaviour, np.arange(users), self.engine.layout, lm.device, config.pack_tokens
+            ):
+                index = torch.from_numpy(pack.users)
+                final[index] = self.engine.nll(pack, theta[index.to(lm.device)]).cpu()
+        return theta.cpu(), final, cost + 1
+
+
+def assign(codebooks: list[Codebook], theta: Tensor, slices: tuple[slice, ...]) -> Tensor:
+    """Code ids [U, J] of soft prompts [U, S, D]: the nearest codeword of each field."""
+    return torch.stack(
+        [book.assign(theta[:, s].flatten(1))[0] for book, s in zip(codebooks, slices)], dim=1
+    )
+
+
+def decode(codebooks: list[Codebook], code_ids: Tensor, slices: tuple[slice, ...]) -> Tensor:
+    """Soft prompts [U, S, D] that stand at the codewords of `code_ids` [U, J]."""
+    parts = [
+        book.codewords[code_ids[:, j]].unflatten(1, (s.stop - s.start, -1))
+        for j, (book, s) in enumerate(zip(codebooks, slices))
+    ]
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,71 @@
+"""What an E-step and an M-step exchange.
+
+An E-step reads a block of users and says which codes they have. Nothing here assumes that it found
+them by one vector per user: `theta` and `log_resp` are both optional. An M-step turns profiles into
+addable statistics, and statistics into codebooks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from userip_fast.codebook import Codebook
+from userip_fast.packing import Behaviour
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some users. `hashes` [U] uint64 are their key hashes, in ascending order."""
+
+    behaviour: Behaviour
+    hashes: npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """What an E-step found for U users. All tensors are on the CPU.
+
+    Attributes:
+        hashes: [U] uint64.
+        code_ids: [U, J] int64, or None before there are codebooks.
+        nll: [U] fp32, weighted NLL in nats at what was found.
+        weight: [U] fp64, sum of loss weights: nll / weight is nats per unit of weight.
+        forward_equivalents: [U] fp32, passes through the LM; forward and backward count one each,
+            since a frozen LM's backward is as much work as its forward.
+        theta: [U, S, D] fp32 soft prompts, or None.
+        log_resp: Per field [U, K_j] fp32 log responsibilities, or None.
+    """
+
+    hashes: npt.NDArray[np.uint64]
+    code_ids: Tensor | None
+    nll: Tensor
+    weight: Tensor
+    forward_equivalents: Tensor
+    theta: Tensor | None = None
+    log_resp: list[Tensor] | None = None
+
+
+@dataclass
+class EMState:
+    """Where the EM loop stands; what is saved in a checkpoint beside the codebooks."""
+
+    round: int = 0
+
+
+class EStep(Protocol):
+    """Infers profiles of a block, given the codebooks (None before the first M-step)."""
+
+    def run(self, block: Block, codebooks: list[Codebook] | None, state: EMState) -> Profiles: ...
+
+
+class MStep(Protocol):
+    """Learns codebooks. `Stats` of disjoint users add up, over blocks and over processes."""
+
+    def stats(self, profiles: Profiles) -> Any: ...
+
+    def apply(self, stats: Any) -> list[Codebook]: ...

@@ -1,0 +1,321 @@
+"""A fitted model: template, behaviour format, codebooks and the frozen LM they belong to.
+
+On disk a model is a folder that is whole or absent:
+
+    manifest.json           format, version, fingerprint, LM, behaviour format, SHA-256 of every
+    file config.json             everything that decided the result codebooks.safetensors
+    codewords [K_j, m_j D] of each field start.safetensors       shared start [S, D]
+    catalogue.parquet       training items with counts, to sample negatives from codes.json
+    code cards: words and typical items lm/                     the embedded LM, where that is the
+    one
+
+Nothing is unpickled on loading; checksums, shapes and the LM's fingerprint are verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from userip_fast._version import __version__
+from userip_fast.bank import BankWriter, FeatureBank
+from userip_fast.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.codebook import Codebook
+from userip_fast.config import Config
+from userip_fast.data import Catalogue, Interactions
+from userip_fast.em.trainer import Trainer, load_codebooks
+from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
+from userip_fast.files import (
+    atomic_dir,
+    read_json,
+    read_tensors,
+    sha256_file,
+    write_json,
+    write_tensors,
+)
+from userip_fast.lm import FrozenLM, make_engine
+from userip_fast.lm.engine import check_positions
+from userip_fast.packing import Int64
+from userip_fast.prompts import Layout, PromptTemplate
+
+logger = logging.getLogger("userip_fast")
+
+_FORMAT, _VERSION = "userip_fast.model", 1
+_FILES = (
+    "config.json",
+    "codebooks.safetensors",
+    "start.safetensors",
+    "catalogue.parquet",
+    "codes.json",
+)
+
+
+@dataclass
+class Model:
+    """See the module. `fit` makes one, `Model.load` reads one.
+
+    Attributes:
+        cards: Field -> code cards, as `CodeCard.to_dict` gives them.
+        embedded: Whether the LM is the embedded default and is saved with the model.
+    """
+
+    config: Config
+    format: BehaviourFormat
+    lm: FrozenLM
+    codebooks: list[Codebook]
+    start: Tensor
+    catalogue: Catalogue
+    cards: dict[str, list[dict[str, Any]]]
+    embedded: bool
+    trainer: Trainer | None = None
+
+    @property
+    def template(self) -> PromptTemplate:
+        return PromptTemplate(self.config.fields)
+
+    @property
+    def layout(self) -> Layout:
+        return self.template.layout(self.lm.tokenizer)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what decides a code id: LM, prompts, behaviour format, start and codebooks."""
+        digest = hashlib.sha256(self.lm.fingerprint.encode())
+        fields = [(f.name, f.prompt, f.num_virtual_tokens) for f in self.config.fields]
+        digest.update(json.dumps([fields, self.format.to_dict()], sort_keys=True).encode())
+        for tensor in (self.start, *(book.codewords for book in self.codebooks)):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def infer(
+        self,
+        data: Interactions,
+        out: str | Path | None = None,
+        *,
+        max_users: int | None = None,
+        on_bad: str | None = None,
+        show: bool = False,
+    ) -> FeatureBank | Int64:
+        """Code ids of the users of `data`, with the model as it is.
+
+        Args:
+            data: Histories; only what is in them is used.
+            out: Bank folder; an existing bank gets a new generation with exactly these users. None
+                returns the ids instead of writing them.
+            max_users: Only the first so many users in hash order.
+            on_bad: "error" or "skip" for users whose history truncates to nothing; None takes the
+                model's setting.
+            show: Whether to show progress.
+
+        Returns:
+            The bank; or, without `out`, [U, J] int64 in the order of `data.user_keys`.
+
+        Raises:
+            DataError: No user has behaviour, or the data lacks the ratings the model was fitted on.
+        """
+        if max_users is not None:
+            data = data.head_users(max_users)
+        source = behaviour_source(
+            data, self.format, self.catalogue, self.lm.tokenizer, on_bad or self.config.data.on_bad
+        )
+        trainer = self.trainer or Trainer(
+            make_engine(self.config.em.engine, self.lm, self.layout), self.config
+        )
+        trainer.show = show
+        found = trainer.infer(source, self.codebooks, self.start)
+        if out is None:
+            return np.concatenate([_codes(p.code_ids) for p in found])
+        with BankWriter(
+            out,
+            fields=self.bank_fields(),
+            model_fingerprint=self.fingerprint,
+            metadata={
+                "userip_fast": __version__,
+                "lm": self.lm.source,
+                "config": self.config.to_dict(),
+            },
+        ) as writer:
+            done = 0
+            for profiles in found:
+                users = len(profiles.nll)
+                writer.append(source.events.user_keys.slice(done, users), _codes(profiles.code_ids))
+                done += users
+        return FeatureBank.open(out)
+
+    def bank_fields(self) -> list[dict[str, Any]]:
+        """The fields as a bank describes them, codes named by their words."""
+        return [
+            {
+                "name": f.name,
+                "codebook_size": f.codebook_size,
+                "code_names": [", ".join(card["words"]) for card in self.cards[f.name]]
+                if f.name in self.cards
+                else None,
+            }
+            for f in self.config.fields
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the model folder; an old one is replaced only by a whole new one."""
+        with atomic_dir(path) as tmp:
+            write_json(tmp / "config.json", self.config.to_dict())
+            write_tensors(
+                tmp / "codebooks.safetensors",
+                {f"{j}.{k}": v for j, b in enumerate(self.codebooks) for k, v in b.state().items()},
+            )
+            write_tensors(tmp / "start.safetensors", {"start": self.start})
+            pq.write_table(self.catalogue.to_table(), tmp / "catalogue.parquet")
+            write_json(tmp / "codes.json", self.cards)
+            if self.embedded:
+                shutil.copytree(self.lm.source, tmp / "lm")
+            names = sorted(str(p.relative_to(tmp)) for p in tmp.rglob("*") if p.is_file())
+            write_json(
+                tmp / "manifest.json",
+                {
+                    "format": _FORMAT,
+                    "version": _VERSION,
+                    "userip_fast": __version__,
+                    "fingerprint": self.fingerprint,
+                    "lm": {
+                        "source": "lm" if self.embedded else self.lm.source,
+                        "embedded": self.embedded,
+                        "fingerprint": self.lm.fingerprint,
+                        "quantization": self.lm.quantization,
+                        "hidden_size": self.lm.hidden_size,
+                    },
+                    "behaviour": self.format.to_dict(),
+                    "files": {name: sha256_file(tmp / name) for name in names},
+                },
+            )
+
+    @classmethod
+    def load(cls, path: str | Path, *, lm: str | None = None, device: str | None = None) -> Model:
+        """Reads a model folder.
+
+        Args:
+            lm: Where an external LM lies now, if not where it was at fit.
+            device: Overrides the device of the config.
+
+        Raises:
+            FormatError: A file is missing, torn or altered, or of another version.
+            MismatchError: The LM is not the one the codebooks were learned with.
+        """
+        root = Path(path)
+        manifest = read_json(root / "manifest.json")
+        if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+            raise FormatError(f"{root}: not a userip_fast model")
+        if manifest.get("version") != _VERSION:
+            raise FormatError(
+                f"{root}: model version {manifest.get('version')!r}, this program reads {_VERSION}"
+            )
+        try:
+            _verify(root, manifest["files"])
+            about = manifest["lm"]
+            try:
+                config = Config.from_dict(read_json(root / "config.json"))
+            except ConfigError as e:
+                raise FormatError(f"{root / 'config.json'}: {e}") from e
+            codebooks = load_codebooks(root / "codebooks.safetensors", len(config.fields))
+            start = read_tensors(root / "start.safetensors")["start"]
+            catalogue = Catalogue.from_table(pq.read_table(root / "catalogue.parquet"))
+            fmt = BehaviourFormat.from_dict(manifest["behaviour"])
+            for f, book in zip(config.fields, codebooks):
+                want = (f.codebook_size, f.num_virtual_tokens * int(about["hidden_size"]))
+                if tuple(book.codewords.shape) != want:
+                    raise MismatchError(
+                        f"{root}: codebook of field {f.name!r} is {tuple(book.codewords.shape)}, "
+                        f"its template says {want}"
+                    )
+            source = root / "lm" if about["embedded"] else Path(lm or about["source"])
+            lm_config = replace(
+                config.lm,
+                quantization=about["quantization"]
+                if about["quantization"] in ("none", "nf4", "nf4-double")
+                else config.lm.quantization,
+                device=device or config.lm.device,
+            )
+            model_lm = FrozenLM.load(str(source), lm_config)
+        except (KeyError, TypeError) as e:
+            raise FormatError(f"{root}: the manifest lacks or garbles {e}") from e
+        if model_lm.fingerprint != about["fingerprint"] and model_lm.dtype == torch.float32:
+            raise MismatchError(
+                f"{root}: the LM at {source} is not the one the codebooks were learned with "
+                f"(fingerprint {model_lm.fingerprint[:12]}, expected {about['fingerprint'][:12]})"
+            )
+        if model_lm.hidden_size != about["hidden_size"]:
+            raise MismatchError(
+                f"{root}: the LM has hidden size {model_lm.hidden_size}, the codebooks "
+                f"{about['hidden_size']}"
+            )
+        return cls(
+            config,
+            fmt,
+            model_lm,
+            codebooks,
+            start,
+            catalogue,
+            read_json(root / "codes.json"),
+            bool(about["embedded"]),
+        )
+
+
+def behaviour_source(
+    data: Interactions, fmt: BehaviourFormat, catalogue: Catalogue, tokenizer: Any, on_bad: str
+) -> BehaviourSource:
+    """Behaviour of the users of `data`, those whose history truncates to nothing refused or
+    dropped.
+
+    Raises:
+        DataError: Such users exist and `on_bad` is "error", or nobody is left.
+    """
+    source = BehaviourSource(fmt.events(data, catalogue), fmt)
+    empty = source.empty_users(tokenizer)
+    if not len(empty):
+        return source
+    names = [data.user_keys[int(u)].as_py() for u in empty[:10]]
+    why = (
+        f"{len(empty)} users have a history that truncates to nothing: their latest event alone "
+        f"has more than data.max_tokens={fmt.max_tokens} tokens; first users: {names}"
+    )
+    if on_bad == "error":
+        raise DataError(
+            f"{why}; raise data.max_tokens, shorten the text, or skip them (on_bad=skip)"
+        )
+    if len(empty) == data.num_users:
+        raise DataError(f"{why}; nobody is left")
+    logger.warning("%s; skipped", why)
+    keep = np.setdiff1d(np.arange(data.num_users), empty)
+    return BehaviourSource(fmt.events(data.select_users(keep), catalogue), fmt)
+
+
+def make_trainer(config: Config, lm: FrozenLM, show: bool) -> Trainer:
+    """The EM loop for a loaded LM, the prompt checked against its context."""
+    layout = PromptTemplate(config.fields).layout(lm.tokenizer)
+    check_positions(lm, layout, config.data.max_tokens)
+    return Trainer(make_engine(config.em.engine, lm, layout), config, show)
+
+
+def _verify(root: Path, files: dict[str, str]) -> None:
+    if missing := [name for name in _FILES if name not in files]:
+        raise FormatError(f"{root}: the manifest does not list {missing[0]}")
+    for name, digest in files.items():
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise FormatError(f"{root}: the manifest names a file outside the model, {name!r}")
+        file = root / name
+        if not file.is_file() or sha256_file(file) != digest:
+            raise FormatError(f"{file}: missing or altered since the model was saved")
+
+
+def _codes(code_ids: Tensor | None) -> Int64:
+    assert code_ids is not None
+    return code_ids.numpy()
