@@ -10,6 +10,9 @@
 
 #include <immintrin.h>
 #include <pybind11/stl.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -152,11 +155,23 @@ USERIP_AVX2 void decode(const Weight& w, int64_t begin, int64_t count, typename 
     }
 }
 
+// Asks for 2 MiB pages under a large output. It is fresh memory, and touching it in 4 KiB pages
+// takes several times as long as the decoding.
+void advise_huge_pages(void* begin, int64_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t kPage = 4096;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) / kPage * kPage;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) / kPage * kPage;
+    if (bytes >= 4 << 20) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // out[r - r0][c - c0] = W[r][c], rows of `out` c1 - c0 apart.
 template <class Store>
 void dequantize(const Weight& w, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
                 typename Store::Out* out) {
     const int64_t width = c1 - c0;
+    advise_huge_pages(out, (r1 - r0) * width * sizeof(*out));
     if (width == w.cols) {  // one run of codes: cut where it balances
         const int64_t begin = r0 * w.cols, total = (r1 - r0) * w.cols;
 #pragma omp parallel for schedule(static)
@@ -247,70 +262,6 @@ void linear(const Weight& w, const float* x, int64_t ldx, int64_t batch, const f
     }
 }
 
-// Input gradient for few rows. A thread takes kSlab columns, decodes kDown rows of W there at a
-// time and adds g[b][n] * W[n][slab] with the sums of two rows of g in registers; nobody else
-// writes these columns, so the order of the sum over n is fixed.
-constexpr int64_t kSlab = 64, kDown = 64;
-
-template <int B>
-USERIP_AVX2 void outer_tile(const float* g, int64_t ldg, const float* w, int64_t down,
-                            float* sums /* [B][kSlab] */, int64_t column) {
-    __m256 acc[B][4];
-    for (int b = 0; b < B; ++b) {
-        for (int v = 0; v < 4; ++v) acc[b][v] = _mm256_loadu_ps(sums + b * kSlab + column + v * 8);
-    }
-    for (int64_t n = 0; n < down; ++n) {
-        __m256 wk[4];
-        for (int v = 0; v < 4; ++v) wk[v] = _mm256_load_ps(w + n * kSlab + column + v * 8);
-        for (int b = 0; b < B; ++b) {
-            const __m256 gn = _mm256_broadcast_ss(g + b * ldg + n);
-            for (int v = 0; v < 4; ++v) acc[b][v] = _mm256_fmadd_ps(gn, wk[v], acc[b][v]);
-        }
-    }
-    for (int b = 0; b < B; ++b) {
-        for (int v = 0; v < 4; ++v) _mm256_storeu_ps(sums + b * kSlab + column + v * 8, acc[b][v]);
-    }
-}
-
-template <class Store>
-USERIP_AVX2 void gradient_slab(const Weight& w, const float* g, int64_t batch, float* dx,
-                               int64_t c0, std::vector<float>& sums) {
-    alignas(32) float tile[kDown * kSlab];
-    const int64_t width = std::min(kSlab, w.cols - c0);
-    std::fill_n(sums.begin(), batch * kSlab, 0.0f);
-    if (width < kSlab) std::fill_n(tile, kDown * kSlab, 0.0f);
-    for (int64_t n0 = 0; n0 < w.rows; n0 += kDown) {
-        const int64_t down = std::min(kDown, w.rows - n0);
-        for (int64_t n = 0; n < down; ++n) {
-            decode<Store>(w, (n0 + n) * w.cols + c0, width, tile + n * kSlab);
-        }
-        for (int64_t column = 0; column < kSlab; column += 32) {
-            int64_t b = 0;
-            for (; b + 2 <= batch; b += 2) {
-                outer_tile<2>(g + b * w.rows + n0, w.rows, tile, down, &sums[b * kSlab], column);
-            }
-            if (b < batch) {
-                outer_tile<1>(g + b * w.rows + n0, w.rows, tile, down, &sums[b * kSlab], column);
-            }
-        }
-    }
-    for (int64_t b = 0; b < batch; ++b) {
-        std::copy_n(&sums[b * kSlab], width, dx + b * w.cols + c0);
-    }
-}
-
-template <class Store>
-void gradient(const Weight& w, const float* g, int64_t batch, float* dx) {
-#pragma omp parallel
-    {
-        std::vector<float> sums(batch * kSlab);
-#pragma omp for schedule(static)
-        for (int64_t c0 = 0; c0 < w.cols; c0 += kSlab) {
-            gradient_slab<Store>(w, g, batch, dx, c0, sums);
-        }
-    }
-}
-
 // What Python passes: addresses of (packed, absmax, nested_absmax, nested_map, offset), the last
 // three 0 without double quantisation; and (rows, cols, blocksize).
 using Addresses = std::array<uintptr_t, 5>;
@@ -363,22 +314,12 @@ void nf4_linear(const Addresses& addresses, const Sizes& sizes, uintptr_t x, int
                reinterpret_cast<const float*>(bias), reinterpret_cast<float*>(y));
 }
 
-void nf4_linear_grad(const Addresses& addresses, const Sizes& sizes, uintptr_t grad, int64_t batch,
-                     uintptr_t dx, int dtype) {
-    const Weight w = weight_from(addresses, sizes);
-    USERIP_CHECK(0 <= dtype && dtype <= 2, "dtype", "0, 1 or 2", dtype);
-    constexpr auto run =
-        std::array{gradient<StoreFloat>, gradient<StoreRoundedBf16>, gradient<StoreRoundedFp16>};
-    run[dtype](w, reinterpret_cast<const float*>(grad), batch, reinterpret_cast<float*>(dx));
-}
-
 }  // namespace
 
 void bind_nf4(py::module_& m) {
     using release = py::call_guard<py::gil_scoped_release>;
     m.def("nf4_dequantize", &nf4_dequantize, release());
     m.def("nf4_linear", &nf4_linear, release());
-    m.def("nf4_linear_grad", &nf4_linear_grad, release());
 }
 
 }  // namespace userip_fast

@@ -6,12 +6,16 @@ import torch.nn.functional as F
 
 from userip_fast import ops
 from userip_fast.nf4 import BLOCKSIZES, NF4Weight
+from userip_fast.ops import _nf4_cpu
 from userip_fast.ops.nf4_dequantize import _nf4_dequantize, nf4_dequantize_reference
 from userip_fast.ops.nf4_linear import _nf4_linear, _nf4_linear_grad
 from userip_fast.testing import assert_close_to_oracle, poisoned_memory
 
-DEQUANTIZE = ["reference"]
-LINEAR = ["reference"]
+CPU = pytest.param(
+    "cpu", marks=pytest.mark.skipif(_nf4_cpu.why_not() is not None, reason=str(_nf4_cpu.why_not()))
+)
+DEQUANTIZE = ["reference", CPU]
+LINEAR = ["reference", CPU]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (N, K): one value; odd; rows of one block and one more; blocks across rows; several tiles.
 SHAPES = [(1, 1), (5, 7), (3, 64), (9, 65), (31, 96), (129, 320)]
@@ -83,6 +87,21 @@ def test_linear_and_its_gradient_equal_the_dequantised_dense_layer(shape, dtype,
         oracle = F.linear(x64, w64, None if b is None else b.double()), g64 @ w64
         assert_close_to_oracle(y, oracle[0], low[0], name=f"y, {rows} rows")
         assert_close_to_oracle(dx, oracle[1], low[1], name=f"dx, {rows} rows")
+
+
+@pytest.mark.parametrize("scratch", [4, 4 * 3 * 96, 4 * 96 * 31])
+def test_blocks_of_the_weight_in_scratch_cover_it(scratch, monkeypatch):
+    """From one row of the weight at a time to the whole weight in one block."""
+    if _nf4_cpu.why_not() is not None:
+        pytest.skip(str(_nf4_cpu.why_not()))
+    monkeypatch.setattr(_nf4_cpu, "_SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(_nf4_cpu, "FUSED_ROWS", 0)
+    weight = make((31, 96))
+    x, bias, grad = torch.randn(9, 96), torch.randn(31), torch.randn(9, 31)
+    y, dx = run_linear(weight, x, bias, grad, "cpu")
+    dense = reference(weight, torch.float32)
+    torch.testing.assert_close(y, F.linear(x, dense, bias))
+    torch.testing.assert_close(dx, grad @ dense)
 
 
 @pytest.mark.parametrize("impl", LINEAR)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from userip_fast.nf4 import DTYPES, NESTED_BLOCKSIZE, NF4_LEVELS, NF4Weight
-from userip_fast.ops._dispatch import resolve
+from userip_fast.ops._dispatch import WhyNot, resolve
 
 
 def block_scales(
@@ -60,6 +60,11 @@ def _nf4_dequantize(
     dtype: torch.dtype,
     impl: str,
 ) -> Tensor:
+    if impl == "cpu":
+        from userip_fast.ops import _nf4_cpu
+
+        scales = (absmax, nested_absmax, nested_map, offset)
+        return _nf4_cpu.dequantize((packed, *scales), (rows, cols, blocksize), dtype)
     assert impl == "reference", impl
     return nf4_dequantize_reference(
         packed, absmax, nested_absmax, nested_map, offset, rows, cols, blocksize, dtype
@@ -71,6 +76,17 @@ def _(packed, absmax, nested_absmax, nested_map, offset, rows, cols, blocksize, 
     return packed.new_empty(rows, cols, dtype=dtype)
 
 
+def candidates(*tensors: Tensor | None) -> dict[str, WhyNot]:
+    """Implementations for such tensors, best first; `nf4_linear` has the same."""
+
+    def cpu() -> str | None:
+        from userip_fast.ops import _nf4_cpu
+
+        return _nf4_cpu.why_not(*tensors)
+
+    return {"cpu": cpu, "reference": lambda: None}
+
+
 def nf4_dequantize(
     weight: NF4Weight, *, dtype: torch.dtype | None = None, impl: str = "auto"
 ) -> Tensor:
@@ -79,7 +95,7 @@ def nf4_dequantize(
     Args:
         weight: The NF4 weight, on CPU or CUDA.
         dtype: float32, bfloat16 or float16; None for the dtype the weight had.
-        impl: "auto" or "reference".
+        impl: "auto", "cpu" or "reference".
 
     Returns:
         [N, K] in `dtype`; equal to `bitsandbytes.functional.dequantize_4bit` in every bit.
@@ -90,5 +106,5 @@ def nf4_dequantize(
     dtype = weight.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise ValueError(f"nf4_dequantize: dtype must be one of {DTYPES}, got {dtype}")
-    chosen = resolve("nf4_dequantize", impl, {"reference": lambda: None})
+    chosen = resolve("nf4_dequantize", impl, candidates(weight.packed))
     return _nf4_dequantize(*weight.tensors(), *weight.shape, weight.blocksize, dtype, chosen)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from userip_fast.nf4 import DTYPES, NF4Weight
 from userip_fast.ops._dispatch import resolve
-from userip_fast.ops.nf4_dequantize import nf4_dequantize_reference
+from userip_fast.ops.nf4_dequantize import candidates, nf4_dequantize_reference
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -75,6 +75,11 @@ def _nf4_linear(
     bias: Tensor | None,
     impl: str,
 ) -> Tensor:
+    if impl == "cpu":
+        from userip_fast.ops import _nf4_cpu
+
+        scales = (absmax, nested_absmax, nested_map, offset)
+        return _nf4_cpu.linear(x, (packed, *scales), (rows, cols, blocksize), bias)
     assert impl == "reference", impl
     return nf4_linear_reference(
         x, packed, absmax, nested_absmax, nested_map, offset, rows, cols, blocksize, bias
@@ -99,6 +104,11 @@ def _nf4_linear_grad(
     blocksize: int,
     impl: str,
 ) -> Tensor:
+    if impl == "cpu":
+        from userip_fast.ops import _nf4_cpu
+
+        scales = (absmax, nested_absmax, nested_map, offset)
+        return _nf4_cpu.linear_grad(grad, (packed, *scales), (rows, cols, blocksize))
     assert impl == "reference", impl
     return nf4_linear_grad_reference(
         grad, packed, absmax, nested_absmax, nested_map, offset, rows, cols, blocksize
@@ -132,7 +142,7 @@ def nf4_linear(
         x: [..., K] float32, bfloat16 or float16, on the weight's device. Differentiable.
         weight: NF4 weight of shape (N, K).
         bias: [N] or None; frozen.
-        impl: "auto" or "reference".
+        impl: "auto", "cpu" or "reference".
 
     Returns:
         [..., N] in x's dtype.
@@ -152,7 +162,7 @@ def nf4_linear(
             f"nf4_linear: bias must be [{rows}] and frozen, got {tuple(bias.shape)} with "
             f"requires_grad={bias.requires_grad}"
         )
-    chosen = resolve("nf4_linear", impl, {"reference": lambda: None})
+    chosen = resolve("nf4_linear", impl, candidates(weight.packed))
     y = _nf4_linear(
         x.reshape(-1, cols), *weight.tensors(), rows, cols, weight.blocksize, bias, chosen
     )
