@@ -83,6 +83,13 @@ def test_extension_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.split() == ["None", "USERIP_FAST_NO_EXTENSION=1"]
 
 
+def test_a_built_extension_loads() -> None:
+    if not list((ROOT / "userip_fast").glob("_C.*")):
+        pytest.skip("userip_fast._C is not built in this checkout")
+    out = run("from userip_fast import _extension as e; print(e.why_not(), bool(e.load()))")
+    assert out.split() == ["None", "True"]
+
+
 def test_kernels_of_a_bare_checkout() -> None:
     out = run("import userip_fast.kernels as k; print(*k.__path__)")
     assert out.split() == [str(ROOT / "kernels")]
