@@ -40,10 +40,10 @@ def test_same_output_and_gradient_as_linear4bit(dtype, compute_dtype, nested):
         results.append((y.detach(), leaf.grad))
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype == dtype
-        rounding = torch.finfo(
-            torch.bfloat16 if torch.bfloat16 in (dtype, compute_dtype) else dtype
-        ).eps
-        torch.testing.assert_close(a, b, rtol=0, atol=2 * rounding * float(a.abs().max()))
+        low = torch.bfloat16 in (dtype, compute_dtype)
+        # One rounding to bf16 apart, or fp32 sums of up to 80 terms in another order.
+        band = 2 * torch.finfo(torch.bfloat16).eps if low else 16 * torch.finfo(dtype).eps
+        torch.testing.assert_close(a, b, rtol=0, atol=band * float(a.abs().max()))
 
 
 def test_state_dict_round_trip_with_bitsandbytes_keys():
