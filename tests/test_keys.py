@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from userip_fast.errors import DataError
-from userip_fast.keys import NUM_SHARDS, canonical_keys, hash_keys, key_order, shard_of
+from userip_fast.keys import NUM_SHARDS, canonical_keys, hash_keys, key_order, seeded, shard_of
 
 MASK = (1 << 64) - 1
 
@@ -67,6 +67,14 @@ def test_every_form_of_the_same_keys_hashes_alike():
     for dtype in (np.int8, np.int32, np.uint16, np.uint64):
         assert hash_keys(np.arange(5, dtype=dtype)).tolist() == hash_keys([0, 1, 2, 3, 4]).tolist()
     assert len(hash_keys([])) == 0
+
+
+def test_seeded_hashes_depend_on_key_and_seed_alone():
+    hashes = hash_keys(np.arange(1000))
+    for seed in (0, 1, -1, 2**62):
+        assert seeded(hashes[5:9], seed).tolist() == seeded(hashes, seed)[5:9].tolist()
+    assert len(np.unique([seeded(hashes, seed) for seed in range(4)])) == 4000
+    assert seeded(hashes[:1], 7).tolist() == [mix_plain(mix_plain(int(hashes[0])) ^ mix_plain(7))]
 
 
 def test_shards_follow_the_order_of_hashes():

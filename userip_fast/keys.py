@@ -108,6 +108,15 @@ def _hash_strings(array: pa.Array) -> NDArray[np.uint64]:
     return mix64(h ^ length.astype(np.uint64))
 
 
+def seeded(hashes: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """Hashes drawn anew by `seed`: random bits that depend on a key and the seed alone.
+
+    The hash is mixed once more first: an integer key's hash and the mixed seed are the same
+    function of small integers, and key 1 with seed 2 must not be key 2 with seed 1.
+    """
+    return mix64(mix64(hashes) ^ mix64(np.array([seed], np.int64).view(np.uint64)))
+
+
 def shard_of(hashes: NDArray[np.uint64]) -> NDArray[np.uint8]:
     """The virtual shard, 0 to 255, of each hash: its top 8 bits."""
     return (np.asarray(hashes, np.uint64) >> np.uint64(56)).astype(np.uint8)

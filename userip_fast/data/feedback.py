@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from userip_fast.data.arrow import combine, to_numpy
 from userip_fast.data.interactions import Interactions
 from userip_fast.errors import DataError, MismatchError
-from userip_fast.keys import canonical_keys, hash_keys, key_order, mix64
+from userip_fast.keys import canonical_keys, hash_keys, key_order, mix64, seeded
 
 RATING_WORDS = ("disliked", "okay", "liked")
 NEGATIVE_WORDS = ("chosen", "passed over")
@@ -256,10 +256,10 @@ def _add_negatives(data: Interactions, how: Negatives) -> Events:
     in_catalogue = pc.fill_null(pc.index_in(data.item_keys, value_set=catalogue.item_keys), -1)
     catalogue_of_item = to_numpy(in_catalogue).astype(np.int64)
     chosen = catalogue_of_item[data.item_index]
-    pairs = np.unique((user * num_catalogue + chosen)[chosen >= 0])  # what each user has seen
+    pairs = np.sort((user * num_catalogue + chosen)[chosen >= 0])  # what each user has seen
 
-    salt = mix64(np.array([how.seed], np.int64).view(np.uint64))
-    key = mix64(hash_keys(data.user_keys)[user] ^ salt) ^ hash_keys(data.item_keys)[data.item_index]
+    key = seeded(hash_keys(data.user_keys), how.seed)[user]
+    key ^= hash_keys(data.item_keys)[data.item_index]
     key = mix64(mix64(key) ^ _repeats(user * data.num_items + data.item_index).astype(np.uint64))
     keys = mix64(np.repeat(key, n) + np.tile(np.arange(1, n + 1, dtype=np.uint64), num_events))
     users = np.repeat(user, n)
@@ -274,8 +274,9 @@ def _add_negatives(data: Interactions, how: Negatives) -> Events:
         refused = pairs[place] == pair if len(pairs) else np.zeros(len(pair), bool)
         negatives[left[~refused]] = draw[~refused]
         left = left[refused]
-    for u in np.unique(users[left]):  # users who have seen nearly all there is
-        own = left[users[left] == u]
+    # Users who have seen nearly all there is; `left` is ascending, so each one's draws adjoin.
+    for own in np.split(left, np.flatnonzero(np.diff(users[left])) + 1) if len(left) else ():
+        u = users[own[0]]
         a, b = np.searchsorted(pairs, [u * num_catalogue, (u + 1) * num_catalogue])
         rest = np.delete(np.arange(num_catalogue), pairs[a:b] - u * num_catalogue)
         if len(rest):
@@ -285,7 +286,7 @@ def _add_negatives(data: Interactions, how: Negatives) -> Events:
     item_of_catalogue = np.full(num_catalogue + 1, -1, np.int64)  # the last stays -1: no negative
     known = np.flatnonzero(catalogue_of_item >= 0)
     item_of_catalogue[catalogue_of_item[known]] = known
-    sampled = np.unique(negatives[negatives >= 0])
+    sampled = np.flatnonzero(np.bincount(negatives + 1, minlength=num_catalogue + 1)[1:])
     extra = sampled[item_of_catalogue[sampled] < 0]
     item_of_catalogue[extra] = data.num_items + np.arange(len(extra))
 

@@ -18,7 +18,7 @@ from userip_fast.data.report import NUM_EXAMPLES, BadRows, RowChecks
 from userip_fast.data.sources import Source, TableLike, read_source
 from userip_fast.data.text import TextTemplate
 from userip_fast.errors import DataError
-from userip_fast.keys import hash_keys, key_order, mix64
+from userip_fast.keys import hash_keys, key_order, mix64, seeded
 
 Mask = NDArray[np.bool_]
 
@@ -51,7 +51,7 @@ def read_interactions(
         rating: Numeric column, or None. A rating that never varies counts as none.
         time: Column of seconds since 1970 (integers or floats) or of timestamps or dates, or None.
             Events are sorted by it within a user, ties in file order. Without it they are in an
-            order fixed by `seed` and the keys, which no other row of the file influences.
+            order fixed by `seed` and the keys of user and item, wherever the rows stand.
         text: Item text, see `TextTemplate`.
         filter: Rows to keep, see `RowFilter`; applied before any check.
         on_bad: "error" refuses the file if any row is bad; "skip" drops bad rows. Bad is: a null
@@ -182,14 +182,13 @@ def build_interactions(
     if checks.counts and on_bad == "error":
         raise checks.error()
 
+    # Users: all that were read, so that those with every row gone are listed.
     good = np.flatnonzero(~checks.bad)
-    seen = pc.unique(
-        users.take(read)
-    ).drop_null()  # also users all of whose rows are gone: they are listed
+    seen = pc.unique(users.take(read)).drop_null()
     hashes = hash_keys(seen)
     order = key_order(seen, hashes)
     seen, hashes = seen.take(order), hashes[order]
-    event_user = to_numpy(pc.index_in(kept_users.take(good), value_set=seen)).astype(np.int64)
+    event_user = to_numpy(pc.index_in(kept_users.take(good), value_set=seen))
     lengths = np.bincount(event_user, minlength=len(seen))
     enough = lengths >= min_history
     short = seen.filter(pa.array(~enough))
@@ -208,33 +207,29 @@ def build_interactions(
             f"{report.table()}"
         )
 
+    # Events: by user, then by time, or in an order that the keys alone fix; ties as in the file.
     stay = enough[event_user]
     good, event_user = good[stay], event_user[stay]
     within: NDArray[Any]
     if times is not None:
         within = times[good]
-    else:  # fixed by the keys alone; repeats of an item stay in file order
-        salt = mix64(np.array([seed], np.int64).view(np.uint64))
-        item_hash = hash_keys(items.keys)[place[good]]
-        within = mix64(mix64(hashes[event_user] ^ salt) ^ item_hash)
-    sort = np.lexsort((within, event_user))
-    good = good[sort]
-
-    item_kept = ~items.empty
-    new_place = np.cumsum(item_kept, dtype=np.int32) - np.int32(1)
-    rating_values = None if ratings is None else ratings[good]
+    else:
+        within = mix64(seeded(hashes, seed)[event_user] ^ hash_keys(items.keys)[place[good]])
+    good = good[np.lexsort((within, event_user))]
+    ratings = None if ratings is None else ratings[good]
     constant = None
-    if rating_values is not None and rating_values.min() == rating_values.max():
-        constant, rating_values = float(rating_values[0]), None
-    valid = pa.array(item_kept)
+    if ratings is not None and ratings.min() == ratings.max():
+        constant, ratings = float(ratings[0]), None
+    kept = ~items.empty
+    new_place = np.cumsum(kept, dtype=np.int32) - np.int32(1)
     return Interactions(
         user_keys=seen.filter(pa.array(enough)),
-        item_keys=items.keys.filter(valid),
-        item_text=items.text.filter(valid),
-        items=items.table.filter(valid),
+        item_keys=items.keys.filter(pa.array(kept)),
+        item_text=items.text.filter(pa.array(kept)),
+        items=items.table.filter(pa.array(kept)),
         offsets=np.concatenate([[0], np.cumsum(lengths[enough])]).astype(np.int64),
         item_index=new_place[place[good]],
-        rating=rating_values,
+        rating=ratings,
         time=None if times is None else times[good],
         ordered=times is not None,
         constant_rating=constant,

@@ -9,7 +9,7 @@ import numpy as np
 
 from userip_fast.data.interactions import Interactions
 from userip_fast.errors import DataError
-from userip_fast.keys import hash_keys, mix64
+from userip_fast.keys import hash_keys, seeded
 
 
 def split_by_time(data: Interactions, at: float | dt.datetime) -> tuple[Interactions, Interactions]:
@@ -81,8 +81,7 @@ def split_users(
     """
     if not 0 < fraction < 1:
         raise DataError(f"split_users: fraction must be in (0, 1), got {fraction}")
-    salt = mix64(np.array([seed], np.int64).view(np.uint64))
-    new = mix64(hash_keys(data.user_keys) ^ salt) < np.uint64(int(fraction * 2.0**64))
+    new = seeded(hash_keys(data.user_keys), seed) < np.uint64(int(fraction * 2.0**64))
     if new.all() or not new.any():
         raise DataError(
             f"split_users: fraction={fraction} of {data.num_users} users leaves a side empty"
