@@ -54,7 +54,7 @@ def test_a_hanging_stage_ends_with_its_children(gpu_check: ModuleType) -> None:
 
 def test_no_stage_starts_when_the_time_is_up(gpu_check: ModuleType) -> None:
     runner = gpu_check.Runner(1, io.StringIO())
-    runner.run("late", python("raise SystemExit(1)"), 30)
+    assert runner.run("late", python("raise SystemExit(1)"), 30)["lines"] == []
     assert runner.stages["late"] == {"status": "skipped", "reason": "no time left"}
 
 
@@ -64,3 +64,34 @@ def test_a_marker_without_tests_is_skipped(gpu_check: ModuleType, tmp_path: Path
     command = [sys.executable, "-m", "pytest", "-q", "-k", "another", str(tmp_path)]
     runner.run("tests", [*command, "-c", "/dev/null", "-p", "no:cacheprovider"], 30)
     assert runner.stages["tests"]["status"] == "skipped"
+
+
+def test_all_stages_run_and_benchmarks_are_collected(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "setup.py": "import os; print(os.environ['TORCH_CUDA_ARCH_LIST'])",
+        "tests/test_one.py": "import pytest\n@pytest.mark.gpu\ndef test_one(): assert False\n",
+        "benchmarks/bench_good.py": "print('table'); print('{\"gbps\": 3.5}')",
+        "benchmarks/bench_no_json.py": "print('table')",
+        "benchmarks/bench_cpu.py": "import argparse; argparse.ArgumentParser().parse_args()",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
+    log = io.StringIO()
+    runner = gpu_check.Runner(120, log)
+    assert gpu_check.check(runner, "9.0") == {"bench_good": {"gbps": 3.5}}
+    assert {name: stage["status"] for name, stage in runner.stages.items()} == {
+        "build": "passed",
+        "tests": "failed",  # and did not stop the rest
+        "memcheck": "skipped",
+        "racecheck": "skipped",
+        "bench_cpu": "skipped",
+        "bench_good": "passed",
+        "bench_no_json": "failed",
+    }
+    assert "9.0a" in log.getvalue()
