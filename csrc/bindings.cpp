@@ -9,6 +9,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
     bind_assign_codes(m);
     bind_features(m);
     bind_nf4(m);
+    bind_sparse_adam(m);
 #ifdef USERIP_FAST_WITH_CUDA
     m.attr("cuda_architectures") = USERIP_FAST_CUDA_ARCHITECTURES;
     bind_device(m);

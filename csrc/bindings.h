@@ -11,6 +11,7 @@ namespace py = pybind11;
 void bind_assign_codes(py::module_& m);
 void bind_features(py::module_& m);
 void bind_nf4(py::module_& m);
+void bind_sparse_adam(py::module_& m);
 
 #ifdef USERIP_FAST_WITH_CUDA
 // csrc/cuda/

@@ -1,10 +1,15 @@
 import pytest
 import torch
 
+from userip_fast import _extension
 from userip_fast.ops import sparse_adam
 from userip_fast.ops.sparse_adam import _sparse_adam
 
-IMPLS = ["reference"]
+CPU = pytest.param(
+    "cpu",
+    marks=pytest.mark.skipif(_extension.why_not() is not None, reason=str(_extension.why_not())),
+)
+IMPLS = ["reference", CPU, "triton"]
 
 
 def state(n, dim, seed=0):
@@ -23,7 +28,7 @@ def adam_by_hand(theta, m, v, t, g, lr, beta1, beta2, eps):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [1, 7, 64, 1031])
+@pytest.mark.parametrize("dim", [1, 7, 64, 2061])
 def test_rows_with_different_steps_match_a_hand_computation(impl, dtype, dim):
     theta, m, v, step = state(11, dim)
     hyper = {"lr": 0.03, "beta1": 0.8, "beta2": 0.99, "eps": 1e-6}
@@ -55,7 +60,7 @@ def test_equals_torch_adam_when_every_row_steps(impl):
         p.grad = grad.clone()
         optimiser.step()
         sparse_adam(theta, m, v, step, torch.arange(5), grad, lr=0.01, impl=impl)
-    torch.testing.assert_close(theta, p.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(theta, p.detach(), rtol=1e-6, atol=5e-7)  # two units at 2.0
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -79,7 +84,7 @@ def test_other_rows_keep_their_bits_and_order_does_not_matter(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_late_row_takes_a_first_step(impl):
     theta, m, v, step = state(2, 3)
-    for _ in range(1000):
+    for _ in range(100):
         sparse_adam(theta, m, v, step, torch.tensor([0]), torch.ones(1, 3), lr=0.01, impl=impl)
     before = theta[1].clone()
     sparse_adam(theta, m, v, step, torch.tensor([1]), torch.ones(1, 3), lr=0.01, impl=impl)

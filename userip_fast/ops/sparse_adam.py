@@ -11,10 +11,14 @@ algorithm 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from userip_fast.ops._dispatch import resolve
+from userip_fast import _extension
+from userip_fast.ops import _triton
+from userip_fast.ops._dispatch import WhyNot, resolve
 
 
 def sparse_adam_reference(
@@ -58,6 +62,17 @@ def _sparse_adam(
     eps: float,
     impl: str,
 ) -> None:
+    if impl == "cpu":
+        g = grad.float().contiguous()
+        r = rows.contiguous()
+        pointers = (t.data_ptr() for t in (theta, m, v, step, r, g))
+        sizes = (rows.shape[0], *theta.shape)
+        module: Any = _extension.load()
+        return module.sparse_adam(*pointers, *sizes, lr, beta1, beta2, eps)
+    if impl == "triton":
+        from userip_fast.kernels import sparse_adam as kernel
+
+        return kernel.sparse_adam(theta, m, v, step, rows, grad, lr, beta1, beta2, eps)
     assert impl == "reference", impl
     sparse_adam_reference(theta, m, v, step, rows, grad, lr, beta1, beta2, eps)
 
@@ -65,6 +80,18 @@ def _sparse_adam(
 @_sparse_adam.register_fake
 def _(theta, m, v, step, rows, grad, lr, beta1, beta2, eps, impl):  # type: ignore[no-untyped-def]
     return None
+
+
+def _candidates(theta: Tensor) -> dict[str, WhyNot]:
+    def cpu() -> str | None:
+        return "theta is not on the CPU" if theta.device.type != "cpu" else _extension.why_not()
+
+    def triton() -> str | None:
+        return _triton.why_not(theta)
+
+    if theta.device.type == "cpu":
+        return {"cpu": cpu, "reference": lambda: None, "triton": triton}
+    return {"triton": triton, "reference": lambda: None, "cpu": cpu}
 
 
 def sparse_adam(
@@ -95,7 +122,7 @@ def sparse_adam(
         beta1: Decay of the first moment, in [0, 1).
         beta2: Decay of the second moment, in [0, 1).
         eps: Added to the denominator.
-        impl: "auto" or "reference".
+        impl: "auto", "triton", "cpu" or "reference".
 
     Raises:
         ValueError: A shape, dtype, layout or value breaks the rules above.
@@ -134,6 +161,6 @@ def sparse_adam(
             raise ValueError(f"sparse_adam: rows must be in [0, {n}), got {low} .. {high}")
         if bool((ordered[1:] == ordered[:-1]).any()):
             raise ValueError("sparse_adam: rows must be distinct; sum the gradients of repeats")
-    chosen = resolve("sparse_adam", impl, {"reference": lambda: None})
+    chosen = resolve("sparse_adam", impl, _candidates(theta))
     with torch.no_grad():
         _sparse_adam(theta, m, v, step, rows, grad, lr, beta1, beta2, eps, chosen)

@@ -1,0 +1,29 @@
+"""Whether Triton kernels can run on given tensors."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+from torch import Tensor
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def why_not(*tensors: Tensor | None) -> str | None:
+    """None where a Triton kernel can run on such tensors, else the reason.
+
+    CPU tensors need Triton's interpreter. Ops list "triton" after "reference" for them, so that
+    "auto" never takes it.
+    """
+    if not _installed():
+        return "triton is not installed"
+    if any(t is not None and t.device.type != "cuda" for t in tensors):
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "a tensor is not on a CUDA device and TRITON_INTERPRET=1 is not set"
+    return None
