@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
 #ifdef USERIP_FAST_WITH_CUDA
     m.attr("cuda_architectures") = USERIP_FAST_CUDA_ARCHITECTURES;
     bind_device(m);
+    bind_nf4_cuda(m);
 #else
     m.attr("cuda_architectures") = pybind11::none();
 #endif

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from userip_fast.nf4 import DTYPES, NESTED_BLOCKSIZE, NF4_LEVELS, NF4Weight
+from userip_fast.ops import _triton
 from userip_fast.ops._dispatch import WhyNot, resolve
 
 
@@ -47,6 +48,38 @@ def nf4_dequantize_reference(
     return out.view(rows, cols).to(dtype)
 
 
+def run(
+    impl: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], dtype: torch.dtype
+) -> Tensor:
+    """[rows, cols] in `dtype` by the implementation named; for `nf4_linear` too.
+
+    Args:
+        impl: A name from `candidates`.
+        tensors: `NF4Weight.tensors()`.
+        sizes: (rows, cols, blocksize).
+        dtype: Of the result.
+    """
+    if impl == "cpu":
+        from userip_fast.ops import _nf4_cpu
+
+        return _nf4_cpu.dequantize(tensors, sizes, dtype)
+    if impl == "cuda":
+        from userip_fast.ops import _nf4_cuda
+
+        return _nf4_cuda.dequantize(tensors, sizes, dtype)
+    if impl == "triton":
+        from userip_fast.kernels import nf4
+
+        return nf4.dequantize(tensors, sizes, dtype)
+    assert impl == "reference", impl
+    packed, absmax, nested_absmax, nested_map, offset = tensors
+    assert packed is not None
+    assert absmax is not None
+    return nf4_dequantize_reference(
+        packed, absmax, nested_absmax, nested_map, offset, *sizes, dtype
+    )
+
+
 @torch.library.custom_op("userip_fast::nf4_dequantize", mutates_args=())
 def _nf4_dequantize(
     packed: Tensor,
@@ -60,15 +93,8 @@ def _nf4_dequantize(
     dtype: torch.dtype,
     impl: str,
 ) -> Tensor:
-    if impl == "cpu":
-        from userip_fast.ops import _nf4_cpu
-
-        scales = (absmax, nested_absmax, nested_map, offset)
-        return _nf4_cpu.dequantize((packed, *scales), (rows, cols, blocksize), dtype)
-    assert impl == "reference", impl
-    return nf4_dequantize_reference(
-        packed, absmax, nested_absmax, nested_map, offset, rows, cols, blocksize, dtype
-    )
+    tensors = (packed, absmax, nested_absmax, nested_map, offset)
+    return run(impl, tensors, (rows, cols, blocksize), dtype)
 
 
 @_nf4_dequantize.register_fake
@@ -76,15 +102,25 @@ def _(packed, absmax, nested_absmax, nested_map, offset, rows, cols, blocksize, 
     return packed.new_empty(rows, cols, dtype=dtype)
 
 
-def candidates(*tensors: Tensor | None) -> dict[str, WhyNot]:
-    """Implementations for such tensors, best first; `nf4_linear` has the same."""
+def candidates(packed: Tensor) -> dict[str, WhyNot]:
+    """Implementations for a weight on `packed`'s device, best first; `nf4_linear` has the same."""
 
     def cpu() -> str | None:
         from userip_fast.ops import _nf4_cpu
 
-        return _nf4_cpu.why_not(*tensors)
+        return _nf4_cpu.why_not(packed)
 
-    return {"cpu": cpu, "reference": lambda: None}
+    def cuda() -> str | None:
+        from userip_fast.ops import _nf4_cuda
+
+        return _nf4_cuda.why_not(packed)
+
+    def triton() -> str | None:
+        return _triton.why_not(packed)
+
+    if packed.device.type == "cpu":
+        return {"cpu": cpu, "reference": lambda: None, "triton": triton, "cuda": cuda}
+    return {"cuda": cuda, "triton": triton, "reference": lambda: None, "cpu": cpu}
 
 
 def nf4_dequantize(
@@ -95,7 +131,7 @@ def nf4_dequantize(
     Args:
         weight: The NF4 weight, on CPU or CUDA.
         dtype: float32, bfloat16 or float16; None for the dtype the weight had.
-        impl: "auto", "cpu" or "reference".
+        impl: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
         [N, K] in `dtype`; equal to `bitsandbytes.functional.dequantize_4bit` in every bit.

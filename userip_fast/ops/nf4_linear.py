@@ -9,56 +9,49 @@ used both ways (bitsandbytes rounds it to the stored dtype in backward only).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from userip_fast.nf4 import DTYPES, NF4Weight
 from userip_fast.ops._dispatch import resolve
-from userip_fast.ops.nf4_dequantize import candidates, nf4_dequantize_reference
+from userip_fast.ops.nf4_dequantize import candidates, run
+
+Weights = tuple[Tensor | None, ...]  # NF4Weight.tensors()
+Sizes = tuple[int, int, int]  # (rows, cols, blocksize)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; in fp32 on CPU, where 16 bits take a scalar path without bf16 instructions."""
-    if a.device.type == "cpu" and a.dtype != torch.float32:
-        return (a.float() @ b.float()).to(a.dtype)
-    return a @ b
+def _forward(impl: str, x: Tensor, weight: Weights, sizes: Sizes, bias: Tensor | None) -> Tensor:
+    if impl == "cpu":
+        from userip_fast.ops import _nf4_cpu
+
+        return _nf4_cpu.linear(x, weight, sizes, bias)
+    dense = run(impl, weight, sizes, x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if x.device.type == "cpu":  # without bf16 instructions a CPU takes a scalar path in 16 bits
+        wide = None if bias is None else bias.float()
+        return F.linear(x.float(), dense.float(), wide).to(x.dtype)
+    return F.linear(x, dense, bias)
 
 
-def nf4_linear_reference(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    rows: int,
-    cols: int,
-    blocksize: int,
-    bias: Tensor | None,
-) -> Tensor:
-    """The oracle of the forward pass: x [M, cols] -> [M, rows]."""
-    weight = nf4_dequantize_reference(
-        packed, absmax, nested_absmax, nested_map, offset, rows, cols, blocksize, x.dtype
-    )
-    y = _matmul(x, weight.T)
-    return y if bias is None else y + bias.to(y.dtype)
+def _input_gradient(impl: str, grad: Tensor, weight: Weights, sizes: Sizes) -> Tensor:
+    if impl == "cpu":
+        from userip_fast.ops import _nf4_cpu
+
+        return _nf4_cpu.linear_grad(grad, weight, sizes)
+    dense = run(impl, weight, sizes, grad.dtype)
+    if grad.device.type == "cpu":
+        return (grad.float() @ dense.float()).to(grad.dtype)
+    return grad @ dense
 
 
-def nf4_linear_grad_reference(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    rows: int,
-    cols: int,
-    blocksize: int,
-) -> Tensor:
-    """The oracle of the input gradient: grad [M, rows] -> [M, cols]."""
-    weight = nf4_dequantize_reference(
-        packed, absmax, nested_absmax, nested_map, offset, rows, cols, blocksize, grad.dtype
-    )
-    return _matmul(grad, weight)
+def nf4_linear_reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """The oracle of the forward pass: x [M, K] -> [M, N]."""
+    return _forward("reference", x, weight.tensors(), (*weight.shape, weight.blocksize), bias)
+
+
+def nf4_linear_grad_reference(grad: Tensor, weight: NF4Weight) -> Tensor:
+    """The oracle of the input gradient: grad [M, N] -> [M, K]."""
+    return _input_gradient("reference", grad, weight.tensors(), (*weight.shape, weight.blocksize))
 
 
 @torch.library.custom_op("userip_fast::nf4_linear", mutates_args=())
@@ -75,15 +68,8 @@ def _nf4_linear(
     bias: Tensor | None,
     impl: str,
 ) -> Tensor:
-    if impl == "cpu":
-        from userip_fast.ops import _nf4_cpu
-
-        scales = (absmax, nested_absmax, nested_map, offset)
-        return _nf4_cpu.linear(x, (packed, *scales), (rows, cols, blocksize), bias)
-    assert impl == "reference", impl
-    return nf4_linear_reference(
-        x, packed, absmax, nested_absmax, nested_map, offset, rows, cols, blocksize, bias
-    )
+    weight = (packed, absmax, nested_absmax, nested_map, offset)
+    return _forward(impl, x, weight, (rows, cols, blocksize), bias)
 
 
 @_nf4_linear.register_fake
@@ -104,15 +90,8 @@ def _nf4_linear_grad(
     blocksize: int,
     impl: str,
 ) -> Tensor:
-    if impl == "cpu":
-        from userip_fast.ops import _nf4_cpu
-
-        scales = (absmax, nested_absmax, nested_map, offset)
-        return _nf4_cpu.linear_grad(grad, (packed, *scales), (rows, cols, blocksize))
-    assert impl == "reference", impl
-    return nf4_linear_grad_reference(
-        grad, packed, absmax, nested_absmax, nested_map, offset, rows, cols, blocksize
-    )
+    weight = (packed, absmax, nested_absmax, nested_map, offset)
+    return _input_gradient(impl, grad, weight, (rows, cols, blocksize))
 
 
 @_nf4_linear_grad.register_fake
@@ -142,7 +121,7 @@ def nf4_linear(
         x: [..., K] float32, bfloat16 or float16, on the weight's device. Differentiable.
         weight: NF4 weight of shape (N, K).
         bias: [N] or None; frozen.
-        impl: "auto", "cpu" or "reference".
+        impl: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
         [..., N] in x's dtype.
