@@ -54,11 +54,11 @@ def build(checkout: Path, what: str, out: Path, **env: str) -> tuple[Path, str]:
     return built, done.stdout
 
 
-def run(code: str, cwd: Path, **env: str) -> list[str]:
+def run(code: str, cwd: Path) -> list[str]:
+    # -I -S: nothing but `code` decides what is on sys.path, an installed userip_fast least of all.
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code],
+        [sys.executable, "-I", "-S", "-c", code],
         cwd=cwd,
-        env={**os.environ, **env},
         capture_output=True,
         text=True,
         check=False,
