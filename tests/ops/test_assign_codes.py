@@ -1,15 +1,25 @@
 import pytest
 import torch
 
+from userip_fast import _extension
 from userip_fast.ops import (
     assign_codes,
+    assign_codes_reference,
     assign_codes_with_margin,
     assign_codes_with_stats,
 )
 from userip_fast.ops.assign_codes import _assign_codes
 from userip_fast.testing import assert_close_to_oracle, poisoned_memory
 
-IMPLS = ["reference"]
+IMPLS = [
+    "reference",
+    pytest.param(
+        "cpu",
+        marks=pytest.mark.skipif(
+            _extension.why_not() is not None, reason=str(_extension.why_not())
+        ),
+    ),
+]
 
 
 def oracle_distances(x, c, metric="euclidean"):
@@ -17,7 +27,7 @@ def oracle_distances(x, c, metric="euclidean"):
     x, c = x.double(), c.double()
     if metric == "cosine":
         x, c = (torch.nn.functional.normalize(v, dim=1) for v in (x, c))
-    return torch.stack([(x - row).square().sum(1) for row in c], 1)
+    return torch.cat([(row - c).square().sum(1)[None] for row in x]) if len(x) else x[:, :0]
 
 
 def check(x, c, impl, metric="euclidean", active=None):
@@ -56,16 +66,17 @@ def check(x, c, impl, metric="euclidean", active=None):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dim", [1, 7, 72, 100, 257])
-@pytest.mark.parametrize("k", [1, 2, 15, 16, 17, 64, 65])
-@pytest.mark.parametrize("rows", [1, 5, 97])
-def test_nearest_by_fp64(rows, k, dim, impl):
-    check(torch.randn(rows, dim), torch.randn(k, dim), impl)
+@pytest.mark.parametrize("dim", [1, 7, 72, 100, 257, 600])
+@pytest.mark.parametrize("k", [1, 2, 4, 8, 9, 15, 16, 17, 64, 65])
+def test_nearest_by_fp64(k, dim, impl):
+    for rows in (1, 5, 97):
+        check(torch.randn(rows, dim), torch.randn(k, dim), impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
-    ("rows", "k", "dim"), [(300, 16, 4096), (40, 3, 4097), (70, 1025, 33), (13, 4096, 65)]
+    ("rows", "k", "dim"),
+    [(300, 16, 4096), (40, 3, 4097), (70, 1025, 33), (13, 4096, 65), (200, 300, 515)],
 )
 def test_nearest_by_fp64_large(rows, k, dim, impl):
     check(torch.randn(rows, dim), torch.randn(k, dim), impl)
@@ -207,8 +218,10 @@ def test_opcheck_and_full_graph_compile(impl):
     x, c = torch.randn(2, 11, 8), torch.randn(7, 8)
     for active in (None, torch.tensor([True, False, True, True, True, True, False])):
         for normalize in (False, True):
-            for stats in (False, True):
-                torch.library.opcheck(_assign_codes, (x, c, [3, 4], active, normalize, stats, impl))
+            for second, stats in ((False, False), (True, True)):
+                torch.library.opcheck(
+                    _assign_codes, (x, c, [3, 4], active, normalize, second, stats, impl)
+                )
     compiled = torch.compile(
         lambda x, c: assign_codes(x, c, impl=impl), fullgraph=True, backend="eager"
     )
@@ -248,3 +261,52 @@ def test_bad_arguments_are_named():
         assign_codes(x, c, active=torch.zeros(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="impl='nope' is unknown"):
         assign_codes(x, c, impl="nope")
+
+
+@pytest.mark.skipif(_extension.why_not() is not None, reason=str(_extension.why_not()))
+def test_every_instruction_set_of_this_processor():
+    from userip_fast.ops._assign_codes_native import _isa, assign_codes_cpu
+
+    names = _extension.load().assign_codes_isas()
+    assert names[-1] == "baseline"
+    assert _isa() == next(n for n in names if n != "avx512")
+    for name in names:
+        for k in (1, 7, 16, 40, 300):
+            x, c = torch.randn(1, 70, 90), torch.randn(k, 90)
+            out = assign_codes_cpu(x, c, [k], None, False, True, True, isa=name)
+            want = assign_codes_reference(x, c, [k], None, False, True, True)
+            assert torch.equal(out[0], want[0]), name
+            torch.testing.assert_close(out[1:], want[1:])
+    with pytest.raises(ValueError, match="assign_codes_isas"):
+        assign_codes_cpu(x, c, [k], None, False, True, True, isa="mmx")
+
+
+@pytest.mark.skipif(_extension.why_not() is not None, reason=str(_extension.why_not()))
+@pytest.mark.parametrize("k", [3, 20, 90])
+def test_cpu_results_do_not_depend_on_threads_or_neighbours(k):
+    x, c = torch.randn(5000, 40), torch.randn(k, 40)
+    threads = torch.get_num_threads()
+    try:
+        outs = []
+        for t in (1, 2, 5):
+            torch.set_num_threads(t)
+            outs.append(assign_codes_with_stats(x, c, impl="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=0)
+    torch.testing.assert_close(outs[2], outs[0], rtol=0, atol=0)
+    alone = assign_codes(x[1234:1237], c, impl="cpu")
+    torch.testing.assert_close(
+        alone, (outs[0][0][1234:1237], outs[0][1][1234:1237]), rtol=0, atol=0
+    )
+
+
+@pytest.mark.skipif(_extension.why_not() is not None, reason=str(_extension.why_not()))
+@pytest.mark.parametrize("k", [2, 70])
+def test_cpu_sums_of_many_rows_stay_accurate(k):
+    x = torch.rand(50_000, 16) + 1  # one sign: naive fp32 summation drifts
+    c = torch.full((k, 16), 100.0)
+    c[k - 1] = 1.5
+    counts, sums = assign_codes_with_stats(x, c, impl="cpu")[2:]
+    assert int(counts[k - 1]) == 50_000
+    torch.testing.assert_close(sums[k - 1].double(), x.double().sum(0), rtol=1e-5, atol=0)

@@ -11,11 +11,12 @@ atomics or depends on the number of threads: results are bitwise repeatable.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from userip_fast import _extension
 from userip_fast.ops._dispatch import resolve
 
 _CHUNK_BYTES = 64 << 20  # the reference's distance matrix for one chunk of rows
@@ -31,6 +32,7 @@ def assign_codes_reference(
     sizes: Sequence[int],
     active: Tensor | None = None,
     normalize: bool = False,
+    need_second: bool = False,
     need_stats: bool = False,
 ) -> Assignment:
     """The oracle: every distance computed directly, in float32 (float64 for float64 input).
@@ -41,6 +43,7 @@ def assign_codes_reference(
         sizes: K of each codebook.
         active: [sum K] bool or None; a code that is False is never chosen.
         normalize: Cosine: rows of `x` and codewords are scaled to length 1 first (0 stays 0).
+        need_second: Without it second_sq_distance is empty.
         need_stats: Without it counts and sums are empty.
 
     Returns:
@@ -50,7 +53,8 @@ def assign_codes_reference(
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = codewords.shape[0] if need_stats else 0
     code_ids = x.new_empty((books, rows), dtype=torch.int64)
-    distance = x.new_empty((2, books, rows), dtype=acc)
+    distance = x.new_empty((books, rows), dtype=acc)
+    second = torch.empty_like(distance if need_second else distance[:, :0])
     counts = x.new_zeros(total, dtype=torch.int64)
     sums = x.new_zeros((total, dim), dtype=torch.float64)
     step = max(1, _CHUNK_BYTES // (4 * max(dim, *sizes)))
@@ -67,17 +71,35 @@ def assign_codes_reference(
             if active is not None:
                 d[:, ~active[book]] = torch.inf
             ids = d.argmin(1)  # the first of equals
-            distance[0, j, part] = (xs - c[ids]).square().sum(1)
-            d.scatter_(1, ids.unsqueeze(1), torch.inf)
-            second, other = d.min(1)
-            direct = (xs - c[other]).square().sum(1)
-            distance[1, j, part] = torch.where(second.isinf(), second, direct)
-            code_ids[j, part] = torch.where(distance[0, j, part].isfinite(), ids, -1)
+            distance[j, part] = near = (xs - c[ids]).square().sum(1)
+            code_ids[j, part] = torch.where(near.isfinite(), ids, -1)
+            if need_second:
+                least, other = d.scatter_(1, ids.unsqueeze(1), torch.inf).min(1)
+                far = torch.maximum(near, (xs - c[other]).square().sum(1))
+                second[j, part] = torch.where(least.isinf(), least, far)
             if need_stats:
                 counts[book] += torch.bincount(ids, minlength=size)
                 sums[book].index_add_(0, ids, xs.double())
         first += size
-    return code_ids, distance[0], torch.maximum(distance[0], distance[1]), counts, sums.to(acc)
+    return code_ids, distance, second, counts, sums.to(acc)
+
+
+def _why_not_cpu(x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"x is on {x.device}"
+    if x.dtype == torch.float64:
+        return "float64 is for the reference only"
+    return _extension.why_not()
+
+
+def _implementation(impl: str, x: Tensor) -> Callable[..., Assignment]:
+    """The function to run; fast ones are imported here, when first used."""
+    candidates = {"cpu": lambda: _why_not_cpu(x), "reference": lambda: None}
+    if resolve("assign_codes", impl, candidates) == "cpu":
+        from userip_fast.ops._assign_codes_native import assign_codes_cpu
+
+        return assign_codes_cpu
+    return assign_codes_reference
 
 
 @torch.library.custom_op("userip_fast::assign_codes", mutates_args=())
@@ -87,18 +109,19 @@ def _assign_codes(
     sizes: Sequence[int],
     active: Tensor | None,
     normalize: bool,
+    need_second: bool,
     need_stats: bool,
     impl: str,
 ) -> Assignment:
-    sq_norm = codewords.float().square().sum(1)
+    sq_norm = torch.linalg.vector_norm(codewords, dim=1, dtype=torch.float64).square()
     if not bool((sq_norm <= _MAX_SQ_NORM).all()):
         k = int((~(sq_norm <= _MAX_SQ_NORM)).nonzero()[0])
         raise ValueError(
             f"assign_codes: codeword {k} (counted over all books) holds NaN or Inf, or its squared "
             f"norm {float(sq_norm[k])} is over {_MAX_SQ_NORM}; repair it or scale the data down"
         )
-    assert impl == "reference", impl
-    out = assign_codes_reference(x, codewords, sizes, active, normalize, need_stats)
+    run = _implementation(impl, x)  # in here, where torch.compile does not look
+    out = run(x, codewords, sizes, active, normalize, need_second, need_stats)
     # One look at N ids, not a second read of x: kernels give -1 where the distance is not finite.
     if bool((out[0] < 0).any()):
         j, n = (out[0] < 0).nonzero()[0].tolist()
@@ -110,13 +133,13 @@ def _assign_codes(
 
 
 @_assign_codes.register_fake
-def _(x, codewords, sizes, active, normalize, need_stats, impl):  # type: ignore[no-untyped-def]
+def _(x, codewords, sizes, active, normalize, need_second, need_stats, impl):  # type: ignore[no-untyped-def]
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = codewords.shape[0] if need_stats else 0
     return (
         x.new_empty(x.shape[:2], dtype=torch.int64),
         x.new_empty(x.shape[:2], dtype=acc),
-        x.new_empty(x.shape[:2], dtype=acc),
+        x.new_empty((x.shape[0], x.shape[1] if need_second else 0), dtype=acc),
         x.new_empty(total, dtype=torch.int64),
         x.new_empty((total, x.shape[2]), dtype=acc),
     )
@@ -139,7 +162,7 @@ def assign_codes(
         metric: "euclidean"; or "cosine", which scales vectors and codewords to length 1 first (a
             zero vector stays zero), so that `sq_distance` is 2 - 2 cos.
         active: bool, as `codebook` without D; codes that are False are retired: never chosen.
-        impl: "auto" or "reference".
+        impl: "auto", "cpu" (C++) or "reference".
 
     Returns:
         code_ids: [N] or [J, N] int64, position in its codebook; of equally near ones the lowest.
@@ -150,7 +173,7 @@ def assign_codes(
             or Inf, or squared distances overflow float32.
         UnavailableError: `impl` was asked for by name and cannot run this call.
     """
-    ids, distance, _, _, _ = _run(x, codebook, metric, active, False, impl)
+    ids, distance, _, _, _ = _run(x, codebook, metric, active, impl)
     return ids, distance
 
 
@@ -169,7 +192,7 @@ def assign_codes_with_margin(
         second_sq_distance: Same shape; at least `sq_distance` (equal for duplicated codewords), Inf
             where only one code is active.
     """
-    ids, distance, second, _, _ = _run(x, codebook, metric, active, False, impl)
+    ids, distance, second, _, _ = _run(x, codebook, metric, active, impl, need_second=True)
     return ids, distance, second
 
 
@@ -189,7 +212,7 @@ def assign_codes_with_stats(
         sums: fp32 (fp64 for fp64 input), the sum of those vectors (scaled to length 1 for
             "cosine"): [K, D], [J, K, D] or [sum K_j, D].
     """
-    ids, distance, _, counts, sums = _run(x, codebook, metric, active, True, impl)
+    ids, distance, _, counts, sums = _run(x, codebook, metric, active, impl, need_stats=True)
     if isinstance(codebook, Tensor):
         counts, sums = counts.view(codebook.shape[:-1]), sums.view(codebook.shape)
     return ids, distance, counts, sums
@@ -200,10 +223,11 @@ def _run(
     codebook: Tensor | Sequence[Tensor],
     metric: str,
     active: Tensor | Sequence[Tensor] | None,
-    need_stats: bool,
     impl: str,
+    need_second: bool = False,
+    need_stats: bool = False,
 ) -> Assignment:
-    """Checks, brings everything to the op's layout, and picks the implementation."""
+    """Checks, and brings everything to the op's layout."""
     books = [codebook] if isinstance(codebook, Tensor) and codebook.dim() == 2 else codebook
     one = books is not codebook
     if x.dim() != (2 if one else 3) or (not one and x.shape[0] != len(books)) or not len(books):
@@ -249,15 +273,15 @@ def _run(
         mask = torch.cat(list(masks))
     whole = isinstance(codebook, Tensor)
     words = codebook.reshape(-1, x.shape[-1]) if whole else torch.cat(list(books))  # type: ignore[union-attr]
-    chosen = resolve("assign_codes", impl, {"reference": lambda: None})
     ids, distance, second, counts, sums = _assign_codes(
         (x.unsqueeze(0) if one else x).detach(),
         words.detach(),
         sizes,
         mask,
         metric == "cosine",
+        need_second,
         need_stats,
-        chosen,
+        impl,
     )
     if one:
         ids, distance, second = ids[0], distance[0], second[0]

@@ -1,0 +1,399 @@
+// Nearest codewords on the CPU: packing, threads and statistics. The arithmetic is in
+// assign_codes_isa.h, compiled here for each instruction set and chosen at run time.
+#include "cpu/assign_codes.h"
+
+#include <omp.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <string>
+
+#include "bindings.h"
+#include "check.h"
+
+namespace userip_fast::assign_codes {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+inline float to_float(float x) {
+    return x;
+}
+
+inline float to_float(BFloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
+// Exponent and mantissa are moved into place and the bias is corrected by an exact multiplication,
+// which also makes subnormals right; Inf and NaN (exponent 31) get fp32's exponent instead.
+inline float to_float(Float16 x) {
+    const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+    float out;
+    std::memcpy(&out, &magnitude, sizeof out);
+    out *= 0x1p112f;
+    uint32_t bits;
+    std::memcpy(&bits, &out, sizeof bits);
+    if (magnitude >= 0x0f800000) bits |= 0x7f800000;
+    bits |= uint32_t(x.bits & 0x8000) << 16;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
+// 1 / |x| as torch.nn.functional.normalize has it: a zero vector stays zero.
+inline float inverse_norm(const float* x, int64_t dim) {
+    double sum = 0;
+    for (int64_t d = 0; d < dim; ++d) sum += double(x[d]) * x[d];
+    return float(1.0 / std::max(std::sqrt(sum), 1e-12));
+}
+
+// Lane i of the result is v[index[i]].
+#if defined(__clang__)
+template <typename Vec, typename Mask>
+inline Vec shuffle(Vec v, Mask index) {
+    Vec out = v;
+    for (unsigned i = 0; i < sizeof(Vec) / sizeof(float); ++i) out[i] = v[index[i]];
+    return out;
+}
+#else
+#define shuffle(v, index) __builtin_shuffle(v, index)
+#endif
+
+// Code between BEGIN and END may use the instruction set; everything it calls must be above.
+#if defined(__clang__)
+#define USERIP_STRINGIZE(x) #x
+#define USERIP_ISA_BEGIN(features) \
+    _Pragma(USERIP_STRINGIZE(      \
+        clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define USERIP_ISA_END _Pragma("clang attribute pop")
+#else
+#define USERIP_STRINGIZE(x) #x
+#define USERIP_ISA_BEGIN(features) \
+    _Pragma("GCC push_options") _Pragma(USERIP_STRINGIZE(GCC target(features)))
+#define USERIP_ISA_END _Pragma("GCC pop_options")
+#endif
+
+namespace baseline {
+#define USERIP_LANES 4
+#define USERIP_GROUP 4
+#if defined(__x86_64__)
+#define USERIP_BITS(mask) unsigned(__builtin_ia32_movmskps(reinterpret_cast<Vec>(mask)))
+#else
+#define USERIP_BITS(mask) unsigned((mask[0] & 1) | (mask[1] & 2) | (mask[2] & 4) | (mask[3] & 8))
+#endif
+#include "cpu/assign_codes_isa.h"
+#undef USERIP_LANES
+#undef USERIP_GROUP
+#undef USERIP_BITS
+}  // namespace baseline
+
+#if defined(__x86_64__)
+USERIP_ISA_BEGIN("avx2,fma")
+namespace avx2 {
+#define USERIP_LANES 8
+#define USERIP_GROUP 6
+#define USERIP_BITS(mask) unsigned(__builtin_ia32_movmskps256(reinterpret_cast<Vec>(mask)))
+#include "cpu/assign_codes_isa.h"
+#undef USERIP_LANES
+#undef USERIP_GROUP
+#undef USERIP_BITS
+}  // namespace avx2
+USERIP_ISA_END
+
+USERIP_ISA_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,fma")
+namespace avx512 {
+#define USERIP_LANES 16
+#define USERIP_GROUP 12
+#define USERIP_BITS(mask) unsigned(__builtin_ia32_cvtd2mask512(mask))
+#include "cpu/assign_codes_isa.h"
+#undef USERIP_LANES
+#undef USERIP_GROUP
+#undef USERIP_BITS
+}  // namespace avx512
+USERIP_ISA_END
+#endif
+
+#define USERIP_ISA_ENTRY(ns)                                               \
+    Isa {                                                                  \
+        #ns, ns::kPanel, ns::kBlockRows, &ns::pack, &ns::assign, &ns::load \
+    }
+
+// Those this processor can run, best first.
+std::vector<Isa> usable_isas() {
+    std::vector<Isa> out;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+        out.push_back(USERIP_ISA_ENTRY(avx512));
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        out.push_back(USERIP_ISA_ENTRY(avx2));
+    }
+#endif
+    out.push_back(USERIP_ISA_ENTRY(baseline));
+    return out;
+}
+
+struct FreeDeleter {
+    void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float, FreeDeleter>;
+
+Buffer allocate(int64_t count) {  // 64-byte lines, not initialised
+    const size_t bytes = (std::max<int64_t>(count, 1) * sizeof(float) + 63) / 64 * 64;
+    auto* p = static_cast<float*>(std::aligned_alloc(64, bytes));
+    if (p == nullptr) throw std::bad_alloc();
+    return Buffer(p);
+}
+
+// Runs body(item, thread) for every item, dynamically; the first exception is rethrown here, since
+// none may leave a parallel region.
+template <typename Body>
+void parallel_for(int64_t items, const Body& body) {
+    std::exception_ptr error;
+    const int threads = int(std::clamp<int64_t>(items, 1, omp_get_max_threads()));
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < items; ++i) {
+        try {
+            body(i, omp_get_thread_num());
+        } catch (...) {
+#pragma omp critical(userip_fast_assign_codes)
+            if (!error) error = std::current_exception();
+        }
+    }
+    if (error) std::rethrow_exception(error);
+}
+
+// Sums beyond this many codes do not stay in cache beside x: they get a pass of their own.
+constexpr int64_t kFusedCodes = 64;
+// Floats that all partial sums together may take beside the codebook's own size.
+constexpr int64_t kPartialFloats = int64_t{8} << 20;
+
+// Partial sums per book of the fused form. It depends on shapes only, never on threads, so that the
+// sums do not either.
+int64_t num_partials(int64_t rows, int64_t size, int64_t dim) {
+    const int64_t affordable = std::clamp<int64_t>(kPartialFloats / (size * dim), 4, 64);
+    return std::clamp<int64_t>(rows / (8 * size), 1, affordable);
+}
+
+// sums[k][d] of book j in row order, each thread owning a slab of columns: no atomics, no sorting,
+// and the same bits for any number of threads. Every 1024 rows of a code its fp32 sum moves to
+// fp64.
+void sum_by_columns(const Isa& isa, const Problem& p, int64_t j, const float* scale,
+                    const int64_t* code_ids, float* sums) {
+    const int64_t size = p.books[j].size;
+    const int64_t slab = std::clamp<int64_t>(p.dim / omp_get_max_threads() / 16 * 16, 16, 4096);
+    parallel_for((p.dim + slab - 1) / slab, [&](int64_t i, int) {
+        const int64_t begin = i * slab, width = std::min(slab, p.dim - begin);
+        std::vector<float> part(size * width), x(width);
+        std::vector<double> total(size * width);
+        std::vector<int32_t> count(size);
+        const auto flush = [&](int64_t k) {
+            for (int64_t d = 0; d < width; ++d) total[k * width + d] += part[k * width + d];
+            std::fill_n(part.begin() + k * width, width, 0.0f);
+            count[k] = 0;
+        };
+        for (int64_t n = 0; n < p.rows; ++n) {
+            const int64_t k = code_ids[n];
+            if (k < 0) continue;
+            isa.load(p, j, n, begin, begin + width, x.data());
+            const float a = scale == nullptr ? 1.0f : scale[n];
+            for (int64_t d = 0; d < width; ++d) part[k * width + d] += a * x[d];
+            if (++count[k] == 1024) flush(k);
+        }
+        for (int64_t k = 0; k < size; ++k) {
+            flush(k);
+            for (int64_t d = 0; d < width; ++d)
+                sums[k * p.dim + begin + d] = float(total[k * width + d]);
+        }
+    });
+}
+
+void run(const Isa& isa, Problem& p, const uint8_t* active, int64_t* counts, float* sums) {
+    const int64_t books = int64_t(p.books.size());
+    std::vector<Buffer> buffers;
+    struct Panel {
+        int64_t book, index;
+    };
+    std::vector<Panel> panels;
+    std::vector<int64_t> first(books + 1, 0);  // position of a book's first code among all
+    for (int64_t j = 0; j < books; ++j) {
+        Book& book = p.books[j];
+        book.num_panels = (book.size + isa.panel - 1) / isa.panel;
+        buffers.push_back(allocate(book.num_panels * isa.panel * p.dim));
+        book.panels = buffers.back().get();
+        buffers.push_back(allocate(book.num_panels * isa.panel));
+        book.half_norm = buffers.back().get();
+        first[j + 1] = first[j] + book.size;
+        for (int64_t i = 0; i < book.num_panels; ++i) panels.push_back({j, i});
+    }
+    parallel_for(int64_t(panels.size()), [&](int64_t i, int) {
+        const auto [j, index] = panels[i];
+        Book part = p.books[j];  // one panel of it, as a book of its own
+        part.codewords += index * isa.panel * p.dim;
+        part.size -= index * isa.panel;
+        part.num_panels = 1;
+        part.panels += index * isa.panel * p.dim;
+        part.half_norm += index * isa.panel;
+        isa.pack(part, active == nullptr ? nullptr : active + first[j] + index * isa.panel, p.dim);
+    });
+
+    for (Book& book : p.books) {
+        for (int64_t k = 0; k < book.size; ++k) {
+            if (book.half_norm[k] != kInfinity) {
+                book.max_norm = std::max(book.max_norm, std::sqrt(2 * book.half_norm[k]));
+            }
+        }
+    }
+
+    // An item is a run of rows of one book. With fused sums it is what one partial sum covers.
+    struct Item {
+        int64_t book, begin, end;
+        float* sums;
+    };
+    std::vector<Item> items;
+    std::vector<int64_t> partials(books, 0);
+    for (int64_t j = 0; j < books; ++j) {
+        const int64_t size = p.books[j].size;
+        const bool fused = sums != nullptr && size <= kFusedCodes;
+        partials[j] = fused ? num_partials(p.rows, size, p.dim) : 0;
+        float* partial = nullptr;
+        if (fused) {
+            buffers.push_back(allocate(partials[j] * size * p.dim));
+            partial = buffers.back().get();
+        }
+        const int64_t runs = fused ? partials[j] : (p.rows + isa.block_rows - 1) / isa.block_rows;
+        for (int64_t i = 0; i < runs; ++i) {
+            if (fused) {
+                items.push_back(
+                    {j, p.rows * i / runs, p.rows * (i + 1) / runs, partial + i * size * p.dim});
+            } else {
+                items.push_back(
+                    {j, i * isa.block_rows, std::min(p.rows, (i + 1) * isa.block_rows), nullptr});
+            }
+        }
+    }
+    std::vector<Scratch> scratch(omp_get_max_threads());
+    parallel_for(int64_t(items.size()), [&](int64_t i, int thread) {
+        const Item& item = items[i];
+        if (item.sums != nullptr) {
+            std::fill_n(item.sums, p.books[item.book].size * p.dim, 0.0f);
+        }
+        isa.assign(p, item.book, item.begin, item.end, scratch[thread], item.sums);
+    });
+
+    if (counts == nullptr) return;
+    std::fill_n(counts, first[books], 0);
+    auto item = items.begin();
+    for (int64_t j = 0; j < books; ++j) {
+        const int64_t* ids = p.code_ids + j * p.rows;
+        for (int64_t n = 0; n < p.rows; ++n) {
+            if (ids[n] >= 0) ++counts[first[j] + ids[n]];
+        }
+        float* out = sums + first[j] * p.dim;
+        if (partials[j] == 0) {
+            std::vector<float> scale;
+            if (p.normalize) {
+                scale.resize(p.rows);
+                parallel_for((p.rows + 255) / 256, [&](int64_t i, int) {
+                    std::vector<float> x(p.dim);
+                    for (int64_t n = i * 256; n < std::min(p.rows, i * 256 + 256); ++n) {
+                        isa.load(p, j, n, 0, p.dim, x.data());
+                        scale[n] = inverse_norm(x.data(), p.dim);
+                    }
+                });
+            }
+            sum_by_columns(isa, p, j, p.normalize ? scale.data() : nullptr, ids, out);
+        } else {
+            const int64_t count = p.books[j].size * p.dim;
+            const float* partial = item->sums;
+            parallel_for((count + 4095) / 4096, [&](int64_t i, int) {
+                for (int64_t c = i * 4096; c < std::min(count, i * 4096 + 4096); ++c) {
+                    double total = 0;
+                    for (int64_t s = 0; s < partials[j]; ++s) total += partial[s * count + c];
+                    out[c] = float(total);
+                }
+            });
+        }
+        while (item != items.end() && item->book == j) ++item;
+    }
+}
+
+}  // namespace
+}  // namespace userip_fast::assign_codes
+
+namespace userip_fast {
+
+void bind_assign_codes(py::module_& m) {
+    using namespace assign_codes;
+    m.def(
+        "assign_codes_isas",
+        [] {
+            std::vector<std::string> names;
+            for (const Isa& isa : usable_isas()) names.emplace_back(isa.name);
+            return names;
+        },
+        "Instruction sets assign_codes can use on this processor, best first.");
+    m.def(
+        "assign_codes_cpu",
+        [](const std::string& isa_name, uintptr_t x, int type, int64_t rows, int64_t dim,
+           int64_t stride_book, int64_t stride_row, int64_t stride_dim, uintptr_t codewords,
+           const std::vector<int64_t>& sizes, uintptr_t active, bool normalize, uintptr_t code_ids,
+           uintptr_t sq_distance, uintptr_t second_sq_distance, uintptr_t counts, uintptr_t sums) {
+            USERIP_CHECK(0 <= type && type <= 2, "type", "0 (fp32), 1 (bf16) or 2 (fp16)", type);
+            USERIP_CHECK(rows >= 0, "rows", "a count", rows);
+            USERIP_CHECK(dim > 0, "dim", "a positive count", dim);
+            USERIP_CHECK((counts == 0) == (sums == 0), "counts", "given with sums or not at all",
+                         counts);
+            const std::vector<Isa> isas = usable_isas();
+            const auto isa = std::find_if(isas.begin(), isas.end(),
+                                          [&](const Isa& i) { return isa_name == i.name; });
+            USERIP_CHECK(isa != isas.end(), "isa", "one of assign_codes_isas()", isa_name);
+            Problem p;
+            p.x = reinterpret_cast<const void*>(x);
+            p.type = static_cast<Type>(type);
+            p.rows = rows, p.dim = dim;
+            p.stride_book = stride_book, p.stride_row = stride_row, p.stride_dim = stride_dim;
+            p.normalize = normalize;
+            p.code_ids = reinterpret_cast<int64_t*>(code_ids);
+            p.sq_distance = reinterpret_cast<float*>(sq_distance);
+            p.second_sq_distance = reinterpret_cast<float*>(second_sq_distance);
+            const auto* next = reinterpret_cast<const float*>(codewords);
+            for (const int64_t size : sizes) {
+                USERIP_CHECK(size > 0, "sizes", "positive counts", size);
+                Book book;
+                book.codewords = next;
+                book.size = size;
+                p.books.push_back(book);
+                next += size * dim;
+            }
+            const py::gil_scoped_release release;
+            run(*isa, p, reinterpret_cast<const uint8_t*>(active),
+                reinterpret_cast<int64_t*>(counts), reinterpret_cast<float*>(sums));
+        },
+        "Nearest codewords; see userip_fast.ops.assign_codes. x: [J, rows, dim] by strides in "
+        "elements; codewords: fp32 [sum sizes, dim]; active: bool [sum sizes] or 0; code_ids "
+        "(int64, -1 where the distance is not finite), sq_distance, second_sq_distance (fp32): "
+        "[J, rows]; counts (int64 [sum sizes]) and sums (fp32 [sum sizes, dim]): both or 0.",
+        py::arg("isa"), py::arg("x"), py::arg("type"), py::arg("rows"), py::arg("dim"),
+        py::arg("stride_book"), py::arg("stride_row"), py::arg("stride_dim"), py::arg("codewords"),
+        py::arg("sizes"), py::arg("active"), py::arg("normalize"), py::arg("code_ids"),
+        py::arg("sq_distance"), py::arg("second_sq_distance"), py::arg("counts"), py::arg("sums"));
+}
+
+}  // namespace userip_fast
