@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from userip_fast.ops import soft_prompt_attention
+from userip_fast.testing import assert_close_to_oracle, poisoned_memory
 
 
 @dataclass(frozen=True)
@@ -121,3 +122,33 @@ def gradients(fn, case: Case, d_out: Tensor) -> tuple[Tensor, ...]:
 
 def run_op(impl: str):
     return lambda case: soft_prompt_attention(*case.tensors, *case.pack, **case.options, impl=impl)
+
+
+CASES = {
+    "one field": {"behaviour": [5, 1, 9], "names": (3,)},
+    "two fields, GQA, slack": {"behaviour": [4, 11, 2], "heads": 4, "kv_heads": 2, "slack": 5},
+    "no prefix": {"behaviour": [3, 6], "names": (0, 0), "bos": False},
+    "empty prompts, m = 3": {"behaviour": [7, 2], "names": (0, 2, 0), "virtual": 3, "dim": 16},
+    "independent items": {"behaviour": [9, 4, 6], "items": 3, "virtual": 2, "slack": 1},
+    "window": {"behaviour": [12, 3, 20], "window": 6, "virtual": 2, "slack": 3},
+    "window of two": {"behaviour": [5, 4], "window": 2},
+    "softcap": {"behaviour": [8, 13], "softcap": 2.0, "heads": 3, "kv_heads": 3, "spread": 2.0},
+    "window, items, softcap": {"behaviour": [8, 13], "window": 3, "items": 5, "softcap": 5.0},
+    "one user of many rows": {"behaviour": [77], "heads": 4, "kv_heads": 2},
+}
+
+NAMES = ("out", "dq", "dk", "dv")
+
+
+def compare(case: Case, impl: str) -> None:
+    """out and all gradients against fp64 autograd of the dense oracle, in poisoned memory."""
+    d_out = torch.randn(case.tensors[0].shape, dtype=torch.float64)
+    oracle = gradients(dense_attention, case.cast(torch.float64), d_out)
+    low = gradients(dense_attention, case, d_out)
+    with poisoned_memory():
+        got = gradients(run_op(impl), case, d_out)
+    for name, g, o, x in zip(NAMES, got, oracle, low, strict=True):
+        assert_close_to_oracle(g, o, x, name=name)
+    end = int(case.pack[2][-1])
+    for name, g in zip(NAMES, got, strict=True):
+        assert not g[end:].any(), f"{name}: slack rows must be exactly zero"

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from userip_fast.ops._dispatch import resolve
+from userip_fast.ops._triton import why_not as why_not_triton
 
 _OP = "soft_prompt_attention"
 
@@ -204,6 +205,10 @@ def _soft_prompt_attention(
 
         # Its backward pass needs no lse.
         return cpu.forward(q, k, v, prefix_k, prefix_v, *pack, *settings), q.new_empty(0)
+    if impl == "triton":
+        from userip_fast.kernels import soft_prompt_attention as kernels
+
+        return kernels.forward(q, k, v, prefix_k, prefix_v, *pack, *settings)
     assert impl == "reference", impl
     return soft_prompt_attention_reference(q, k, v, prefix_k, prefix_v, *pack, *settings)
 
@@ -244,6 +249,10 @@ def _soft_prompt_attention_backward(
         from userip_fast.ops import _soft_prompt_attention_cpu as cpu
 
         return cpu.backward(d_out, q, k, v, prefix_k, prefix_v, out, *pack, *settings)
+    if impl == "triton":
+        from userip_fast.kernels import soft_prompt_attention as kernels
+
+        return kernels.backward(d_out, q, k, v, prefix_k, prefix_v, *pack, out, lse, *settings)
     assert impl == "reference", impl
     return soft_prompt_attention_backward_reference(
         d_out, q, k, v, prefix_k, prefix_v, *pack, out, lse, *settings
@@ -253,6 +262,14 @@ def _soft_prompt_attention_backward(
 @_soft_prompt_attention_backward.register_fake
 def _(d_out, q, k, v, *args):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _why_not_triton(q: Tensor) -> str | None:
+    if q.dtype == torch.float64:
+        return "it computes in float32, the tensors are float64"
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return "Triton's interpreter cannot multiply bfloat16"
+    return why_not_triton(q)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -308,7 +325,7 @@ def soft_prompt_attention(
         window: Keep only columns with `position_c > position_r - window`; 0 for no window.
         softcap: Scores become `softcap * tanh(score / softcap)`; 0 for none.
         max_seqlen: Most rows of any user, if known on the host; only `varlen` needs it.
-        impl: "auto", "cpu" or "reference".
+        impl: "auto", "cpu", "triton" or "reference".
 
     Returns:
         out: [T, H, d] in the dtype of `q`, contiguous. Sums are kept in fp32.
@@ -325,14 +342,14 @@ def soft_prompt_attention(
             f"num_fields={num_fields}, window={window}, softcap={softcap}, scale={scale}"
         )
     on_cpu = q.device.type == "cpu"
-    chosen = resolve(
-        _OP,
-        impl,
-        {
-            "cpu": lambda: None if on_cpu else f"it is for CPU tensors, these are on {q.device}",
-            "reference": lambda: None,
-        },
-    )
+    fast = ("cpu", "triton") if on_cpu else ("triton", "cpu")
+    why_not = {
+        "cpu": lambda: None if on_cpu else f"it is for CPU tensors, these are on {q.device}",
+        "triton": lambda: _why_not_triton(q),
+        "reference": lambda: None,
+    }
+    order = (fast[0], "reference", fast[1])  # the last is for tests: the interpreter is slow
+    chosen = resolve(_OP, impl, {name: why_not[name] for name in order})
     settings = (num_fields, scale, window, softcap, max_seqlen or 0)
     return _soft_prompt_attention(q, k, v, prefix_k, prefix_v, *pack, *settings, chosen)[0]
 

@@ -1,0 +1,126 @@
+"""The Triton kernels: in the interpreter with small tiles here, compiled on a GPU under `gpu`."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from soft_prompt_cases import CASES, Case, compare, gradients, make_case, run_op
+
+from userip_fast.errors import UnavailableError
+from userip_fast.ops.soft_prompt_attention import (
+    _soft_prompt_attention,
+    _soft_prompt_attention_backward,
+)
+from userip_fast.testing import poisoned_memory
+
+pytest.importorskip("triton")
+
+# Lengths around one, two and three tiles of 16, prefixes of more than one.
+TILE_CASES = {
+    "lengths around tiles": {"behaviour": [14, 13, 31, 1], "slack": 17, "heads": 1},
+    "prefix of three tiles": {"behaviour": [4], "names": (15, 17, 3), "slack": 20, "heads": 1},
+    "prefix of exactly a tile": {"behaviour": [5], "names": (7, 8), "heads": 1},
+    "one token of prefix": {"behaviour": [5], "names": (0,), "heads": 1},
+    "window over tiles": {"behaviour": [35], "window": 20, "names": (9, 9), "heads": 1},
+    "items over tiles": {"behaviour": [33], "items": 7, "virtual": 3, "window": 5, "heads": 1},
+    "head size 40, groups of 2": {"behaviour": [18], "dim": 40, "heads": 4, "kv_heads": 2},
+}
+for _name in ("no prefix", "empty prompts, m = 3", "softcap"):
+    TILE_CASES[_name] = CASES[_name]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    from userip_fast.kernels import soft_prompt_attention as kernels
+
+    def tiling(kernel, *_):
+        own, step = {"fwd": (16, 16), "dq": (32, 16), "dkdv": (16, 32)}[kernel]
+        return kernels.Tiling(own, step, 4, 1)
+
+    monkeypatch.setattr(kernels, "tiling", tiling)
+
+
+@pytest.mark.parametrize("name", TILE_CASES)
+def test_equals_dense_fp64(name, small_tiles):
+    compare(make_case(**TILE_CASES[name]), "triton")
+
+
+def test_equals_dense_fp64_in_half_precision():
+    case = make_case([4, 11], heads=2, slack=5, window=6, items=5, softcap=5.0, dtype=torch.float16)
+    compare(case, "triton")
+
+
+def test_a_user_does_not_depend_on_the_batch_and_runs_repeat(small_tiles):
+    case = make_case([18, 3, 7], slack=3, heads=1)
+    d_out = torch.randn_like(case.tensors[0])
+    whole = gradients(run_op("triton"), case, d_out)
+    again = gradients(run_op("triton"), case, d_out)
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    # the users in another order, without slack
+    bounds = list(pairwise(case.pack[2].tolist()))
+    order = [2, 0, 1]
+    rows = torch.cat([torch.arange(*bounds[u]) for u in order])
+    segment, prefix_segment, _, position, prefix_position = case.pack
+    lengths = torch.tensor([0] + [bounds[u][1] - bounds[u][0] for u in order])
+    cu = lengths.cumsum(0).int()
+    moved = Case(
+        (*(x[rows] for x in case.tensors[:3]), *case.tensors[3:]),
+        (segment[rows], prefix_segment, cu, position[rows], prefix_position),
+        case.options,
+    )
+    for w, m in zip(whole, gradients(run_op("triton"), moved, d_out[rows]), strict=True):
+        assert torch.equal(w[rows], m)
+
+
+@pytest.mark.parametrize("last_first", [True, False])
+@pytest.mark.parametrize(
+    ("cu", "rows"),
+    [([0, 5, 5, 40, 41], 64), ([0], 9), ([0, 16], 16), ([0, *range(3, 90, 4)], 100)],
+)
+def test_the_work_list_covers_every_row_once_longest_first(cu, rows, last_first):
+    from userip_fast.kernels.soft_prompt_attention import _work_list
+
+    with poisoned_memory():
+        work, capacity = _work_list(
+            torch.tensor(cu, dtype=torch.int32), rows, 16, last_first, block=8
+        )
+    owners, walks = torch.full((rows,), -7), []
+    for start, end, first in work.tolist():
+        if first < 0:
+            continue
+        part = slice(first, min(first + 16, end))
+        assert (owners[part] == -7).all()
+        owners[part] = start
+        user_start = cu[-1] if start < 0 else start
+        walks.append((first - user_start) // 16 if last_first else (end - first - 1) // 16)
+    want = torch.full((rows,), -1)
+    for a, b in pairwise(cu):
+        want[a:b] = a
+    assert torch.equal(owners, want)
+    assert walks == sorted(walks, reverse=True)
+    assert len(work) == capacity == rows // 16 + len(cu)
+
+
+def test_opcheck():
+    case = make_case([3], names=(2,), heads=1, kv_heads=1)
+    settings = (1, 0.3, 0, 0.0, 0, "triton")
+    leaves = [x.detach().requires_grad_() for x in case.tensors[:3]]
+    torch.library.opcheck(
+        _soft_prompt_attention, (*leaves, *case.tensors[3:], *case.pack, *settings)
+    )
+    plain = (*case.tensors, *case.pack)
+    out, lse = _soft_prompt_attention(*plain, *settings)
+    torch.library.opcheck(
+        _soft_prompt_attention_backward, (torch.ones_like(out), *plain, out, lse, *settings)
+    )
+
+
+def test_refusals_say_why(monkeypatch):
+    case = make_case([3])
+    with pytest.raises(UnavailableError, match="interpreter cannot multiply bfloat16"):
+        run_op("triton")(case.cast(torch.bfloat16))
+    with pytest.raises(UnavailableError, match="float64"):
+        run_op("triton")(case.cast(torch.float64))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(UnavailableError, match="not on a CUDA device"):
+        run_op("triton")(case)
