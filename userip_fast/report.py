@@ -23,6 +23,7 @@ th, td { text-align: left; vertical-align: top; padding: .2rem .9rem .2rem 0;
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 th { white-space: nowrap; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+.pairs > tbody > tr > td { text-align: left; }
 svg { max-width: 100%; height: auto; }
 .note { opacity: .7; }
 """
@@ -92,7 +93,7 @@ def _flat(values: Mapping[str, Any], under: str = "") -> dict[str, Any]:
 
 def _pairs(values: Mapping[str, Any]) -> str:
     rows = "".join(f"<tr><th>{escape(k)}</th>{_cell(v)}</tr>" for k, v in _flat(values).items())
-    return f"<table>{rows}</table>"
+    return f'<table class="pairs">{rows}</table>'
 
 
 def _grid(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -147,6 +148,7 @@ def _draw_nll(records: Sequence[Mapping[str, Any]], axes: Axes) -> None:
 def _draw_usage(name: str, counts: Sequence[int], axes: Axes) -> None:
     axes.bar(range(len(counts)), sorted(counts, reverse=True), color=_ACCENT)
     axes.set(xlabel="codes, most used first", ylabel="users", title=f"users of each {name} code")
+    axes.set_xticks([])
 
 
 def _svg(draw: Callable[[Axes], None]) -> str:

@@ -1,0 +1,5 @@
+"""`python -m userip_fast` is `userip`."""
+
+from userip_fast.cli import main
+
+main()

@@ -1,0 +1,480 @@
+"""`userip`: the main job and its tools on the command line.
+
+Exit codes: 0 done; 1 `doctor` found a failure; 2 wrong use, bad input or bad
+configuration, told in one message; 130 interrupted (SIGINT or SIGTERM), with nothing half-written.
+Only a bug shows a traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from userip_fast._version import __version__
+from userip_fast.errors import ConfigError, UserIPError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from userip_fast.bank import FeatureBank
+    from userip_fast.config import Config
+    from userip_fast.data import Interactions
+    from userip_fast.model import Model
+    from userip_fast.prompts import ProfileField
+
+FLAGS: Mapping[str, str] = {
+    "user": "data.user",
+    "item": "data.item",
+    "rating": "data.rating",
+    "time": "data.time",
+    "text": "data.text",
+    "filter": "data.filter",
+    "on_bad": "data.on_bad",
+    "min_history": "data.min_history",
+    "behaviour": "data.behaviour",
+    "separator": "data.separator",
+    "behaviour_context": "data.behaviour_context",
+    "max_tokens": "data.max_tokens",
+    "negatives": "data.negatives",
+    "loss": "data.loss",
+    "lm": "lm.path",
+    "quantization": "lm.quantization",
+    "device": "lm.device",
+    "recipe": "em.recipe",
+    "rounds": "em.rounds",
+    "steps": "em.steps",
+    "seed": "em.seed",
+}
+"""Flag -> setting; `--set` reaches every other setting by its dotted name."""
+
+
+class _Group(TyperGroup):
+    """Turns errors raised on purpose and interrupts into a message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserIPError as e:
+            _die(str(e), 2)
+        except KeyboardInterrupt:
+            _die("interrupted; nothing half-written", 130)
+
+
+def _die(message: str, code: int) -> NoReturn:
+    print(f"userip: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+app = typer.Typer(
+    name="userip",
+    cls=_Group,
+    help="Interaction logs to per-user collaborative IDs, through a frozen language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+bank_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+app.add_typer(bank_app, name="bank", help="Look into a feature bank.")
+
+
+def main() -> None:
+    """Entry point of `userip`."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command began
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="userip: %(message)s")
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _panel(panel: str, help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel)
+
+
+_DATA, _TEXT, _FIELDS, _RUN = "Data", "Behaviour text and loss", "Profile and LM", "Run"
+
+Log = Annotated[
+    Path,
+    _panel(_DATA, "Interactions: CSV, Parquet, JSON lines, a folder of such, or reviews.pickle."),
+]
+Items = Annotated[
+    Path | None, _panel(_DATA, "Item table; without it the text columns are in the interactions.")
+]
+Column = Annotated[str | None, _panel(_DATA, "Column name.")]
+ItemText = Annotated[
+    str | None,
+    _panel(_DATA, "Item text, for example '{title}[[ ({genres})]]'; [[...]] vanishes when empty."),
+]
+Filter = Annotated[str | None, _panel(_DATA, "Rows to keep, for example 'not cancelled'.")]
+OnBad = Annotated[str | None, _panel(_DATA, "Bad rows: 'error' lists them, 'skip' drops them.")]
+MinHistory = Annotated[int | None, _panel(_DATA, "Fewest events of a user.")]
+MaxUsers = Annotated[int | None, _panel(_RUN, "Only so many users, in hash order.")]
+Quiet = Annotated[bool, _panel(_RUN, "No progress and no table.", "--quiet", "-q")]
+Device = Annotated[str | None, _panel(_FIELDS, "auto, cpu, cuda, cuda:1, ...")]
+Template = Annotated[
+    str | None,
+    _panel(_FIELDS, "Ready-made fields: generic, paper, books, movies, grocery, gifts."),
+]
+Lm = Annotated[
+    str | None, _panel(_FIELDS, "Folder or hub id of a causal LM, or 'default': a small Llama.")
+]
+Quantization = Annotated[str | None, _panel(_FIELDS, "auto, none, nf4 or nf4-double.")]
+
+
+@app.command()
+def fit(
+    ctx: typer.Context,
+    interactions: Log,
+    out: Annotated[Path, _panel(_RUN, "Run folder: model/ bank/ metrics.json report.html ...")],
+    items: Items = None,
+    user: Column = None,
+    item: Column = None,
+    rating: Column = None,
+    time: Column = None,
+    text: ItemText = None,
+    filter: Filter = None,
+    on_bad: OnBad = None,
+    min_history: MinHistory = None,
+    behaviour: Annotated[
+        str | None, _panel(_TEXT, "One event, with {text} and {feedback}; or 'auto'.")
+    ] = None,
+    separator: Annotated[str | None, _panel(_TEXT, "Text between events.")] = None,
+    behaviour_context: Annotated[str | None, _panel(_TEXT, "sequence or independent.")] = None,
+    max_tokens: Annotated[int | None, _panel(_TEXT, "Behaviour tokens per user.")] = None,
+    negatives: Annotated[
+        int | None, _panel(_TEXT, "Items passed over per event of a log without ratings.")
+    ] = None,
+    loss: Annotated[
+        str | None, _panel(_TEXT, "feedback, all, or weights 'TEXT,FEEDBACK' such as '0.1,1'.")
+    ] = None,
+    template: Template = None,
+    field: Annotated[
+        list[str] | None,
+        _panel(
+            _FIELDS,
+            "NAME:PROMPT:CODES[:TOKENS[:WORD WORD ...]], once per field, for example "
+            '"hobby:The user\'s hobby is:16:1:sports music".',
+        ),
+    ] = None,
+    lm: Lm = None,
+    quantization: Quantization = None,
+    device: Device = None,
+    recipe: Annotated[str | None, _panel(_RUN, "userip, or paper: the public code's.")] = None,
+    rounds: Annotated[int | None, _panel(_RUN, "EM rounds.")] = None,
+    steps: Annotated[int | None, _panel(_RUN, "Adam steps of an E-step.")] = None,
+    seed: Annotated[int | None, _panel(_RUN, "Makes a run repeat.")] = None,
+    config: Annotated[
+        Path | None, _panel(_RUN, "YAML or JSON file of settings; flags win over it.")
+    ] = None,
+    set: Annotated[
+        list[str] | None, _panel(_RUN, "Any setting: em.lr=0.02, lm.dtype=bfloat16, ...")
+    ] = None,
+    max_users: MaxUsers = None,
+    resume: Annotated[bool, _panel(_RUN, "Go on after the last checkpoint of --out.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Learn profile codebooks from an interaction log; write model, bank and report to --out."""
+    settings = _settings(ctx.params)
+    data = _read(interactions, items, settings, max_users, quiet)
+    _silence_transformers()
+    from userip_fast.api import Run
+    from userip_fast.api import fit as run_fit
+    from userip_fast.bank import FeatureBank
+    from userip_fast.files import read_json
+
+    model = run_fit(data, config=settings, out=out, resume=resume, show=not quiet)
+    if not quiet:
+        run = Run(out)
+        metrics = read_json(run.metrics)
+        fitted = metrics["fit"]
+        _print_results(
+            f"userip fit: {out}",
+            data,
+            model,
+            FeatureBank.open(run.bank),
+            fitted["seconds"],
+            fitted["nll_per_weight"],
+            {"model": run.model, "bank": run.bank, "report": run.report, "metrics": run.metrics},
+        )
+
+
+@app.command()
+def infer(
+    ctx: typer.Context,
+    model: Annotated[Path, _panel(_RUN, "Model folder that fit wrote, RUN/model.")],
+    interactions: Log,
+    out: Annotated[Path, _panel(_RUN, "Bank folder.")],
+    items: Items = None,
+    user: Column = None,
+    item: Column = None,
+    rating: Column = None,
+    time: Column = None,
+    text: ItemText = None,
+    filter: Filter = None,
+    on_bad: OnBad = None,
+    min_history: MinHistory = None,
+    device: Device = None,
+    max_users: MaxUsers = None,
+    quiet: Quiet = False,
+) -> None:
+    """Read users' codes with a fitted model; write a bank of exactly these users.
+
+    Column names, text, filter and rules default to those the model was fitted with.
+    """
+    _silence_transformers()
+    from userip_fast.bank import FeatureBank
+    from userip_fast.model import Model
+
+    fitted = Model.load(model, device=device)
+    settings = fitted.config.override(_flag_values(ctx.params))
+    data = _read(interactions, items, settings, max_users, quiet)
+    found: dict[str, Any] = {}
+    started = monotonic()
+    fitted.infer(
+        data,
+        out,
+        on_bad=settings.data.on_bad,
+        show=not quiet,
+        log=found.update,
+    )
+    if not quiet:
+        _print_results(
+            f"userip infer: {out}",
+            data,
+            fitted,
+            FeatureBank.open(out),
+            monotonic() - started,
+            found["nll_per_weight"],
+            {"bank": out},
+        )
+
+
+def _settings(params: Mapping[str, Any]) -> Config:
+    """Defaults, then --config, then flags, then --set."""
+    from userip_fast.config import Config
+
+    base = Config.load(params["config"]) if params["config"] else Config()
+    values = _flag_values(params)
+    if loss := values.get("data.loss"):
+        values["data.loss"] = loss.split(",") if "," in loss else loss
+    if fields := _fields(params["template"], params["field"]):
+        values["fields"] = fields
+    for setting in params["set"] or ():
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting!r} must be NAME=VALUE, for example em.lr=0.02")
+        values[name.strip()] = _value(value)
+    return base.override(values)
+
+
+def _flag_values(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: params[flag] for flag, name in FLAGS.items() if params.get(flag) is not None}
+
+
+def _value(text: str) -> Any:
+    """null, a YAML list, or text that the setting's own type reads."""
+    import yaml
+
+    if text == "null":
+        return None
+    if text.startswith("["):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            pass  # an item text may begin with an optional group, "[[...]]"
+    return text
+
+
+def _fields(template: str | None, specs: list[str] | None) -> tuple[ProfileField, ...]:
+    """Fields of --template or --field; empty when neither is given."""
+    from userip_fast.prompts import TEMPLATES, ProfileField
+
+    if template is not None and specs:
+        raise ConfigError("--template and --field exclude each other: name the fields in one way")
+    if template is not None:
+        if template not in TEMPLATES:
+            raise ConfigError(f"--template must be one of {sorted(TEMPLATES)}, is {template!r}")
+        return TEMPLATES[template]
+    fields = []
+    for spec in specs or ():
+        name, *rest = spec.split(":")
+        rest += ["1", ""][max(len(rest) - 2, 0) :]
+        if len(rest) != 4 or not (rest[1].isdecimal() and rest[2].isdecimal()):
+            raise ConfigError(
+                f"--field {spec!r} must be NAME:PROMPT:CODES[:TOKENS[:WORD WORD ...]], for example "
+                '"hobby:The user\'s hobby is:16:1:sports music"'
+            )
+        prompt, codes, tokens, words = rest
+        fields.append(ProfileField(name, prompt, int(tokens), int(codes), tuple(words.split())))
+    return tuple(fields)
+
+
+def _read(
+    interactions: Path, items: Path | None, settings: Config, max_users: int | None, quiet: bool
+) -> Interactions:
+    from userip_fast.data import read_interactions
+
+    d = settings.data
+    data = read_interactions(
+        interactions,
+        items,
+        user=d.user,
+        item=d.item,
+        rating=d.rating,
+        time=d.time,
+        text=d.text,
+        filter=d.filter,
+        on_bad=d.on_bad,
+        min_history=d.min_history,
+        seed=settings.em.seed,
+    )
+    if not quiet:
+        report = data.report
+        if report.rows_bad or report.rows_filtered or report.short_users:
+            print(report.table())
+        if data.rating_note:
+            print(data.rating_note)
+    return data if max_users is None else data.head_users(max_users)
+
+
+def _silence_transformers() -> None:
+    """Our own progress says what is going on; its bars and loading reports would break it up."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough not to wrap where the output goes to a file."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def _print_results(
+    title: str,
+    data: Interactions,
+    model: Model,
+    bank: FeatureBank,
+    seconds: float,
+    nll: float,
+    paths: Mapping[str, Path],
+) -> None:
+    import torch
+    from rich.markup import escape
+    from rich.table import Table
+
+    lm, dropped = model.lm, data.report
+    why = ", ".join(f"{count:,} {rule}" for rule, count in dropped.counts.items())
+    order = "in time order" if data.ordered else "no times: in a fixed order drawn by the seed"
+    rows = {
+        "users": f"{len(bank):,}",
+        "items": f"{data.num_items:,}",
+        "events": f"{data.num_events:,}, {order}",
+        "rows dropped": f"{dropped.rows_bad:,} bad{f' ({why})' if why else ''}, "
+        f"{dropped.rows_filtered:,} filtered",
+        "users too short": f"{dropped.short_users:,} (below {dropped.min_history} events)",
+        "LM": f"{'embedded' if lm.embedded else lm.source}, {lm.quantization}, on {lm.device}",
+        "speed": f"{len(bank) / seconds:,.1f} users/s, {seconds:,.1f} s",
+        "NLL": f"{nll:.4f} nats per loss weight",
+    }
+    codes = torch.from_numpy(bank.codes().astype("int64"))
+    for j, (f, book) in enumerate(zip(bank.fields, model.codebooks)):
+        usage = book.usage(codes[:, j])
+        rows[f"field {f['name']}"] = (
+            f"{len(book) - usage.dead} of {len(book)} codes used, perplexity {usage.perplexity:.2f}"
+        )
+    rows |= {name: str(path) for name, path in paths.items()}
+    table = Table("", "", title=title, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    _console().print(table)
+
+
+@bank_app.command()
+def lookup(
+    bank: Annotated[Path, typer.Argument(help="Bank folder.")],
+    users: Annotated[list[str], typer.Argument(help="User keys; after -- where one begins with -")],
+    on_unknown: Annotated[
+        str, typer.Option(help="'error', or 'code': the reserved code of each field.")
+    ] = "error",
+) -> None:
+    """Print the codes of users, and what they mean."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from userip_fast.bank import FeatureBank
+
+    opened = FeatureBank.open(bank)
+    keys = opened.coerce_keys(users)
+    codes = opened.lookup(keys, on_unknown=on_unknown)
+    table = Table("user", *(f["name"] for f in opened.fields))
+    for key, row in zip(keys.to_pylist(), codes.tolist()):
+        cells = [
+            f"{code}: {opened.describe(f['name'], code)}" for f, code in zip(opened.fields, row)
+        ]
+        table.add_row(*(escape(cell) for cell in [str(key), *cells]))
+    _console().print(table)
+
+
+@bank_app.command()
+def export(
+    bank: Annotated[Path, typer.Argument(help="Bank folder.")],
+    out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
+) -> None:
+    """Write a bank as one Parquet file: user_id and a column of codes per field."""
+    from userip_fast.bank import FeatureBank
+
+    opened = FeatureBank.open(bank)
+    opened.to_parquet(out)
+    print(f"{out}: {len(opened):,} users, fields {[f['name'] for f in opened.fields]}")
+
+
+@bank_app.command()
+def info(bank: Annotated[Path, typer.Argument(help="Bank folder.")]) -> None:
+    """Print what a bank holds and what it costs, as JSON."""
+    import json
+
+    from userip_fast.bank import FeatureBank
+
+    print(json.dumps(FeatureBank.open(bank).info(), indent=2, ensure_ascii=False))
+
+
+@bank_app.command()
+def verify(bank: Annotated[Path, typer.Argument(help="Bank folder.")]) -> None:
+    """Read the whole bank and check every checksum, key and code."""
+    from userip_fast.bank import FeatureBank
+
+    opened = FeatureBank.open(bank, verify=True)
+    print(f"{bank}: {len(opened):,} users, every file as it was written")
+
+
+@app.command()
+def env() -> None:
+    """Print what this machine has and which implementation of each op it can run."""
+    from userip_fast.env import format_report
+
+    print(format_report())
+
+
+if __name__ == "__main__":
+    main()
