@@ -10,12 +10,16 @@ entropy, without dW.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from userip_fast.ops._dispatch import resolve
+from userip_fast import _extension
+from userip_fast.ops import _triton
+from userip_fast.ops._dispatch import WhyNot, resolve
 
-_CHUNK_BYTES = 64 << 20  # logits of one chunk in fp32
+_CHUNK_BYTES = 64 << 20  # logits of one chunk: the scratch, whatever vocabulary and rows
 
 
 def linear_cross_entropy_reference(
@@ -55,6 +59,61 @@ def linear_cross_entropy_reference(
     return torch.segment_reduce(token_nll, "sum", offsets=cu_rows), d_hidden
 
 
+def _chunked(
+    impl: str,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    loss_weight: Tensor,
+    cu_rows: Tensor,
+    bias: Tensor | None,
+    softcap: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """As the reference, with the element-wise half of a chunk in one pass over it.
+
+    On CPU products are in fp32 whatever the dtype (16 bits take a scalar path there), the head
+    being widened a block of the vocabulary at a time.
+    """
+    rows, dim = hidden.shape
+    vocab = weight.shape[0]
+    wide = impl == "cpu"
+    dtype = torch.float32 if wide else hidden.dtype
+    step = max(1, min(rows, _CHUNK_BYTES // (dtype.itemsize * vocab)))
+    columns = vocab if weight.dtype == dtype else max(1, _CHUNK_BYTES // (4 * dtype.itemsize * dim))
+    target, loss_weight = target.contiguous(), loss_weight.contiguous()
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    token_nll = hidden.new_empty(rows, dtype=torch.float32)
+    d_hidden = torch.empty_like(hidden) if need_grad else hidden.new_empty(0, dim)
+    scratch = hidden.new_empty(step, vocab, dtype=dtype)
+    for i in range(0, rows, step):
+        part = slice(i, min(rows, i + step))
+        h = hidden[part].to(dtype)
+        logits = scratch[: h.shape[0]]
+        for v in range(0, vocab, columns):
+            block = slice(v, v + columns)
+            torch.mm(h, weight[block].to(dtype).T, out=logits[:, block])
+        args = (target[part], loss_weight[part], token_nll[part])
+        if impl == "triton":
+            from userip_fast.kernels.linear_cross_entropy import cross_entropy_rows
+
+            cross_entropy_rows(logits, bias, *args, softcap, need_grad)
+        else:
+            module: Any = _extension.load()
+            t, w, out = (a.data_ptr() for a in args)
+            b = 0 if bias is None else bias.data_ptr()
+            module.cross_entropy_rows(
+                logits.data_ptr(), h.shape[0], vocab, b, softcap, t, w, out, need_grad
+            )
+        if need_grad:
+            gradient = logits[:, :columns] @ weight[:columns].to(dtype)
+            for v in range(columns, vocab, columns):
+                block = slice(v, v + columns)
+                gradient.addmm_(logits[:, block], weight[block].to(dtype))
+            d_hidden[part] = gradient
+    return torch.segment_reduce(token_nll, "sum", offsets=cu_rows), d_hidden
+
+
 @torch.library.custom_op("userip_fast::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
     hidden: Tensor,
@@ -67,10 +126,10 @@ def _linear_cross_entropy(
     need_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    assert impl == "reference", impl
-    return linear_cross_entropy_reference(
-        hidden, weight, target, loss_weight, cu_rows, bias, softcap, need_grad
-    )
+    inputs = (hidden, weight, target, loss_weight, cu_rows, bias, softcap, need_grad)
+    if impl == "reference":
+        return linear_cross_entropy_reference(*inputs)
+    return _chunked(impl, *inputs)
 
 
 @_linear_cross_entropy.register_fake
@@ -94,6 +153,26 @@ def _backward(ctx, grad_nll, _grad_d_hidden):  # type: ignore[no-untyped-def]
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _candidates(hidden: Tensor) -> dict[str, WhyNot]:
+    def cpu() -> str | None:
+        if hidden.device.type != "cpu":
+            return "hidden is not on the CPU"
+        module = _extension.load()
+        if module is None:
+            return _extension.why_not()
+        if not hasattr(module, "cross_entropy_rows"):
+            return "userip_fast._C has no cross entropy for this processor type"
+        features = module.cpu_features()
+        return None if features["avx2"] and features["fma"] else "the processor lacks AVX2 and FMA"
+
+    def triton() -> str | None:
+        return _triton.why_not(hidden)
+
+    if hidden.device.type == "cpu":
+        return {"cpu": cpu, "reference": lambda: None, "triton": triton}
+    return {"triton": triton, "reference": lambda: None, "cpu": cpu}
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -111,12 +190,12 @@ def linear_cross_entropy(
         hidden: [R, D] fp32/bf16/fp16, final hidden states of the rows that predict a loss token.
             Differentiable.
         weight: [V, D], same dtype as `hidden`, the frozen head (must not require grad).
-        target: [R] int64, token ids in [0, V).
+        target: [R] int64, token ids in [0, V). Checked on CPU; on CUDA one out of range gives NaN.
         loss_weight: [R] fp32, weight of each token's NLL.
         cu_rows: [U + 1] int64, rows of user u are `cu_rows[u]:cu_rows[u + 1]`; 0 first, R last.
         bias: [V] or None.
         softcap: Final logit soft cap `s * tanh(logits / s)` as in Gemma 2; 0 for none.
-        impl: "auto" or "reference".
+        impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
         nll: [U] fp32, in nats; 0 for a user without rows.
@@ -152,7 +231,17 @@ def linear_cross_entropy(
             f"linear_cross_entropy: cu_rows must be int64 [U + 1], got "
             f"{cu_rows.dtype} {tuple(cu_rows.shape)}"
         )
-    chosen = resolve("linear_cross_entropy", impl, {"reference": lambda: None})
+    if hidden.device.type == "cpu":  # on CUDA a check would wait for the device
+        if rows and not (int(target.min()) >= 0 and int(target.max()) < weight.shape[0]):
+            raise ValueError(
+                f"linear_cross_entropy: target must be in [0, {weight.shape[0]}), got "
+                f"{int(target.min())} .. {int(target.max())}"
+            )
+        if int(cu_rows[0]) != 0 or int(cu_rows[-1]) != rows or bool((cu_rows.diff() < 0).any()):
+            raise ValueError(
+                f"linear_cross_entropy: cu_rows must rise from 0 to {rows}, got {cu_rows.tolist()}"
+            )
+    chosen = resolve("linear_cross_entropy", impl, _candidates(hidden))
     need_grad = hidden.requires_grad and torch.is_grad_enabled()
     return _linear_cross_entropy(
         hidden, weight, target, loss_weight, cu_rows, bias, softcap, need_grad, chosen
