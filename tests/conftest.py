@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers in the tests folder: `import tiny`
 
 # Must be set before triton is imported. Tests marked `gpu` run without it (`make gpu-check`).
 if os.environ.get("USERIP_FAST_GPU_TESTS") != "1":

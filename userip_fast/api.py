@@ -17,6 +17,7 @@ from userip_fast.bank import FeatureBank
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource
 from userip_fast.config import Config
 from userip_fast.data import Catalogue, Interactions
+from userip_fast.em.mstep import check_codebook_sizes
 from userip_fast.errors import ConfigError, DataError
 from userip_fast.files import write_json
 from userip_fast.lm import FrozenLM
@@ -62,7 +63,7 @@ class Run:
 
 def fit(
     data: Interactions,
-    lm: str | None = None,
+    lm: str | FrozenLM | None = None,
     fields: Sequence[ProfileField] | None = None,
     config: Config | Mapping[str, Any] | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -75,7 +76,8 @@ def fit(
 
     Args:
         data: Training histories, from `read_interactions` or a split of it.
-        lm: "default" for the embedded LM, or a folder or hub id; None takes the config's.
+        lm: "default" for the embedded LM, a folder or hub id, or a loaded LM; None takes the
+            config's.
         fields: Profile fields; None takes the config's.
         config: Settings, or a nested mapping of them; None for the defaults.
         out: Run folder that gets `model/ bank/ checkpoints/ metrics.json metrics.jsonl
@@ -90,14 +92,15 @@ def fit(
         ConfigError: A setting is wrong.
         UnsupportedError, UnavailableError: The LM cannot be used, and why.
     """
-    config = _config(config, lm, fields)
+    loaded = lm if isinstance(lm, FrozenLM) else None
+    config = _config(config, loaded.source if loaded else lm, fields)
     if resume and out is None:
         raise ConfigError("resume=True needs `out`, the run folder to go on in")
     if max_users is not None:
         data = data.head_users(max_users)
     run = _open_run(out)
     started = time.monotonic()
-    model, source = prepare(data, config, show=show)
+    model, source = prepare(data, config, lm=loaded, show=show)
     assert model.trainer is not None
 
     records: list[dict[str, Any]] = []
@@ -152,7 +155,7 @@ def fit(
                 "dropped": data.report.to_dict(),
             },
             "lm": {
-                "source": "embedded" if model.embedded else model.lm.source,
+                "source": "embedded" if model.lm.embedded else model.lm.source,
                 "fingerprint": model.lm.fingerprint,
                 "quantization": model.lm.quantization,
                 "dtype": str(model.lm.dtype).removeprefix("torch."),
@@ -184,49 +187,48 @@ def fit(
 
 
 def prepare(
-    data: Interactions, config: Config, *, slot_ids: SlotIds | None = None, show: bool = False
+    data: Interactions, config: Config, *, lm: FrozenLM | None = None, show: bool = False
 ) -> tuple[Model, BehaviourSource]:
     """Everything before EM: behaviour format, LM (trained if it is the embedded one), engine.
-
-    Args:
-        slot_ids: What stands in the soft rows while the embedded LM is pre-trained; see
-            `userip_fast.lm.embedded`.
 
     Returns:
         A model without codebooks, and the training users' behaviour.
     """
     if data.num_users == 0:
         raise DataError("there is no user with behaviour to fit on")
-    largest = max(config.fields, key=lambda f: f.codebook_size)
-    if largest.codebook_size > data.num_users:
-        raise DataError(
-            f"codebook_size of field {largest.name!r} is {largest.codebook_size}, more than the "
-            f"{data.num_users} users; choose a smaller one or bring more users"
-        )
+    check_codebook_sizes(config.fields, data.num_users)
     fmt = BehaviourFormat.fit(config.data, data, config.em.seed)
     catalogue = Catalogue.from_interactions(data)
-    embedded = config.lm.path == "default"
-    if embedded:
-        untokenized = BehaviourSource(fmt.events(data, catalogue), fmt)
-        folder = embedded_lm(
-            untokenized.rendered(),
-            PromptTemplate(config.fields),
-            lambda tokenizer, layout: untokenized.block(
-                tokenizer, layout, 0, untokenized.num_users
-            ),
-            config.lm,
-            content_key=untokenized.content_key(),
-            slot_ids=slot_ids,
-            seed=config.em.seed,
-            show=show,
-        )
-        lm = FrozenLM.load(str(folder), config.lm)
-    else:
-        lm = FrozenLM.load(config.lm.path, config.lm)
+    if lm is None:
+        lm = load_lm(BehaviourSource(fmt.events(data, catalogue), fmt), config, show=show)
     trainer = make_trainer(config, lm, show)
     source = behaviour_source(data, fmt, catalogue, lm.tokenizer, config.data.on_bad)
-    empty = np.zeros((0, 0), np.float32)
-    return Model(config, fmt, lm, [], _tensor(empty), catalogue, {}, embedded, trainer), source
+    return Model(config, fmt, lm, [], _tensor(np.zeros((0, 0))), catalogue, {}, trainer), source
+
+
+def load_lm(
+    source: BehaviourSource, config: Config, *, slot_ids: SlotIds | None = None, show: bool = False
+) -> FrozenLM:
+    """The LM that the config names; the embedded one is pre-trained on `source` if need be.
+
+    Args:
+        slot_ids: What stands in the soft rows meanwhile; see `userip_fast.lm.embedded`.
+    """
+    if config.lm.path != "default":
+        return FrozenLM.load(config.lm.path, config.lm)
+    folder = embedded_lm(
+        source.rendered(),
+        PromptTemplate(config.fields),
+        lambda tokenizer, layout: source.block(tokenizer, layout, 0, source.num_users),
+        config.lm,
+        content_key=source.content_key(),
+        slot_ids=slot_ids,
+        seed=config.em.seed,
+        show=show,
+    )
+    lm = FrozenLM.load(str(folder), config.lm)
+    lm.embedded = True
+    return lm
 
 
 def _tensor(x: Any) -> Any:
@@ -237,7 +239,7 @@ def _tensor(x: Any) -> Any:
 
 def _config(
     config: Config | Mapping[str, Any] | None,
-    lm: str | None,
+    lm: str | FrozenLM | None,
     fields: Sequence[ProfileField] | None,
 ) -> Config:
     if config is None:

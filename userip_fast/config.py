@@ -127,9 +127,9 @@ class EMConfig:
     estep: Literal["gradient"] = "gradient"
     rounds: int = 2
     """E-step + M-step sweeps; the first starts all users of a field at one shared point."""
-    steps: int = 12
+    steps: int = 6
     """Adam steps of an E-step, at most; users that stop improving leave earlier."""
-    lr: float = 0.05
+    lr: float = 0.04
     """Adam step size on theta, in units of the RMS of the LM's token embeddings."""
     tolerance: float = 1e-3
     """A user is converged when its NLL per weight falls by less than this for `patience` steps."""
@@ -143,6 +143,7 @@ class EMConfig:
     mse_lr: float = 0.5
     dead_code_threshold: float = 1.0
     """A code with fewer users than this is revived at a user that no code serves well."""
+    kmeans_restarts: int = 10
     kmeans_sample: int = 65_536
     """Users (lowest salted hash) whose theta starts the codebooks."""
     block_users: int = 4_096
@@ -159,6 +160,7 @@ class EMConfig:
             "rounds",
             "steps",
             "patience",
+            "kmeans_restarts",
             "kmeans_sample",
             "block_users",
             "pack_tokens",

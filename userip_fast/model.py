@@ -2,12 +2,13 @@
 
 On disk a model is a folder that is whole or absent:
 
-    manifest.json           format, version, fingerprint, LM, behaviour format, SHA-256 of every
-    file config.json             everything that decided the result codebooks.safetensors
-    codewords [K_j, m_j D] of each field start.safetensors       shared start [S, D]
-    catalogue.parquet       training items with counts, to sample negatives from codes.json
-    code cards: words and typical items lm/                     the embedded LM, where that is the
-    one
+    manifest.json           format, version, fingerprint, LM, behaviour format, SHA-256 of files
+    config.json             everything that decided the result
+    codebooks.safetensors   codewords [K_j, m_j D] of each field
+    start.safetensors       shared start [S, D]
+    catalogue.parquet       training items with counts, to sample negatives from
+    codes.json              code cards: words and typical items
+    lm/                     the embedded LM, where that is the one
 
 Nothing is unpickled on loading; checksums, shapes and the LM's fingerprint are verified.
 """
@@ -33,7 +34,7 @@ from userip_fast.behaviour import BehaviourFormat, BehaviourSource
 from userip_fast.codebook import Codebook
 from userip_fast.config import Config
 from userip_fast.data import Catalogue, Interactions
-from userip_fast.em.trainer import Trainer, load_codebooks
+from userip_fast.em.trainer import Log, Trainer, load_codebooks, profiles_total
 from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
 from userip_fast.files import (
     atomic_dir,
@@ -66,7 +67,6 @@ class Model:
 
     Attributes:
         cards: Field -> code cards, as `CodeCard.to_dict` gives them.
-        embedded: Whether the LM is the embedded default and is saved with the model.
     """
 
     config: Config
@@ -76,7 +76,6 @@ class Model:
     start: Tensor
     catalogue: Catalogue
     cards: dict[str, list[dict[str, Any]]]
-    embedded: bool
     trainer: Trainer | None = None
 
     @property
@@ -105,6 +104,7 @@ class Model:
         max_users: int | None = None,
         on_bad: str | None = None,
         show: bool = False,
+        log: Log = lambda record: None,
     ) -> FeatureBank | Int64:
         """Code ids of the users of `data`, with the model as it is.
 
@@ -116,6 +116,8 @@ class Model:
             on_bad: "error" or "skip" for users whose history truncates to nothing; None takes the
                 model's setting.
             show: Whether to show progress.
+            log: Called once the bank is written, with `users`, `nll_per_weight` and
+                `forward_equivalents` per user.
 
         Returns:
             The bank; or, without `out`, [U, J] int64 in the order of `data.user_keys`.
@@ -145,11 +147,20 @@ class Model:
                 "config": self.config.to_dict(),
             },
         ) as writer:
-            done = 0
+            done, totals = 0, np.zeros(4)
             for profiles in found:
                 users = len(profiles.nll)
                 writer.append(source.events.user_keys.slice(done, users), _codes(profiles.code_ids))
                 done += users
+                totals += profiles_total(profiles)
+        _, nll, weight, cost = totals.tolist()
+        log(
+            {
+                "users": done,
+                "nll_per_weight": nll / max(weight, 1e-12),
+                "forward_equivalents": cost / max(done, 1),
+            }
+        )
         return FeatureBank.open(out)
 
     def bank_fields(self) -> list[dict[str, Any]]:
@@ -176,7 +187,7 @@ class Model:
             write_tensors(tmp / "start.safetensors", {"start": self.start})
             pq.write_table(self.catalogue.to_table(), tmp / "catalogue.parquet")
             write_json(tmp / "codes.json", self.cards)
-            if self.embedded:
+            if self.lm.embedded:
                 shutil.copytree(self.lm.source, tmp / "lm")
             names = sorted(str(p.relative_to(tmp)) for p in tmp.rglob("*") if p.is_file())
             write_json(
@@ -187,8 +198,8 @@ class Model:
                     "userip_fast": __version__,
                     "fingerprint": self.fingerprint,
                     "lm": {
-                        "source": "lm" if self.embedded else self.lm.source,
-                        "embedded": self.embedded,
+                        "source": "lm" if self.lm.embedded else self.lm.source,
+                        "embedded": self.lm.embedded,
                         "fingerprint": self.lm.fingerprint,
                         "quantization": self.lm.quantization,
                         "hidden_size": self.lm.hidden_size,
@@ -245,6 +256,7 @@ class Model:
                 device=device or config.lm.device,
             )
             model_lm = FrozenLM.load(str(source), lm_config)
+            model_lm.embedded = bool(about["embedded"])
         except (KeyError, TypeError) as e:
             raise FormatError(f"{root}: the manifest lacks or garbles {e}") from e
         if model_lm.fingerprint != about["fingerprint"] and model_lm.dtype == torch.float32:
@@ -265,7 +277,6 @@ class Model:
             start,
             catalogue,
             read_json(root / "codes.json"),
-            bool(about["embedded"]),
         )
 
 

@@ -179,7 +179,7 @@ class ThetaMStep:
         if self.codebooks is None:
             check_codebook_sizes(self.fields, len(sample[0]))
             self.codebooks = [
-                Codebook.kmeans(x, f.codebook_size, seed=self.config.seed + j, iterations=100)
+                _best_kmeans(x, f.codebook_size, self.config.seed + j, self.config.kmeans_restarts)
                 for j, (f, x) in enumerate(zip(self.fields, sample))
             ]
             return self.codebooks
@@ -205,6 +205,18 @@ class ThetaMStep:
                 self.revived += _revive(book, dead, sample[j], self.config.seed + j)
         self.codebooks = books
         return books
+
+
+def _best_kmeans(x: Tensor, k: int, seed: int, restarts: int) -> Codebook:
+    """The best of several starts by total squared distance; Lloyd stops in poor optima otherwise."""
+    best, least = None, float("inf")
+    for i in range(restarts):
+        book = Codebook.kmeans(x, k, seed=seed + 7919 * i, iterations=100)
+        inertia = float(book.assign(x)[1].double().sum())
+        if inertia < least:
+            best, least = book, inertia
+    assert best is not None
+    return best
 
 
 def _revive(book: Codebook, dead: Tensor, x: Tensor, seed: int) -> int:

@@ -32,6 +32,7 @@ class FrozenLM:
         device, dtype: Of the activations.
         hidden_size: D.
         source: Path or hub id it came from.
+        embedded: Whether it is the embedded default, which is saved with a model.
         quantization: "none", "nf4" or "nf4-double".
         fingerprint: Hex digest of configuration, tokenizer and a sample of every tensor.
         head_weight, head_bias, softcap: The frozen head, for `ops.linear_cross_entropy`.
@@ -43,6 +44,7 @@ class FrozenLM:
         self.model = model
         self.tokenizer = tokenizer
         self.source = source
+        self.embedded = False
         self.quantization = quantization
         model.eval()
         model.requires_grad_(False)

@@ -1,0 +1,167 @@
+"""The demo: hidden traits of a planted world, inferred, quantised, and compared with the truth.
+
+The embedded LM is pre-trained on *other* users, whose traits stand in the soft rows as words; so it
+knows what the words mean. The demo's users never tell their traits: profiles are inferred from
+purchases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from userip_fast.api import fit, load_lm
+from userip_fast.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.codebook import Codebook
+from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
+from userip_fast.data import Catalogue, Interactions, read_interactions
+from userip_fast.demo.world import HOBBIES, LEVELS, World, make_world
+from userip_fast.em.trainer import shared_start
+from userip_fast.files import write_json
+from userip_fast.lm import FrozenLM, PackedEngine
+from userip_fast.model import Model
+from userip_fast.packing import Int64, iter_packs
+from userip_fast.prompts import ProfileField
+
+USERS = 384
+_LM_USERS = 3000
+_LM_FIRST_KEY = 1_000_000  # keys of the LM's users: nobody is in both worlds
+
+CONFIG = Config(
+    data=DataConfig(time="time", behaviour="{text}", negatives=0, loss="all"),
+    lm=LMConfig(
+        embedded_hidden=128, embedded_layers=2, embedded_vocab=600, embedded_tokens=800_000
+    ),
+    em=EMConfig(paper_epochs=30),
+    fields=(
+        ProfileField("hobby", "The user's hobby is", 1, len(HOBBIES), tuple(HOBBIES)),
+        ProfileField("spending", "The user's spending level is", 1, len(LEVELS), tuple(LEVELS)),
+    ),
+)
+"""The demo's settings: all but the world itself, which `make_world`'s defaults fix."""
+
+
+def run_demo(
+    out: str | Path = "runs/demo", *, full: bool = False, seed: int = 0, show: bool = False
+) -> dict[str, Any]:
+    """Runs the demo and writes `out/{model,bank,metrics.json,...}` (of the first seed).
+
+    Args:
+        full: Three seeds instead of one.
+        seed: The first seed; it draws the worlds, the LM and everything else.
+        show: Whether to show progress.
+
+    Returns:
+        What `metrics.json` gets under `fields`, `users` and `seeds`: per field and method the mean
+        over seeds of NMI and ARI against the planted trait, and the cost per user in passes through
+        the LM.
+    """
+    seeds = [seed, seed + 1, seed + 2] if full else [seed]
+    runs = [_one_seed(s, Path(out) if s == seed else None, show) for s in seeds]
+    fields: dict[str, Any] = {}
+    for f in CONFIG.fields:
+        fields[f.name] = {
+            measure: {
+                method: float(np.mean([run[f.name][measure][method] for run in runs]))
+                for method in runs[0][f.name][measure]
+            }
+            for measure in ("nmi", "ari", "forward_equivalents")
+        }
+    metrics = {"fields": fields, "users": USERS, "seeds": seeds}
+    write_json(Path(out) / "metrics.json", metrics)
+    return metrics
+
+
+def _one_seed(seed: int, out: Path | None, show: bool) -> dict[str, Any]:
+    config = replace(CONFIG, em=replace(CONFIG.em, seed=seed))
+    lm = _lm_that_knows_words(config, seed, show)
+    world = make_world(USERS, seed=seed)
+    data = _read(world)
+    users = data.user_keys.to_numpy()
+    truth = {"hobby": world.hobby[users], "spending": world.level[users]}
+
+    codes: dict[str, Int64] = {}
+    cost: dict[str, float] = {}
+    model = fit(data, lm, config=config, out=out, show=show)
+    codes["gradient"], cost["gradient"] = _codes_and_cost(model, data)
+    paper = replace(config, em=replace(config.em, recipe="paper"))
+    baseline = fit(data, lm, config=paper, show=show)
+    codes["paper"], cost["paper"] = _codes_and_cost(baseline, data)
+    codes["kmeans_states"], cost["kmeans_states"] = _kmeans_states(model, data, seed), 1.0
+    best = [world.hobby_posterior[users].argmax(1), world.level_posterior[users].argmax(1)]
+    codes["oracle"], cost["oracle"] = np.stack(best, axis=1), 0.0
+
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    return {
+        f.name: {
+            "nmi": {
+                m: float(normalized_mutual_info_score(truth[f.name], z[:, j]))
+                for m, z in codes.items()
+            },
+            "ari": {
+                m: float(adjusted_rand_score(truth[f.name], z[:, j])) for m, z in codes.items()
+            },
+            "forward_equivalents": cost,
+        }
+        for j, f in enumerate(config.fields)
+    }
+
+
+def _read(world: World) -> Interactions:
+    return read_interactions(world.interactions, world.items, time="time")
+
+
+def _lm_that_knows_words(config: Config, seed: int, show: bool) -> FrozenLM:
+    """The embedded LM, pre-trained on other users whose traits stand in the soft rows as words."""
+    world = make_world(_LM_USERS, seed=1000 + seed, first=_LM_FIRST_KEY)
+    data = _read(world)
+    users = data.user_keys.to_numpy() - _LM_FIRST_KEY
+    fmt = BehaviourFormat.fit(config.data, data, seed)
+    source = BehaviourSource(fmt.events(data, Catalogue.from_interactions(data)), fmt)
+
+    def slot_ids(tokenizer: Any) -> Int64:
+        columns = []
+        for words, trait in ((HOBBIES, world.hobby), (LEVELS, world.level)):
+            ids = [tokenizer(" " + w, add_special_tokens=False)["input_ids"] for w in words]
+            assert all(len(i) == 1 for i in ids), "each trait word is one token"
+            columns.append(np.asarray(ids)[trait[users], 0])
+        return np.stack(columns, axis=1)
+
+    return load_lm(source, config, slot_ids=slot_ids, show=show)
+
+
+def _codes_and_cost(model: Model, data: Interactions) -> tuple[Int64, float]:
+    """Codes [U, J] of the users just fitted, and passes through the LM per user."""
+    assert model.trainer is not None
+    source = BehaviourSource(model.format.events(data, model.catalogue), model.format)
+    found = list(model.trainer.infer(source, model.codebooks, model.start))
+    codes = [p.code_ids.numpy() for p in found if p.code_ids is not None]
+    cost = torch.cat([p.forward_equivalents for p in found])
+    return np.concatenate(codes), float(cost.mean())
+
+
+@torch.no_grad()
+def _kmeans_states(model: Model, data: Interactions, seed: int) -> Int64:
+    """Baseline: k-means on the mean of the LM's hidden states over a user's behaviour rows."""
+    lm, layout = model.lm, model.layout
+    engine = PackedEngine(lm, layout)
+    source = BehaviourSource(model.format.events(data, model.catalogue), model.format)
+    behaviour = source.block(lm.tokenizer, layout, 0, source.num_users)
+    start = shared_start(engine, model.config, source)
+    states: list[Tensor] = []
+    for pack in iter_packs(behaviour, np.arange(source.num_users), layout, lm.device, 8192):
+        hidden = engine.hidden_states(pack, start.expand(pack.num_users, -1, -1).to(lm.device))
+        for a, b in zip(pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist()):
+            states.append(hidden[a + layout.num_soft : b].float().mean(0).cpu())
+    x = torch.stack(states)
+    columns = [
+        Codebook.kmeans(x, f.codebook_size, seed=seed, iterations=100).assign(x)[0]
+        for f in model.config.fields
+    ]
+    return torch.stack(columns, dim=1).numpy()
