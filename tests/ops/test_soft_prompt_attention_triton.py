@@ -124,3 +124,50 @@ def test_refusals_say_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(UnavailableError, match="not on a CUDA device"):
         run_op("triton")(case)
+
+
+def on_gpu(case: Case) -> Case:
+    move = lambda xs: tuple(x.cuda() for x in xs)  # noqa: E731
+    return Case(move(case.tensors), move(case.pack), case.options)
+
+
+# Compiled tiles are 32 and 64 wide: lengths and prefixes around those.
+GPU_CASES = {
+    "ragged, GQA": {"behaviour": [61, 62, 63, 126, 200, 1], "heads": 8, "kv_heads": 2, "slack": 70},
+    "long prefix": {"behaviour": [90, 5], "names": (31, 40, 2), "virtual": 2},
+    "items": {"behaviour": [150, 70], "items": 13, "virtual": 2},
+    "window and cap": {"behaviour": [180, 33], "window": 70, "softcap": 5.0, "heads": 4},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [8, 40, 64, 128, 256])
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_compiled_equals_dense_fp64(name, dim, dtype):
+    compare(make_case(**GPU_CASES[name], dim=dim, dtype=dtype), "triton", device="cuda")
+
+
+@pytest.mark.gpu
+def test_compiled_runs_repeat_bitwise():
+    case = on_gpu(make_case([300, 20, 75, 130], heads=8, kv_heads=2, dim=128, dtype=torch.bfloat16))
+    d_out = torch.randn_like(case.tensors[0])
+    first = gradients(run_op("triton"), case, d_out)
+    for _ in range(20):
+        again = gradients(run_op("triton"), case, d_out)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_compiled_in_a_cuda_graph_follows_new_lengths():
+    case = on_gpu(make_case([40, 100, 7], dim=64, dtype=torch.bfloat16, slack=20))
+    run_op("triton")(case)  # compile
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run_op("triton")(case)
+    other = make_case([90, 20, 37], dim=64, dtype=torch.bfloat16, slack=20)
+    assert other.tensors[0].shape == case.tensors[0].shape
+    for old, new in zip((*case.tensors, *case.pack), (*other.tensors, *other.pack), strict=True):
+        old.copy_(new)
+    graph.replay()
+    assert torch.equal(out, run_op("triton")(case))

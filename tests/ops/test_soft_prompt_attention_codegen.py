@@ -1,0 +1,103 @@
+"""Compiles the attention kernels for absent GPUs; refuses spills and lost tensor cores.
+
+Run as a script for a table: `python tests/ops/test_soft_prompt_attention_codegen.py 80 90`.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from codegen import SHARED_LIMIT, Report, compile_kernel, print_reports, run_isolated
+
+ARCHES = (80, 86, 89, 90)
+DIMS = (8, 64, 128, 256)
+KERNELS = ("fwd", "dq", "dkdv")
+
+
+def variants(arch: int) -> list[tuple[str, int, bool]]:
+    """(kernel, head size, with window and soft cap): the costly ones where registers run short."""
+    plain = [(kernel, dim, False) for dim in DIMS for kernel in KERNELS]
+    costly = [(kernel, dim, True) for dim in (64, 256) for kernel in KERNELS]
+    return plain + (costly if arch in (80, 90) else [])
+
+
+def compile_variant(kernel: str, dim: int, extras: bool, arch: int) -> Report:
+    import torch
+    from userip_fast.kernels import soft_prompt_attention as kernels
+
+    fn = getattr(kernels, f"_{kernel}_kernel")
+    block_d = max(16, 1 << (dim - 1).bit_length())
+    desc = arch == 90 and not (kernel == "dkdv" and dim > 128)
+    cut = kernels.tiling(kernel, dim, torch.bfloat16, desc)
+    rows, columns = (cut.step, cut.own) if kernel == "dkdv" else (cut.own, cut.step)
+    signature = {}
+    for name in fn.arg_names:
+        if name in ("q", "d_out", "out"):
+            signature[name] = f"tensordesc<bf16[1, {rows}, {block_d}]>" if desc else "*bf16"
+        elif name in ("k", "v", "prefix_k", "prefix_v"):
+            signature[name] = f"tensordesc<bf16[1, {columns}, {block_d}]>" if desc else "*bf16"
+        elif name in ("out_ptr", "dq_ptr", "dk_ptr", "dv_ptr"):
+            signature[name] = "*bf16"
+        elif name in ("lse_ptr", "delta_ptr"):
+            signature[name] = "*fp32"
+        elif name in ("scale", "softcap"):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "*i32" if name.endswith("_ptr") else "i32"
+    constants = {
+        "H": 32,
+        "HKV": 8,
+        "DIM": dim,
+        "BLOCK_D": block_d,
+        "BLOCK_M": rows,
+        "BLOCK_N": columns,
+        "WINDOW": extras,
+        "SOFTCAP": extras,
+        "DESC": desc,
+    }
+    return compile_kernel(
+        fn,
+        signature,
+        constants,
+        arch,
+        num_warps=cut.num_warps,
+        num_stages=cut.num_stages,
+        aligned=tuple(name for name in fn.arg_names if name.startswith("stride")),
+    )
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[int, list[Report]]:
+    jobs = [[str(arch)] for arch in ARCHES]
+    return dict(zip(ARCHES, run_isolated(Path(__file__), jobs), strict=True))
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_no_spills_and_tensor_cores_and_shared_memory_fits(arch, reports):
+    assert len(reports[arch]) == len(variants(arch))
+    for (kernel, dim, extras), report in zip(variants(arch), reports[arch], strict=True):
+        name = f"{kernel}, head size {dim}, window and cap {extras}, sm_{arch}: {report}"
+        count = report.counts
+        assert report.stack == report.spills == 0, name
+        assert report.shared <= SHARED_LIMIT[arch], name
+        assert count["RED"] == count["ATOM"] == 0, name
+        if arch == 90 and not (kernel == "dkdv" and dim > 128):
+            assert count["HMMA"] == 0, name
+            assert min(count["HGMMA"], count["UTMALDG"]) > 0, name
+        else:
+            assert count["HMMA"] > 0, name
+
+
+def main() -> None:
+    for arch in map(int, sys.argv[1:]):
+        found = [compile_variant(*variant, arch) for variant in variants(arch)]
+        for variant, report in zip(variants(arch), found, strict=True):
+            print(variant, report, file=sys.stderr)
+        print_reports(found)
+
+
+if __name__ == "__main__":
+    main()
