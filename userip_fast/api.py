@@ -22,9 +22,10 @@ from userip_fast.errors import ConfigError, DataError
 from userip_fast.files import write_json
 from userip_fast.lm import FrozenLM
 from userip_fast.lm.embedded import SlotIds, embedded_lm
-from userip_fast.model import Model, behaviour_source, make_trainer
+from userip_fast.model import Model, behaviour_source, make_trainer, truncated_users
 from userip_fast.names import code_cards
-from userip_fast.prompts import ProfileField, PromptTemplate
+from userip_fast.packing import Behaviour
+from userip_fast.prompts import Layout, ProfileField, PromptTemplate
 from userip_fast.report import write_report
 
 logger = logging.getLogger("userip_fast")
@@ -216,10 +217,15 @@ def load_lm(
     """
     if config.lm.path != "default":
         return FrozenLM.load(config.lm.path, config.lm)
+
+    def behaviour_of(tokenizer: Any, layout: Layout) -> Behaviour:
+        truncated_users(source, tokenizer, config.data.on_bad)  # before a minute of training
+        return source.block(tokenizer, layout, 0, source.num_users)
+
     folder = embedded_lm(
         source.rendered(),
         PromptTemplate(config.fields),
-        lambda tokenizer, layout: source.block(tokenizer, layout, 0, source.num_users),
+        behaviour_of,
         config.lm,
         content_key=source.content_key(),
         slot_ids=slot_ids,

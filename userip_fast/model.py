@@ -290,23 +290,30 @@ def behaviour_source(
         DataError: Such users exist and `on_bad` is "error", or nobody is left.
     """
     source = BehaviourSource(fmt.events(data, catalogue), fmt)
-    empty = source.empty_users(tokenizer)
+    empty = truncated_users(source, tokenizer, on_bad)
     if not len(empty):
         return source
-    names = [data.user_keys[int(u)].as_py() for u in empty[:10]]
-    why = (
-        f"{len(empty)} users have a history that truncates to nothing: their latest event alone "
-        f"has more than data.max_tokens={fmt.max_tokens} tokens; first users: {names}"
-    )
-    if on_bad == "error":
-        raise DataError(
-            f"{why}; raise data.max_tokens, shorten the text, or skip them (on_bad=skip)"
-        )
-    if len(empty) == data.num_users:
-        raise DataError(f"{why}; nobody is left")
-    logger.warning("%s; skipped", why)
     keep = np.setdiff1d(np.arange(data.num_users), empty)
     return BehaviourSource(fmt.events(data.select_users(keep), catalogue), fmt)
+
+
+def truncated_users(source: BehaviourSource, tokenizer: Any, on_bad: str) -> Int64:
+    """Users whose history truncates to nothing; DataError as `behaviour_source` says."""
+    empty = source.empty_users(tokenizer)
+    if len(empty):
+        names = [source.events.user_keys[int(u)].as_py() for u in empty[:10]]
+        why = (
+            f"{len(empty)} users have a history that truncates to nothing: their latest event alone "
+            f"has more than data.max_tokens={source.format.max_tokens} tokens; first users: {names}"
+        )
+        if on_bad == "error":
+            raise DataError(
+                f"{why}; raise data.max_tokens, shorten the text, or skip them (on_bad=skip)"
+            )
+        if len(empty) == source.num_users:
+            raise DataError(f"{why}; nobody is left")
+        logger.warning("%s; skipped", why)
+    return empty
 
 
 def make_trainer(config: Config, lm: FrozenLM, show: bool) -> Trainer:

@@ -44,8 +44,8 @@ def check_positions(lm: FrozenLM, layout: Layout, max_tokens: int) -> None:
     need = layout.behaviour_start + max_tokens
     if need > lm.max_positions:
         raise MismatchError(
-            f"data.max_tokens={max_tokens} plus {layout.behaviour_start} prompt rows is {need}, but "
-            f"the LM has {lm.max_positions} positions; set data.max_tokens to at most "
+            f"data.max_tokens={max_tokens} plus {layout.behaviour_start} prompt rows is {need}, "
+            f"but the LM has {lm.max_positions} positions; set data.max_tokens to at most "
             f"{lm.max_positions - layout.behaviour_start}"
         )
 

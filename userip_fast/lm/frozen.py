@@ -105,9 +105,16 @@ class FrozenLM:
         if device.type == "cuda":
             kwargs["device_map"] = {"": device}
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, output_loading_info=True, **kwargs
+            )
         except (OSError, ValueError, KeyError, ImportError) as e:
             raise UnsupportedError(f"LM {path!r} cannot be loaded: {e}") from e
+        if missing := sorted(info["missing_keys"]):
+            raise UnsupportedError(
+                f"LM {path!r} is no causal LM of class {type(model).__name__}: its files lack "
+                f"{missing[0]} and {len(missing) - 1} other weights"
+            )
         if device.type == "cpu":
             make_resident(model, dtype)
         if stored:
@@ -140,14 +147,21 @@ class FrozenLM:
 
     def vocabulary_words(self) -> tuple[Tensor, list[str]]:
         """Token ids that read as a whole word, and the words."""
-        texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+        size = len(self.tokenizer)
+        texts = self.tokenizer.batch_decode([[i] for i in range(size)])
+        pieces = self.tokenizer.convert_ids_to_tokens(list(range(size)))
+        # Byte-level BPE and SentencePiece mark the start of a word, WordPiece its continuation.
+        starts = [p[:1] in "\u0120\u2581" for p in pieces]
+        whole = starts if any(starts) else [not p.startswith("##") for p in pieces]
         special = set(self.tokenizer.all_special_ids)
         ids = [
             i
             for i, text in enumerate(texts)
-            if i not in special and text.strip().isalpha() and len(text.strip()) > 1
+            if whole[i] and i not in special and text.strip().isalpha() and len(text.strip()) > 1
         ]
-        return torch.tensor(ids, device=self.device), [texts[i].strip() for i in ids]
+        return torch.tensor(ids, dtype=torch.int64, device=self.device), [
+            texts[i].strip() for i in ids
+        ]
 
     def _probe(self) -> None:
         """Refuses what would otherwise be a silent difference between the engines and the model."""
@@ -172,6 +186,10 @@ class FrozenLM:
         with torch.no_grad(), self.attention("eager"):
             inputs = {"input_ids": ids[None], "use_cache": False}
             hidden = self.model.base_model(**inputs).last_hidden_state
+            first = self.model.base_model(input_ids=ids[None, :1], use_cache=False)
+            change = (first.last_hidden_state[0, 0] - hidden[0, 0]).abs().max()
+            if change > 0.05 * hidden[0, 0].abs().max():
+                raise UnsupportedError(f"{name} lets a token see later ones: not a causal LM")
             want = self.model(**inputs).logits[0, -1].float()
             got = (hidden[0, -1:] @ self.head_weight.T).float()[0]
             if self.head_bias is not None:
