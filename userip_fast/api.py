@@ -278,12 +278,12 @@ class _JsonLines:
     """metrics.jsonl: one record a line, flushed as it comes."""
 
     def __init__(self, path: Path | None, append: bool) -> None:
-        self.path, self.mode = path, "a" if append else "w"
+        self.path, self.append = path, append
         self.file: TextIO | None = None
 
     def __enter__(self) -> _JsonLines:
         if self.path:
-            self.file = open(self.path, self.mode, encoding="utf-8")
+            self.file = self.path.open("a" if self.append else "w", encoding="utf-8")
         return self
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -65,7 +65,8 @@ class BehaviourFormat:
         elif not has_feedback:
             raise DataError(
                 f"data.behaviour={template!r} tells feedback, but the log has no varying rating "
-                "and data.negatives is 0; name a rating column, ask for negatives, or drop {feedback}"
+                "and data.negatives is 0; name a rating column, ask for negatives, or "
+                "drop {feedback}"
             )
         if isinstance(config.loss, tuple):
             text_weight, feedback_weight = config.loss

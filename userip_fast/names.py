@@ -98,7 +98,7 @@ def _nearest_words(
         own = torch.stack([lm.word_embedding(w) for w in f.candidates])
         center = own.mean(0)
         table, words = torch.cat([own, table]), [*f.candidates, *words]
-    codewords = book.codewords.unflatten(1, (f.num_virtual_tokens, -1)).mean(1).to(table)
+    codewords = book.codewords.view(len(book), f.num_virtual_tokens, -1).mean(1).to(table)
     apart = codewords - codewords.mean(0) if len(book) > 1 else codewords - center
     score = F.normalize(apart, dim=1) @ F.normalize(table - center, dim=1).T
     out = []

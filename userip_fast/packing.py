@@ -50,7 +50,7 @@ class Behaviour:
     def total_weight(self) -> npt.NDArray[np.float64]:
         """[U] sum of loss weights, to turn a user's NLL into nats per weight."""
         running = np.concatenate([[0.0], np.cumsum(self.weight, dtype=np.float64)])
-        return running[self.offsets[1:]] - running[self.offsets[:-1]]
+        return np.asarray(running[self.offsets[1:]] - running[self.offsets[:-1]])
 
     def select(self, users: Int64) -> Behaviour:
         """The behaviour of some users, in the order given."""
@@ -69,7 +69,7 @@ def ragged_arange(starts: Int64, lengths: Int64) -> Int64:
     """Concatenation of `arange(start, start + length)`."""
     ends = np.cumsum(lengths)
     shift = np.repeat(starts - (ends - lengths), lengths)
-    return np.arange(int(ends[-1]) if len(ends) else 0, dtype=np.int64) + shift
+    return np.asarray(np.arange(int(ends[-1]) if len(ends) else 0, dtype=np.int64) + shift)
 
 
 def _offsets(lengths: Int64) -> Int64:

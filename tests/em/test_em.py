@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_statistics_do_not_depend_on_blocks_and_add_over_shards():
 
     def stats(bounds):
         out = Stats(50)
-        for a, b in zip(bounds[:-1], bounds[1:]):
+        for a, b in pairwise(bounds):
             out.add_(cut(p, a, b), books, SLICES)
         return out
 

@@ -113,10 +113,10 @@ def _distributions(
 
 def _draw(random: np.random.Generator, p: npt.NDArray[np.float64], count: int) -> Int64:
     u = random.random((len(p), count, 1))
-    return np.minimum((u > p.cumsum(1)[:, None, :]).sum(2), p.shape[1] - 1)
+    return np.asarray(np.minimum((u > p.cumsum(1)[:, None, :]).sum(2), p.shape[1] - 1))
 
 
 def _posterior(p: npt.NDArray[np.float64], seen: Int64) -> npt.NDArray[np.float64]:
     log = np.log(p)[:, seen].sum(2).T
     likelihood = np.exp(log - log.max(1, keepdims=True))
-    return likelihood / likelihood.sum(1, keepdims=True)
+    return np.asarray(likelihood / likelihood.sum(1, keepdims=True))

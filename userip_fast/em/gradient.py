@@ -148,7 +148,7 @@ def assign(codebooks: list[Codebook], theta: Tensor, slices: tuple[slice, ...]) 
 def decode(codebooks: list[Codebook], code_ids: Tensor, slices: tuple[slice, ...]) -> Tensor:
     """Soft prompts [U, S, D] that stand at the codewords of `code_ids` [U, J]."""
     parts = [
-        book.codewords[code_ids[:, j]].unflatten(1, (s.stop - s.start, -1))
+        book.codewords[code_ids[:, j]].view(len(code_ids), s.stop - s.start, -1)
         for j, (book, s) in enumerate(zip(codebooks, slices))
     ]
     return torch.cat(parts, dim=1)

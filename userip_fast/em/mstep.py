@@ -208,7 +208,7 @@ class ThetaMStep:
 
 
 def _best_kmeans(x: Tensor, k: int, seed: int, restarts: int) -> Codebook:
-    """The best of several starts by total squared distance; Lloyd stops in poor optima otherwise."""
+    """The best of several starts by total squared distance: Lloyd stops in poor optima."""
     best, least = None, float("inf")
     for i in range(restarts):
         book = Codebook.kmeans(x, k, seed=seed + 7919 * i, iterations=100)

@@ -73,7 +73,7 @@ def run_paper(
                     code = torch.cdist(flat, c.detach()).argmin(1)
                     loss = loss + config.paper_vq_weight * (flat - c[code]).square().mean()
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 bar.advance(pack.num_users, nll=float(nll.detach()))
     books = [Codebook(c.detach().cpu()) for c in words]

@@ -155,7 +155,7 @@ def _train(
             ids, mask, position, target = batches.next()
             out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False)
             loss = F.cross_entropy(out.logits.flatten(0, 1), target.flatten(), ignore_index=-100)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
