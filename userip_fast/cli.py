@@ -136,6 +136,9 @@ Template = Annotated[
 Lm = Annotated[
     str | None, _panel(_FIELDS, "Folder or hub id of a causal LM, or 'default': a small Llama.")
 ]
+Settings = Annotated[
+    list[str] | None, _panel(_RUN, "Any setting: em.lr=0.02, lm.dtype=bfloat16, ...")
+]
 Quantization = Annotated[str | None, _panel(_FIELDS, "auto, none, nf4 or nf4-double.")]
 
 
@@ -184,9 +187,7 @@ def fit(
     config: Annotated[
         Path | None, _panel(_RUN, "YAML or JSON file of settings; flags win over it.")
     ] = None,
-    set: Annotated[
-        list[str] | None, _panel(_RUN, "Any setting: em.lr=0.02, lm.dtype=bfloat16, ...")
-    ] = None,
+    set: Settings = None,
     max_users: MaxUsers = None,
     resume: Annotated[bool, _panel(_RUN, "Go on after the last checkpoint of --out.")] = False,
     quiet: Quiet = False,
@@ -271,11 +272,11 @@ def _settings(params: Mapping[str, Any]) -> Config:
     """Defaults, then --config, then flags, then --set."""
     from userip_fast.config import Config
 
-    base = Config.load(params["config"]) if params["config"] else Config()
+    base = Config.load(params["config"]) if params.get("config") else Config()
     values = _flag_values(params)
     if loss := values.get("data.loss"):
         values["data.loss"] = loss.split(",") if "," in loss else loss
-    if fields := _fields(params["template"], params["field"]):
+    if fields := _fields(params.get("template"), params.get("field")):
         values["fields"] = fields
     for setting in params["set"] or ():
         name, equals, value = setting.partition("=")
@@ -408,6 +409,32 @@ def _print_results(
     for name, value in rows.items():
         table.add_row(name, escape(value))
     _console().print(table)
+
+
+@app.command()
+def doctor(
+    ctx: typer.Context,
+    lm: Lm = "default",
+    quantization: Quantization = None,
+    device: Device = None,
+    seed: Annotated[int, _panel(_RUN, "Of the random users.")] = 0,
+    set: Settings = None,
+) -> None:
+    """Check packing and masks on your own LM: the packed engine against the plain model."""
+    settings = _settings(ctx.params)
+    _silence_transformers()
+    from rich.table import Table
+
+    from userip_fast.doctor import diagnose, load
+
+    checks = diagnose(load(settings), seed=seed)
+    table = Table("check", "error", "budget", "")
+    for c in checks:
+        verdict = "ok" if c.passed else "[bold red]FAILED[/]"
+        table.add_row(c.name, f"{c.error:.2e}", f"{c.budget:.2e}", verdict)
+    _console().print(table)
+    if failed := sum(not c.passed for c in checks):
+        _die(f"{failed} of {len(checks)} checks failed on {lm}", 1)
 
 
 @bank_app.command()

@@ -1,0 +1,223 @@
+"""`userip doctor`: does the packed engine compute, on your LM, what the plain model computes?
+
+The oracle is a float64 copy of the LM that reads one user at a time as one whole prompt with a
+dense mask (`ReferenceEngine`). The budget of an error is what the same plain computation in the
+LM's own dtype costs, as in `userip_fast.testing`; where every bit must agree, it is 0.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from userip_fast.api import prepare
+from userip_fast.config import Config
+from userip_fast.data import read_interactions
+from userip_fast.demo.world import make_world
+from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
+from userip_fast.lm.engine import Engine, check_positions
+from userip_fast.lm.frozen import make_resident
+from userip_fast.packing import Behaviour, build_behaviour, make_pack
+from userip_fast.prompts import Layout, ProfileField, PromptTemplate, TokenTable
+
+FIELDS = (
+    ProfileField("hobby", "The user's hobby is", 1),
+    ProfileField("background", "The user's background is", 2),
+    ProfileField("other", "", 1),
+)
+_MAX_TOKENS = 48
+_WIDE = 1_000_000_000  # parameters above which a bf16 LM is judged by a float32 copy
+
+Context = Literal["sequence", "independent"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: it passes when `error <= budget`."""
+
+    name: str
+    error: float
+    budget: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.budget  # False for NaN
+
+
+def load(config: Config) -> FrozenLM:
+    """The LM that `config.lm` names; "default" is briefly trained on a planted world."""
+    if config.lm.path != "default":
+        return FrozenLM.load(config.lm.path, config.lm)
+    world = make_world(256, seed=0)
+    data = read_interactions(world.interactions, world.items, time="time")
+    brief = replace(config.lm, embedded_tokens=min(config.lm.embedded_tokens, 50_000))
+    return prepare(data, replace(config, lm=brief, fields=FIELDS))[0].lm
+
+
+def diagnose(lm: FrozenLM, *, users: int = 8, seed: int = 0) -> list[Check]:
+    """Compares the engines on random users of ragged lengths.
+
+    Args:
+        lm: Any loaded LM.
+        users: How many users share a pack.
+        seed: Of tokens, histories and soft prompts.
+
+    Returns:
+        For both behaviour contexts: NLL and theta gradient against the oracle, one user at a time
+        against the pack, and four kinds of leak that must be exactly zero.
+
+    Raises:
+        MismatchError: The LM's context is too short for the prompts.
+    """
+    layout = PromptTemplate(FIELDS).layout(lm.tokenizer)
+    check_positions(lm, layout, _MAX_TOKENS)
+    random = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
+    theta = torch.randn(users, layout.num_soft, lm.hidden_size, generator=generator)
+    theta = theta.to(lm.device) * lm.embedding_rms
+    exact = _wide_copy(lm)
+    contexts: tuple[Context, ...] = ("sequence", "independent")
+    checks = [_frozen(lm)]
+    for context in contexts:
+        behaviour = _random_behaviour(lm, layout, context, users, random)
+        checks += _against_oracle(lm, exact, layout, behaviour, theta, context)
+        checks += _leaks(lm, layout, behaviour, theta, context)
+    return checks
+
+
+def _frozen(lm: FrozenLM) -> Check:
+    trainable = sum(p.requires_grad for p in lm.model.parameters())
+    return Check("parameters that require grad", trainable, 0)
+
+
+def _wide_copy(lm: FrozenLM) -> FrozenLM:
+    size = sum(p.numel() for p in lm.model.parameters())
+    wide = torch.float32 if lm.dtype != torch.float32 and size > _WIDE else torch.float64
+    model = copy.deepcopy(lm.model)
+    make_resident(model, wide)
+    torch.nn.Module.to(model, wide)  # transformers' own `to` refuses models that were quantised
+    return FrozenLM(model, lm.tokenizer, source=lm.source, quantization="none")
+
+
+def _random_behaviour(
+    lm: FrozenLM, layout: Layout, context: Context, users: int, random: np.random.Generator
+) -> Behaviour:
+    """Histories of 1 to 8 events of 2 to 7 random tokens; some are longer than what is kept."""
+    kinds = 64
+    size = random.integers(2, 8, kinds)
+    offsets = np.concatenate([[0], np.cumsum(size)])
+    table = TokenTable(
+        random.integers(lm.token_embedding.shape[0], size=offsets[-1]).astype(np.int32),
+        random.random(offsets[-1]) < 0.4,
+        offsets,
+    )
+    events = random.integers(1, 9, users)
+    events[:2] = 1, 24
+    return build_behaviour(
+        table,
+        random.integers(kinds, size=events.sum()),
+        np.concatenate([[0], np.cumsum(events)]),
+        layout,
+        max_tokens=_MAX_TOKENS,
+        context=context,
+        text_weight=0.3,
+        feedback_weight=1.0,
+    )
+
+
+def _against_oracle(
+    lm: FrozenLM,
+    exact: FrozenLM,
+    layout: Layout,
+    behaviour: Behaviour,
+    theta: Tensor,
+    context: Context,
+) -> list[Check]:
+    packed = PackedEngine(lm, layout)
+    everyone = np.arange(behaviour.num_users)
+    oracle = _one_by_one(ReferenceEngine(exact, layout), behaviour, theta)
+    plain = _one_by_one(ReferenceEngine(lm, layout), behaviour, theta)
+    alone = _one_by_one(packed, behaviour, theta)
+    together = _score(packed, behaviour, everyone, theta)
+    checks = []
+    for i, what in enumerate(("NLL", "theta gradient")):
+        budget = 2 * _worst(plain[i], oracle[i])
+        budget += 4 * torch.finfo(lm.dtype).eps * float(oracle[i].abs().max())
+        for name, other in (("the oracle", oracle), ("one user at a time", alone)):
+            error = _worst(together[i], other[i])
+            checks.append(Check(f"{context}: {what}, pack against {name}", error, budget))
+    return checks
+
+
+def _score(
+    engine: Engine, behaviour: Behaviour, users: np.ndarray, theta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """NLL [n] and its gradient [n, S, D] of some users in one pack, in float64."""
+    pack = make_pack(behaviour, users, engine.layout, engine.lm.device)
+    x = theta[torch.from_numpy(users).to(theta.device)].clone().requires_grad_()
+    nll = engine.nll(pack, x)
+    (gradient,) = torch.autograd.grad(nll.sum(), x)
+    return nll.detach().double(), gradient.double()
+
+
+def _one_by_one(engine: Engine, behaviour: Behaviour, theta: Tensor) -> tuple[Tensor, Tensor]:
+    parts = [_score(engine, behaviour, np.array([u]), theta) for u in range(behaviour.num_users)]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _leaks(
+    lm: FrozenLM, layout: Layout, behaviour: Behaviour, theta: Tensor, context: Context
+) -> list[Check]:
+    """What must not matter, changed; whatever else moves by a single bit is a leak."""
+    engine = PackedEngine(lm, layout)
+    everyone = np.arange(behaviour.num_users)
+
+    # Another user's tokens and soft prompt.
+    victim = behaviour.num_users // 2
+    own = slice(behaviour.offsets[victim], behaviour.offsets[victim + 1])
+    ids = behaviour.ids.copy()
+    ids[own] = (ids[own] + 1) % lm.token_embedding.shape[0]
+    theirs = theta.clone()
+    theirs[victim] *= -2
+    before = _score(engine, behaviour, everyone, theta)
+    after = _score(engine, replace(behaviour, ids=ids), everyone, theirs)
+    others = torch.from_numpy(everyone != victim).to(theta.device)
+    moved = max(_worst(a[others], b[others]) for a, b in zip(before, after))
+    checks = [Check(f"{context}: another user", moved, 0)]
+
+    pack = make_pack(behaviour, everyone, layout, lm.device)
+    with torch.no_grad():
+        hidden = engine.hidden_states(pack, theta)
+        # Another field: its soft rows may reach behaviour, never the soft rows of a field.
+        leak = 0.0
+        for j, rows in enumerate(layout.field_slices):
+            theirs = theta.clone()
+            theirs[:, rows] *= -2
+            soft = (pack.segment < layout.num_fields) & (pack.segment != j)
+            leak = max(leak, _worst(engine.hidden_states(pack, theirs)[soft], hidden[soft]))
+        checks.append(Check(f"{context}: another field", leak, 0))
+        # The future: the last behaviour token of every user, seen from any row before it.
+        last = pack.cu_seqlens[1:].long() - 1
+        earlier = torch.ones_like(pack.plan, dtype=torch.bool)
+        earlier[last] = False
+        plan = pack.plan.clone()
+        plan[last] = (plan[last] + 1) % lm.token_embedding.shape[0]
+        later = engine.hidden_states(replace(pack, plan=plan), theta)
+        checks.append(Check(f"{context}: the future", _worst(later[earlier], hidden[earlier]), 0))
+        if context == "independent":
+            # The first event of every user, seen from its other events.
+            first = pack.segment == layout.num_fields
+            plan = torch.where(first, (pack.plan + 1) % lm.token_embedding.shape[0], pack.plan)
+            moved_hidden = engine.hidden_states(replace(pack, plan=plan), theta)
+            leak = _worst(moved_hidden[~first], hidden[~first])
+            checks.append(Check(f"{context}: another event", leak, 0))
+    return checks
+
+
+def _worst(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
