@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from userip_fast.ops._dispatch import resolve
+from userip_fast.ops._triton import why_not as why_not_triton
 
 _OP = "prepend_soft_prompts"
 SLACK_ROW = -(2**31)
@@ -26,11 +27,11 @@ SLACK_ROW = -(2**31)
 
 
 def _soft_occurrences(plan: Tensor, num_soft_rows: int) -> tuple[Tensor, Tensor]:
-    """Rows of x that read a soft row, by soft row and then in plan order; and how many each has."""
-    row = (-(plan.long() + 1)).masked_fill((plan >= 0) | (plan == SLACK_ROW), num_soft_rows)
-    ordered, order = row.clamp_(max=num_soft_rows).sort(stable=True)
-    bounds = torch.searchsorted(ordered, torch.arange(num_soft_rows + 1, device=plan.device))
-    return order, bounds.diff()
+    """Soft row r fills rows `order[bounds[r]:bounds[r + 1]]` of x, in plan order; no sync."""
+    row = -(plan.long() + 1)
+    row = row.masked_fill((plan >= 0) | (row >= num_soft_rows), num_soft_rows)
+    ordered, order = row.sort(stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(num_soft_rows + 1, device=plan.device))
 
 
 def _check_ids(plan: Tensor, vocabulary: int, num_soft_rows: int) -> None:
@@ -61,17 +62,21 @@ def prepend_soft_prompts_backward_reference(
 ) -> Tensor:
     """The oracle's d_soft_rows [R, D]: a row's occurrences summed in plan order, in fp32."""
     acc = torch.promote_types(d_x.dtype, torch.float32)
-    order, counts = _soft_occurrences(plan, num_soft_rows)
-    used = order[: int(counts.sum())]
+    order, bounds = _soft_occurrences(plan, num_soft_rows)
+    used = order[: int(bounds[-1])]
     if used.numel() == 0:
         return d_x.new_zeros(num_soft_rows, d_x.shape[1], dtype=dtype)
-    return torch.segment_reduce(d_x[used].to(acc), "sum", lengths=counts, axis=0).to(dtype)
+    return torch.segment_reduce(d_x[used].to(acc), "sum", offsets=bounds, axis=0).to(dtype)
 
 
 @torch.library.custom_op("userip_fast::prepend_soft_prompts", mutates_args=())
 def _prepend_soft_prompts(
     token_embedding: Tensor, soft_rows: Tensor, plan: Tensor, scale: float, impl: str
 ) -> Tensor:
+    if impl == "triton":
+        from userip_fast.kernels import prepend_soft_prompts as kernels
+
+        return kernels.forward(token_embedding, soft_rows, plan, scale)
     assert impl == "reference", impl
     return prepend_soft_prompts_reference(token_embedding, soft_rows, plan, scale)
 
@@ -85,6 +90,10 @@ def _(token_embedding, soft_rows, plan, scale, impl):  # type: ignore[no-untyped
 def _prepend_soft_prompts_backward(
     d_x: Tensor, plan: Tensor, num_soft_rows: int, dtype: torch.dtype, impl: str
 ) -> Tensor:
+    if impl == "triton":
+        from userip_fast.kernels import prepend_soft_prompts as kernels
+
+        return kernels.backward(d_x, *_soft_occurrences(plan, num_soft_rows), num_soft_rows, dtype)
     assert impl == "reference", impl
     return prepend_soft_prompts_backward_reference(d_x, plan, num_soft_rows, dtype)
 
@@ -109,6 +118,15 @@ def _backward(ctx, d_x):  # type: ignore[no-untyped-def]
 _prepend_soft_prompts.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _why_not_triton(token_embedding: Tensor, soft_rows: Tensor) -> str | None:
+    dtypes = (token_embedding.dtype, soft_rows.dtype)
+    if torch.float64 in dtypes:
+        return "it computes in float32, a tensor is float64"
+    if torch.bfloat16 in dtypes and token_embedding.device.type == "cpu":
+        return "Triton's interpreter truncates to bfloat16 instead of rounding"
+    return why_not_triton(token_embedding)
+
+
 def prepend_soft_prompts(
     token_embedding: Tensor,
     soft_rows: Tensor,
@@ -125,7 +143,7 @@ def prepend_soft_prompts(
         plan: [T] int32: a vocabulary id, `-(r + 1)` for soft row r, or `SLACK_ROW` for zeros.
         scale: Multiplies vocabulary rows only, rounded to their dtype first, as Gemma's embedding
             module does.
-        impl: "auto" or "reference".
+        impl: "auto", "triton" or "reference".
 
     Returns:
         x: [T, D] in the dtype of `token_embedding`.
@@ -158,5 +176,15 @@ def prepend_soft_prompts(
         )
     if not math.isfinite(scale):
         raise ValueError(f"{_OP}: scale must be finite, got {scale}")
-    chosen = resolve(_OP, impl, {"reference": lambda: None})
+    if token_embedding.stride(1) != 1 or soft_rows.stride(1) != 1:
+        raise ValueError(
+            f"{_OP}: the last dimension of token_embedding and soft_rows must be contiguous, their "
+            f"strides are {token_embedding.stride()} and {soft_rows.stride()}; call .contiguous()"
+        )
+    why_not = {
+        "reference": lambda: None,
+        "triton": lambda: _why_not_triton(token_embedding, soft_rows),
+    }
+    order = ("triton", "reference") if token_embedding.is_cuda else ("reference", "triton")
+    chosen = resolve(_OP, impl, {name: why_not[name] for name in order})
     return _prepend_soft_prompts(token_embedding, soft_rows, plan, scale, chosen)
