@@ -7,6 +7,7 @@ purchases.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
 from userip_fast.data import Catalogue, Interactions, read_interactions
 from userip_fast.demo.world import HOBBIES, LEVELS, World, make_world
 from userip_fast.em.trainer import shared_start
+from userip_fast.errors import UnavailableError
 from userip_fast.files import write_json
 from userip_fast.lm import FrozenLM, PackedEngine
 from userip_fast.model import Model
@@ -61,6 +63,8 @@ def run_demo(
         over seeds of NMI and ARI against the planted trait, and the cost per user in passes through
         the LM.
     """
+    if importlib.util.find_spec("sklearn") is None:
+        raise UnavailableError("the demo scores codes with scikit-learn: pip install scikit-learn")
     seeds = [seed, seed + 1, seed + 2] if full else [seed]
     runs = [_one_seed(s, Path(out) if s == seed else None, show) for s in seeds]
     fields: dict[str, Any] = {}

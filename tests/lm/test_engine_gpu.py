@@ -1,0 +1,43 @@
+"""The packed engine on a device, against the CPU's reference engine in fp32."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
+from userip_fast.packing import make_pack
+
+pytestmark = pytest.mark.gpu
+
+
+def run(engine, behaviour, theta):
+    lm = engine.lm
+    pack = make_pack(behaviour, np.arange(behaviour.num_users), engine.layout, lm.device, 128)
+    x = theta.to(lm.device).requires_grad_()
+    nll = engine.nll(pack, x)
+    (grad,) = torch.autograd.grad(nll.sum(), x)
+    return nll.detach().cpu().double(), grad.cpu().double()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_device_equals_cpu(family, dtype):
+    cpu = tiny.frozen(family)
+    layout = tiny.template(2, 2).layout(cpu.tokenizer)
+    behaviour = tiny.behaviour(layout, users=40)
+    theta = torch.randn(40, layout.num_soft, cpu.hidden_size) * cpu.embedding_rms
+    nll, grad = run(ReferenceEngine(cpu, layout), behaviour, theta)
+
+    model = tiny.model(family, dtype).cuda()
+    lm = FrozenLM(model, tiny.tokenizer(), source=family, quantization="none")
+    low_nll, low_grad = run(ReferenceEngine(lm, layout), behaviour, theta)
+    engine = PackedEngine(lm, layout)
+    got_nll, got_grad = run(engine, behaviour, theta)
+    again_nll, again_grad = run(engine, behaviour, theta)
+    eps = torch.finfo(dtype).eps
+    for got, low, want in ((got_nll, low_nll, nll), (got_grad, low_grad, grad)):
+        budget = 2 * (low - want).abs().max() + 64 * eps * want.abs().max()
+        assert (got - want).abs().max() <= budget
+    assert torch.equal(got_nll, again_nll)
+    assert torch.equal(got_grad, again_grad)
