@@ -68,7 +68,7 @@ class GradientEStep:
         )
 
     def _from_start(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-        key = block.hashes.tobytes()
+        key = block.digest()  # the same users may come again with another history
         if key not in self._memo:
             start = self.start.cpu().expand(block.behaviour.num_users, -1, -1)
             found = self._descend(block, start, self.config.steps, None)

@@ -7,6 +7,7 @@ addable statistics, and statistics into codebooks.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +25,12 @@ class Block:
 
     behaviour: Behaviour
     hashes: npt.NDArray[np.uint64]
+
+    def digest(self) -> bytes:
+        """Of the users and of everything the LM would read of them."""
+        b = self.behaviour
+        parts = (self.hashes, b.ids, b.segment, b.position, b.weight, b.offsets)
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Trainer:
         # What `fit` leaves for an `infer` of the same users: descents already made, or, in the
         # published recipe, the thetas that were trained with the codebooks.
         self._estep: GradientEStep | None = None
-        self._trained: Profiles | None = None
+        self._trained: tuple[str, Profiles] | None = None
 
     def fit(
         self,
@@ -84,7 +84,7 @@ class Trainer:
         if em.recipe == "paper":
             block = self._block(source, 0, source.num_users)
             books, profiles = run_paper(block, self.engine, self.config.fields, em, show=self.show)
-            self._trained = profiles
+            self._trained = source.content_key(), profiles
             log(self._record(0, profiles_total(profiles), _usage(books, profiles.code_ids), 0))
             return FitResult(books, start)
 
@@ -127,9 +127,12 @@ class Trainer:
         """Profiles of all users, block by block, with the codebooks as they are."""
         em = self.config.em
         if em.recipe == "paper":
-            if self._trained is not None and np.array_equal(self._trained.hashes, source.hashes):
-                yield self._trained
-                return
+            if self._trained is not None:
+                content, profiles = self._trained
+                same_users = np.array_equal(profiles.hashes, source.hashes)
+                if same_users and content == source.content_key():
+                    yield profiles
+                    return
             for a in range(0, source.num_users, em.block_users):
                 block = self._block(source, a, min(a + em.block_users, source.num_users))
                 fields = self.config.fields
