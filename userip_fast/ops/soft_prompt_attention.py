@@ -209,6 +209,12 @@ def _soft_prompt_attention(
         from userip_fast.kernels import soft_prompt_attention as kernels
 
         return kernels.forward(q, k, v, prefix_k, prefix_v, *pack, *settings)
+    if impl == "varlen":
+        from userip_fast.kernels import soft_prompt_attention as kernels
+        from userip_fast.ops import _soft_prompt_attention_varlen as varlen
+
+        extra = (max_seqlen, kernels, varlen.TorchFlash())
+        return varlen.forward(q, k, v, prefix_k, prefix_v, pack, *settings, *extra)
     assert impl == "reference", impl
     return soft_prompt_attention_reference(q, k, v, prefix_k, prefix_v, *pack, *settings)
 
@@ -253,6 +259,14 @@ def _soft_prompt_attention_backward(
         from userip_fast.kernels import soft_prompt_attention as kernels
 
         return kernels.backward(d_out, q, k, v, prefix_k, prefix_v, *pack, out, lse, *settings)
+    if impl == "varlen":
+        from userip_fast.kernels import soft_prompt_attention as kernels
+        from userip_fast.ops import _soft_prompt_attention_varlen as varlen
+
+        extra = (max_seqlen, kernels, varlen.TorchFlash())
+        return varlen.backward(
+            d_out, q, k, v, prefix_k, prefix_v, pack, out, lse, *settings, *extra
+        )
     assert impl == "reference", impl
     return soft_prompt_attention_backward_reference(
         d_out, q, k, v, prefix_k, prefix_v, *pack, out, lse, *settings
@@ -270,6 +284,14 @@ def _why_not_triton(q: Tensor) -> str | None:
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         return "Triton's interpreter cannot multiply bfloat16"
     return why_not_triton(q)
+
+
+def _why_not_varlen(q: Tensor) -> str | None:
+    if q.device.type != "cuda":
+        return f"it needs a CUDA device for torch's flash kernels, the tensors are on {q.device}"
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] % 8:
+        return f"flash kernels take bf16 or fp16 and multiples of 8, got {q.dtype}, {q.shape[2]}"
+    return _why_not_triton(q)  # for the soft rows
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -325,7 +347,7 @@ def soft_prompt_attention(
         window: Keep only columns with `position_c > position_r - window`; 0 for no window.
         softcap: Scores become `softcap * tanh(score / softcap)`; 0 for none.
         max_seqlen: Most rows of any user, if known on the host; only `varlen` needs it.
-        impl: "auto", "cpu", "triton" or "reference".
+        impl: "auto", "cpu", "triton", "varlen" or "reference".
 
     Returns:
         out: [T, H, d] in the dtype of `q`, contiguous. Sums are kept in fp32.
@@ -342,14 +364,16 @@ def soft_prompt_attention(
             f"num_fields={num_fields}, window={window}, softcap={softcap}, scale={scale}"
         )
     on_cpu = q.device.type == "cpu"
-    fast = ("cpu", "triton") if on_cpu else ("triton", "cpu")
     why_not = {
         "cpu": lambda: None if on_cpu else f"it is for CPU tensors, these are on {q.device}",
         "triton": lambda: _why_not_triton(q),
         "reference": lambda: None,
+        "varlen": lambda: _why_not_varlen(q),
     }
-    order = (fast[0], "reference", fast[1])  # the last is for tests: the interpreter is slow
-    chosen = resolve(_OP, impl, {name: why_not[name] for name in order})
+    # What comes after the reference is never chosen by "auto": Triton's interpreter is for tests,
+    # and whether varlen is faster anywhere has not been measured.
+    order = ("cpu", "reference", "triton") if on_cpu else ("triton", "reference", "cpu")
+    chosen = resolve(_OP, impl, {name: why_not[name] for name in (*order, "varlen")})
     settings = (num_fields, scale, window, softcap, max_seqlen or 0)
     return _soft_prompt_attention(q, k, v, prefix_k, prefix_v, *pack, *settings, chosen)[0]
 

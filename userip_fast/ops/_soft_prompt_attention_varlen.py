@@ -1,0 +1,204 @@
+"""soft_prompt_attention from torch's flash kernels: two calls merged by their log-sum-exp.
+
+Behaviour rows attend to two segments, each of which a public kernel can do: all rows to the prefix,
+and the pack to itself, causal per user. With lse = logaddexp(lse_a, lse_b),
+
+    out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
+
+and each segment's backward kernel, given the merged out and lse, yields that segment's share of
+the exact gradient: its P and delta are then those of the whole row. Soft rows see only their own
+field, which no public kernel masks; they are few, so they run as a pack of their own, and are
+taken out of the large backward calls by d_out = 0 and lse = inf.
+
+Costs host syncs (how many rows are used, and which are soft), so it is never chosen by "auto".
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from userip_fast.errors import UnsupportedError
+
+
+class SegmentAttention(Protocol):
+    """Plain varlen attention of q [Tq, H, d] over k, v [Tk, Hkv, d] and its backward pass."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bounds: _Bounds, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """out [Tq, H, d] and natural-log lse [H, Tq] fp32."""
+
+    def backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        bounds: _Bounds,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv for the given out and lse, whether or not they are this segment's own."""
+
+
+class _Bounds(NamedTuple):
+    cu_q: Tensor  # [n + 1] int32
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+    causal: bool
+
+
+class TorchFlash:
+    """The flash kernels that torch carries, as torch.nn.attention.varlen calls them."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bounds: _Bounds, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, *bounds[:4], 0.0, bounds.causal, False, scale=scale
+        )
+        return out, lse
+
+    def backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        bounds: _Bounds,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)
+        return torch.ops.aten._flash_attention_backward(
+            d_out, q, k, v, out, lse, *bounds[:4], 0.0, bounds.causal, *no_dropout, scale=scale
+        )
+
+
+class _Layout(NamedTuple):
+    used: int  # rows that belong to a user
+    soft: Tensor  # [n] int64, their soft rows
+    soft_pack: tuple[Tensor, ...]  # the soft rows as a pack of their own
+    shared: _Bounds
+    own: _Bounds
+
+
+def _layout(
+    pack: tuple[Tensor, ...], num_fields: int, window: int, softcap: float, max_seqlen: int
+) -> _Layout:
+    segment, prefix_segment, cu_seqlens, position, prefix_position = pack
+    if window > 0 or softcap > 0.0:
+        raise UnsupportedError(
+            "soft_prompt_attention: impl='varlen' has neither window nor softcap, got "
+            f"window={window}, softcap={softcap}; use impl='triton'"
+        )
+    used = int(cu_seqlens[-1])
+    if bool((segment[:used] > num_fields).any()):
+        raise UnsupportedError(
+            "soft_prompt_attention: impl='varlen' reads behaviour as one sequence, but a segment "
+            f"is over num_fields={num_fields} (independent items); use impl='triton'"
+        )
+    is_soft = segment[:used] < num_fields
+    soft = is_soft.nonzero().squeeze(1)
+    before = torch.nn.functional.pad(is_soft.cumsum(0, dtype=torch.int32), (1, 0))
+    soft_pack = (segment[soft], prefix_segment, before[cu_seqlens.long()])
+    ends = cu_seqlens.new_tensor([0, used]), cu_seqlens.new_tensor([0, len(prefix_segment)])
+    longest = max_seqlen or int(cu_seqlens.diff().amax())
+    return _Layout(
+        used,
+        soft,
+        (*soft_pack, position[soft], prefix_position),
+        _Bounds(*ends, used, len(prefix_segment), False),
+        _Bounds(cu_seqlens, cu_seqlens, longest, longest, True),
+    )
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    pack: tuple[Tensor, ...],
+    num_fields: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    max_seqlen: int,
+    kernels: Any,
+    flash: SegmentAttention,
+) -> tuple[Tensor, Tensor]:
+    """out [T, H, d] and natural-log lse [H, T]; `kernels.forward` does the pack of soft rows."""
+    at = _layout(pack, num_fields, window, softcap, max_seqlen)
+    full_out = q.new_zeros(q.shape)
+    full_lse = q.new_zeros(
+        q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32)
+    )
+    if at.used == 0:
+        return full_out, full_lse
+    rows, keys, values = (x[: at.used] for x in (q, k, v))
+    out, lse = flash.forward(rows, keys, values, at.own, scale)
+    if prefix_k.shape[0] > 0:
+        out_a, lse_a = flash.forward(rows, prefix_k, prefix_v, at.shared, scale)
+        merged = torch.logaddexp(lse_a, lse)
+        share_a, share_b = ((x - merged).exp().T.unsqueeze(2) for x in (lse_a, lse))
+        out, lse = (share_a * out_a + share_b * out).to(q.dtype), merged
+    soft_out, _ = kernels.forward(
+        q[at.soft], k[at.soft], v[at.soft], prefix_k, prefix_v, *at.soft_pack,
+        num_fields, scale, 0, 0.0,
+    )  # fmt: skip
+    full_out[: at.used] = out
+    full_out[at.soft] = soft_out
+    full_lse[:, : at.used] = lse
+    return full_out, full_lse
+
+
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    pack: tuple[Tensor, ...],
+    out: Tensor,
+    lse: Tensor,
+    num_fields: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    max_seqlen: int,
+    kernels: Any,
+    flash: SegmentAttention,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [T, H, d], dk and dv [T, Hkv, d]."""
+    at = _layout(pack, num_fields, window, softcap, max_seqlen)
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    if at.used == 0:
+        return dq, dk, dv
+    rows, keys, values, result = (x[: at.used] for x in (q, k, v, out))
+    grad, row_lse = d_out[: at.used].clone(), lse[:, : at.used].clone()
+    grad[at.soft] = 0.0
+    row_lse[:, at.soft] = torch.inf
+    parts = flash.backward(grad, rows, keys, values, result, row_lse, at.own, scale)
+    for full, part in zip((dq, dk, dv), parts, strict=True):
+        full[: at.used] = part
+    if prefix_k.shape[0] > 0:
+        dq[: at.used] += flash.backward(
+            grad, rows, prefix_k, prefix_v, result, row_lse, at.shared, scale
+        )[0]
+    soft = tuple(x[at.soft] for x in (q, k, v))
+    settings = (num_fields, scale, 0, 0.0)
+    soft_out, soft_lse = kernels.forward(*soft, prefix_k, prefix_v, *at.soft_pack, *settings)
+    soft_grads = kernels.backward(
+        d_out[at.soft], *soft, prefix_k, prefix_v, *at.soft_pack, soft_out, soft_lse, *settings
+    )
+    for full, part in zip((dq, dk, dv), soft_grads, strict=True):
+        full[at.soft] += part
+    return dq, dk, dv
