@@ -1,0 +1,158 @@
+"""Timing and memory of contenders side by side, for the scripts in this folder.
+
+Contenders take turns, round after round, so that other load on the machine hits all alike. Ratios
+are of the best time: load only ever adds. Quantiles are reported beside it. On a machine that is
+never idle, `--clock cpu --threads 1` counts the processor time of this process instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Run = Callable[[], Any]
+
+
+clock: Callable[[], float] = time.perf_counter  # on CPU
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that all scripts have."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads; default torch's")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--quick", action="store_true", help="few and small shapes")
+
+
+def apply_arguments(arguments: argparse.Namespace) -> None:
+    """Sets threads and clock.
+
+    Raises:
+        SystemExit: Processor time was asked for with several threads, of which it is the sum.
+    """
+    global clock
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.clock == "cpu":
+        if arguments.device == "cuda" or torch.get_num_threads() != 1:
+            raise SystemExit("--clock cpu needs --device cpu --threads 1")
+        clock = time.process_time
+
+
+def time_ms(run: Run, device: str) -> float:
+    """Milliseconds of one call."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    begin = clock()
+    run()
+    return (clock() - begin) * 1e3
+
+
+def compare(
+    contenders: Mapping[str, Run], device: str, *, seconds: float = 2.0, rounds: int = 50
+) -> dict[str, dict[str, float]]:
+    """best_ms, p20_ms, median_ms and p80_ms of each contender.
+
+    Args:
+        contenders: Name -> what to time. Each is called once beforehand as a warm-up.
+        device: "cpu" or "cuda".
+        seconds: Stop after this long, but not before 3 rounds.
+        rounds: Stop after so many rounds.
+    """
+    for run in contenders.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - begin > seconds:
+            break
+        for name, run in contenders.items():
+            times[name].append(time_ms(run, device))
+    out = {}
+    for name, values in times.items():
+        ordered = sorted(values)
+        at = [ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.0, 0.2, 0.5, 0.8)]
+        keys = ("best_ms", "p20_ms", "median_ms", "p80_ms")
+        out[name] = {k: round(v, 4) for k, v in zip(keys, at, strict=True)}
+    return out
+
+
+def peak_mib(run: Run, device: str) -> float:
+    """Tensor memory in MiB that one call holds at its peak, its result included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = run()
+        torch.cuda.synchronize()
+        del kept
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return round(peak / 2**20, 2)
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """The machine's best in this run: GEMM (fp32; bf16 on CUDA), read and copy bandwidth."""
+    cuda = device == "cuda"
+    n = 8192 if cuda else 2048
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    source = torch.randn((1 << 30 if cuda else 1 << 26) // 4, device=device)
+    target = torch.empty_like(source)
+    best = compare(
+        {"gemm": lambda: a @ a, "read": source.sum, "copy": lambda: target.copy_(source)},
+        device,
+        seconds=3.0,
+    )
+    return {
+        "gemm_tflops": round(2 * n**3 / best["gemm"]["best_ms"] / 1e9, 3),
+        "read_gb_per_s": round(source.nbytes / best["read"]["best_ms"] / 1e6, 1),
+        "copy_gb_per_s": round(2 * source.nbytes / best["copy"]["best_ms"] / 1e6, 1),
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Where and of what the numbers are."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        commit = ""
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "clock": "wall" if clock is time.perf_counter else "cpu",
+        "torch": torch.__version__,
+        "commit": commit or None,
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.machine()
