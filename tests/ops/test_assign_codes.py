@@ -19,6 +19,7 @@ IMPLS = [
             _extension.why_not() is not None, reason=str(_extension.why_not())
         ),
     ),
+    # tests/ops/test_assign_codes_triton.py runs these for the Triton kernels.
 ]
 
 
@@ -44,7 +45,10 @@ def check(x, c, impl, metric="euclidean", active=None):
     unit = metric == "cosine"
     x2 = torch.ones(len(x)) if unit else x.double().square().sum(1)
     c2 = 1.0 if unit else c.double().square().sum(1).max()
-    band = 8 * torch.finfo(torch.float32).eps * (x2.sqrt() + c2**0.5).square()  # [N]
+    # The Triton kernels rank bf16 vectors by the codebook rounded to bf16.
+    rounded = impl == "triton" and x.dtype == torch.bfloat16 and c.dtype != torch.bfloat16
+    eps = torch.finfo(torch.bfloat16 if rounded else torch.float32).eps
+    band = 8 * eps * (x2.sqrt() + c2**0.5).square()  # [N]
     best = d.min(1).values
     chosen = d.gather(1, ids[:, None])[:, 0]
     assert ids.dtype == torch.int64
@@ -110,10 +114,13 @@ def test_strides_and_offsets(k, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("k", [6, 17, 200])
 def test_equal_codewords_give_the_lowest_id(k, impl):
-    half = torch.randn(k, 37)
+    x, half = torch.randn(90, 37), torch.randn(k, 37)
+    if impl == "triton":
+        # The interpreter multiplies by NumPy, whose rounding depends on the place of a column.
+        x, half = (4 * x).round(), (4 * half).round()
     c = torch.cat([half, half, half])[torch.randperm(3 * k)]
     first = (c[:, None] == c[None]).all(2).float().argmax(1)
-    ids, distance, second = assign_codes_with_margin(torch.randn(90, 37), c, impl=impl)
+    ids, distance, second = assign_codes_with_margin(x, c, impl=impl)
     assert torch.equal(first[ids], ids)
     assert torch.equal(distance, second)
     ids, distance = assign_codes(c, c, impl=impl)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from userip_fast import _extension
-from userip_fast.ops._dispatch import resolve
+from userip_fast.ops import _triton
+from userip_fast.ops._dispatch import WhyNot, resolve
 
 _CHUNK_BYTES = 64 << 20  # the reference's distance matrix for one chunk of rows
 _MAX_SQ_NORM = 1e37  # of a codeword: then x.c overflows float32 only where |x - c|^2 does too
@@ -92,13 +93,32 @@ def _why_not_cpu(x: Tensor) -> str | None:
     return _extension.why_not()
 
 
+def _why_not_triton(x: Tensor) -> str | None:
+    if x.dtype == torch.float64:
+        return "float64 is for the reference only"
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        return "Triton's interpreter cannot multiply bfloat16"
+    return _triton.why_not(x)
+
+
 def _implementation(impl: str, x: Tensor) -> Callable[..., Assignment]:
     """The function to run; fast ones are imported here, when first used."""
-    candidates = {"cpu": lambda: _why_not_cpu(x), "reference": lambda: None}
-    if resolve("assign_codes", impl, candidates) == "cpu":
+    candidates: dict[str, WhyNot] = {
+        "cpu": lambda: _why_not_cpu(x),
+        "triton": lambda: _why_not_triton(x),
+        "reference": lambda: None,
+    }
+    if x.device.type == "cpu":  # Triton's interpreter only where it is asked for
+        candidates["triton"] = candidates.pop("triton")
+    chosen = resolve("assign_codes", impl, candidates)
+    if chosen == "cpu":
         from userip_fast.ops._assign_codes_native import assign_codes_cpu
 
         return assign_codes_cpu
+    if chosen == "triton":
+        from userip_fast.kernels.assign_codes import assign_codes as assign_codes_triton
+
+        return assign_codes_triton
     return assign_codes_reference
 
 
@@ -162,7 +182,7 @@ def assign_codes(
         metric: "euclidean"; or "cosine", which scales vectors and codewords to length 1 first (a
             zero vector stays zero), so that `sq_distance` is 2 - 2 cos.
         active: bool, as `codebook` without D; codes that are False are retired: never chosen.
-        impl: "auto", "cpu" (C++) or "reference".
+        impl: "auto", "cpu" (C++), "triton" or "reference".
 
     Returns:
         code_ids: [N] or [J, N] int64, position in its codebook; of equally near ones the lowest.

@@ -1,0 +1,114 @@
+"""The Triton kernels: in the interpreter with small tiles here, compiled on a GPU under `gpu`."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import test_assign_codes as shared
+from userip_fast.kernels import assign_codes as kernel
+
+from userip_fast.errors import UnavailableError
+from userip_fast.ops import assign_codes, assign_codes_with_stats
+from userip_fast.ops.assign_codes import assign_codes_reference
+
+ON_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture
+def _small_tiles(monkeypatch):
+    monkeypatch.setattr(kernel, "TF32", kernel.Config(32, 32, 32, 4, 2))
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "k", "dim"),
+    [(1, 1, 4), (32, 32, 32), (33, 31, 36), (3, 65, 68), (2, 33, 516)],
+)
+def test_nearest_across_tiles(rows, k, dim, tma):
+    x, c = torch.randn(2, rows, dim), torch.randn(k + 3, dim)
+    active = torch.rand(k + 3) < 0.8
+    active[0] = active[k] = True
+    for normalize in (False, True):
+        args = (x, c, [k, 3], active, normalize, True, True)
+        got = kernel.assign_codes(*args, tma=tma)
+        want = assign_codes_reference(*args)
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[3], want[3])
+        torch.testing.assert_close(got[1:], want[1:])
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("k", [2, 17, 40])
+def test_semantics(k):
+    shared.check(torch.randn(40, 20, 2).half()[::2, :, 1], torch.randn(k, 20), "triton")
+    shared.test_equal_codewords_give_the_lowest_id(k, "triton")
+    shared.test_retired_codes_are_never_chosen(k, "triton")
+    shared.test_cosine(k, "triton")
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_more_semantics():
+    shared.test_exact_ties_between_different_codewords("triton")
+    shared.test_many_codebooks_of_different_sizes_in_one_call("triton")
+    shared.test_empty("triton")
+    for value in (float("inf"), 3e38):  # NumPy's maximum, used by the interpreter, stops at NaN
+        shared.test_rows_that_are_not_finite_are_refused(value, 20, "triton")
+    shared.test_norms_far_from_one(1e17, "triton")
+
+
+def test_sums_in_shares():
+    x, c = torch.randn(150, 5), torch.randn(2, 5)
+    ids, _, counts, sums = assign_codes_with_stats(x, c, impl="triton")
+    assert torch.equal(counts, torch.bincount(ids, minlength=2))
+    torch.testing.assert_close(sums, torch.zeros(2, 5).index_add(0, ids, x))
+    again = assign_codes_with_stats(x, c, impl="triton")[3]
+    assert torch.equal(sums, again)
+
+
+@pytest.mark.skipif(ON_GPU, reason="for the interpreter")
+def test_the_interpreter_refuses_bfloat16():
+    x = torch.randn(4, 8).bfloat16()
+    with pytest.raises(UnavailableError, match="interpreter cannot multiply bfloat16"):
+        assign_codes(x, x, impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "k", "dim"), [(1000, 1024, 4096), (777, 4099, 257), (4097, 100, 72), (300, 300, 4097)]
+)
+def test_on_gpu(rows, k, dim, dtype):
+    x, c = (torch.randn(n, dim, device="cuda").to(dtype) for n in (rows, k))
+    shared.check(x, c, "triton")
+
+
+@pytest.mark.gpu
+def test_on_gpu_repeats_bitwise_and_ignores_neighbours():
+    x, c = torch.randn(5000, 512, device="cuda").bfloat16(), torch.randn(2000, 512, device="cuda")
+    first = assign_codes_with_stats(x, c, impl="triton")
+    for _ in range(20):
+        again = assign_codes_with_stats(x, c, impl="triton")
+        torch.testing.assert_close(again, first, rtol=0, atol=0)
+    alone = assign_codes(x[1001:1004], c, impl="triton")
+    torch.testing.assert_close(alone, (first[0][1001:1004], first[1][1001:1004]), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 3e38])
+def test_on_gpu_rows_that_are_not_finite_are_refused(bad):
+    x, c = torch.randn(60, 30, device="cuda"), torch.randn(100, 30, device="cuda")
+    x[41, 17] = bad
+    with pytest.raises(ValueError, match=r"x\[0, 41\] holds NaN or Inf.*1 such rows"):
+        assign_codes(x, c, impl="triton")
+
+
+@pytest.mark.gpu
+def test_offsets_past_32_bits():
+    x = torch.zeros(1 << 19, 4160, device="cuda", dtype=torch.bfloat16)  # 2.2e9 elements
+    c = torch.randn(70, 4160, device="cuda").bfloat16()
+    x[-70:] = c
+    ids, distance = assign_codes(x, c, impl="triton")
+    assert torch.equal(ids[-70:], torch.arange(70, device="cuda"))
+    assert float(distance[-70:].max()) == 0.0
