@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <vector>
 
@@ -48,6 +49,18 @@ alignas(32) constexpr float kLevels[16] = {
     0.7229568362236023f,
     1.0f,
 };
+
+// Byte b of level i at plane[b][i].
+struct LevelBytes {
+    alignas(16) uint8_t plane[4][16];
+    constexpr LevelBytes() : plane() {
+        for (int i = 0; i < 16; ++i) {
+            const auto bits = std::bit_cast<uint32_t>(kLevels[i]);
+            for (int b = 0; b < 4; ++b) plane[b][i] = static_cast<uint8_t>(bits >> (8 * b));
+        }
+    }
+};
+constexpr LevelBytes kLevelBytes;
 
 struct Weight {
     const uint8_t* packed;
@@ -128,6 +141,33 @@ USERIP_AVX2 inline __m256 levels_of(uint32_t codes) {
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 
+// 32 levels at once, in half the instructions: one vpshufb per byte of the float (a table of 16),
+// and the four planes interleaved. Bytes are dealt to the halves of the register so that
+// interleaving, which works within a half, ends with consecutive values.
+USERIP_AVX2 inline void levels_of_32(const uint8_t* packed, __m256* levels) {
+    const __m256i twice = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,  //
+                                           2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
+    const __m256i bytes = _mm256_shuffle_epi8(
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed))),
+        twice);
+    const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi16(0x000f));
+    const __m256i odd = _mm256_and_si256(bytes, _mm256_set1_epi16(0x0f00));
+    const __m256i code = _mm256_or_si256(even, odd);
+    __m256i plane[4];
+    for (int b = 0; b < 4; ++b) {
+        const auto* table = reinterpret_cast<const __m128i*>(kLevelBytes.plane[b]);
+        plane[b] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(table)), code);
+    }
+    const __m256i low0 = _mm256_unpacklo_epi8(plane[0], plane[1]);
+    const __m256i low1 = _mm256_unpackhi_epi8(plane[0], plane[1]);
+    const __m256i high0 = _mm256_unpacklo_epi8(plane[2], plane[3]);
+    const __m256i high1 = _mm256_unpackhi_epi8(plane[2], plane[3]);
+    levels[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low0, high0));
+    levels[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0));
+    levels[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1));
+    levels[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1));
+}
+
 // Codes [begin, begin + count) of the flattened weight, count <= kMaxDecode.
 template <class Store>
 USERIP_AVX2 void decode(const Weight& w, int64_t begin, int64_t count, typename Store::Out* out) {
@@ -146,6 +186,13 @@ USERIP_AVX2 void decode(const Weight& w, int64_t begin, int64_t count, typename 
         const float scale = scales[block];
         if (i % 2 == 1) one(i++, scale);
         const __m256 scale8 = _mm256_set1_ps(scale);
+        for (; i + 32 <= stop; i += 32, out += 32) {
+            __m256 levels[4];
+            levels_of_32(w.packed + i / 2, levels);
+            for (int q = 0; q < 4; ++q) {
+                Store::store(out + 8 * q, _mm256_mul_ps(levels[q], scale8));
+            }
+        }
         for (; i + 8 <= stop; i += 8, out += 8) {
             uint32_t codes;
             __builtin_memcpy(&codes, w.packed + i / 2, 4);
@@ -155,14 +202,14 @@ USERIP_AVX2 void decode(const Weight& w, int64_t begin, int64_t count, typename 
     }
 }
 
-// Asks for 2 MiB pages under a large output. It is fresh memory, and touching it in 4 KiB pages
-// takes several times as long as the decoding.
+// Asks for 2 MiB pages under an output larger than malloc recycles: that is fresh memory, and
+// touching it in 4 KiB pages takes several times as long as the decoding.
 void advise_huge_pages(void* begin, int64_t bytes) {
 #if defined(__linux__)
     constexpr uintptr_t kPage = 4096;
     const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) / kPage * kPage;
     const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) / kPage * kPage;
-    if (bytes >= 4 << 20) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+    if (bytes >= 32 << 20) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 
