@@ -1,6 +1,6 @@
 """linear_cross_entropy against full logits, torch.compile and Liger: time and peak memory.
 
-    python benchmarks/bench_linear_cross_entropy.py [--device cuda] [--threads N] [--clock cpu] [--quick]
+    python benchmarks/bench_linear_cross_entropy.py [--device cuda] [--threads 1 --clock cpu]
     pytest benchmarks/bench_linear_cross_entropy.py --benchmark-only
 
 Loss and gradient of the hidden states through a frozen head; CPU in fp32, CUDA in bf16. Correctness

@@ -1,6 +1,6 @@
 """nf4_dequantize and nf4_linear against bitsandbytes and dense torch linears.
 
-    python benchmarks/bench_nf4.py [--device cuda] [--threads N] [--clock cpu] [--rows 1 8 512] [--quick]
+    python benchmarks/bench_nf4.py [--device cuda] [--threads 1 --clock cpu] [--rows 1 512]
     pytest benchmarks/bench_nf4.py --benchmark-only
 
 Correctness first: dequantised bits equal the reference's, products agree with fp64; else no number.
