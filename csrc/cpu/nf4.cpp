@@ -1,9 +1,7 @@
 // NF4 on CPU: dequantise, and the linear layer for few rows with the decoding fused in. The format
 // is described in userip_fast/nf4.py.
 //
-// Decoding 8 codes: broadcast their 32 bits, shift each lane so that its code comes lowest, look
-// the level up in two 8-entry registers (vpermps reads three bits) and let bit 3 choose between
-// them. The level is the exact fp32 value, so level * scale has the bits of the reference.
+// A level is looked up as its exact fp32 value, so level * scale has the bits of the reference.
 #include "bindings.h"
 
 #if defined(__x86_64__)
@@ -133,17 +131,9 @@ struct StoreRoundedFp16 {
     }
 };
 
-USERIP_AVX2 inline __m256 levels_of(uint32_t codes) {
-    const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);  // high nibble first
-    const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(codes)), shifts);
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(kLevels), index);
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(kLevels + 8), index);
-    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
-}
-
-// 32 levels at once, in half the instructions: one vpshufb per byte of the float (a table of 16),
-// and the four planes interleaved. Bytes are dealt to the halves of the register so that
-// interleaving, which works within a half, ends with consecutive values.
+// 32 levels from 16 bytes: one vpshufb per byte of the float (a table of 16), and the four planes
+// interleaved. The bytes are dealt to the halves of the register so that interleaving, which works
+// within a half, ends with consecutive values.
 USERIP_AVX2 inline void levels_of_32(const uint8_t* packed, __m256* levels) {
     const __m256i twice = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,  //
                                            2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
@@ -174,7 +164,7 @@ USERIP_AVX2 void decode(const Weight& w, int64_t begin, int64_t count, typename 
     float scales[kMaxDecode / kMinBlock + 1];
     const int64_t first = begin / w.blocksize, end = begin + count;
     block_scales(w, first, (end - 1) / w.blocksize - first + 1, scales);
-    auto one = [&](int64_t i, float scale) USERIP_AVX2 {  // the odd ends of a run, through a vector
+    auto one = [&](int64_t i, float scale) USERIP_AVX2 {  // the ends of a run, through a vector
         const uint8_t byte = w.packed[i / 2];
         const float value = kLevels[i % 2 == 0 ? byte >> 4 : byte & 15] * scale;
         typename Store::Out lanes[8];
@@ -192,11 +182,6 @@ USERIP_AVX2 void decode(const Weight& w, int64_t begin, int64_t count, typename 
             for (int q = 0; q < 4; ++q) {
                 Store::store(out + 8 * q, _mm256_mul_ps(levels[q], scale8));
             }
-        }
-        for (; i + 8 <= stop; i += 8, out += 8) {
-            uint32_t codes;
-            __builtin_memcpy(&codes, w.packed + i / 2, 4);
-            Store::store(out, _mm256_mul_ps(levels_of(codes), scale8));
         }
         while (i < stop) one(i++, scale);
     }

@@ -122,3 +122,31 @@ def test_a_layer_that_cannot_be_taken_leaves_the_model_whole():
     with pytest.raises(UnsupportedError, match="fp4"):
         replace_linear4bit(model)
     assert all(type(m) is bnb.nn.Linear4bit for m in model)
+
+
+def test_a_step_keeps_no_dense_weight_and_no_weight_gradient():
+    """Forward and backward to the input embeddings; every tensor kept in between is looked at."""
+    model = tiny("llama").requires_grad_(False)
+    dense_shapes = {tuple(m.weight.shape) for n, m in model.named_modules() if "proj" in n}
+    assert quantize_linears(model) == 14
+    stored = {b.data_ptr() for b in model.buffers()} | {p.data_ptr() for p in model.parameters()}
+    saved = []
+    x = torch.randn(1, 9, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(inputs_embeds=x, use_cache=False).logits.logsumexp(-1).sum().backward()
+    kept = [t for t in saved if t.data_ptr() not in stored]
+    assert not [t.shape for t in kept if {tuple(t.shape), tuple(t.shape[::-1])} & dense_shapes]
+    assert len(saved) > len(kept) >= 1
+    assert all(p.grad is None for p in model.parameters())
+    assert x.grad.abs().sum() > 0
+
+
+def test_dense_linears_would_be_caught():
+    """The same look at a dense model finds its weights, so the test above can fail."""
+    model = tiny("llama").requires_grad_(False)
+    shapes = {tuple(m.weight.shape) for n, m in model.named_modules() if "proj" in n}
+    saved = []
+    x = torch.randn(1, 9, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(inputs_embeds=x, use_cache=False).logits.sum().backward()
+    assert [t for t in saved if {tuple(t.shape), tuple(t.shape[::-1])} & shapes]
