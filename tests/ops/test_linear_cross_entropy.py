@@ -148,6 +148,26 @@ def test_no_rows(impl):
     assert hidden.grad.shape == (0, 8)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_equals_dense_fp64(dtype, softcap):
+    hidden, weight, target, loss_weight, cu_rows, bias = make(300, 64, 9001, 4, dtype, True)
+    leaf = hidden.cuda().requires_grad_()
+    args = (weight.cuda(), target.cuda(), loss_weight.cuda(), cu_rows.cuda())
+    nll = lce_op(leaf, *args, bias=bias.cuda(), softcap=softcap, impl="triton")
+    nll.sum().backward()
+    wide = hidden.double().requires_grad_()
+    oracle = dense(
+        wide, weight.double(), target, loss_weight.double(), cu_rows, bias.double(), softcap
+    )
+    oracle.sum().backward()
+    rounding = torch.finfo(dtype).eps
+    for got, want in ((nll, oracle), (leaf.grad, wide.grad)):
+        error = (got.cpu().double() - want).abs().max()
+        assert error <= max(4 * rounding, 1e-5) * want.abs().max()
+
+
 def test_bad_arguments_are_named():
     hidden, weight, target, loss_weight, cu_rows, _ = make(5, 8, 31, 2)
     with pytest.raises(ValueError, match="must share D"):

@@ -98,6 +98,20 @@ def test_opcheck(impl):
     torch.library.opcheck(_sparse_adam, args)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [1, 100, 4096])
+def test_gpu_equals_the_reference(dim):
+    theta, m, v, step = state(50, dim)
+    there = [t.cuda() for t in (theta, m, v, step)]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        rows, grad = torch.randperm(50)[:20], torch.randn(20, dim)
+        sparse_adam(theta, m, v, step, rows, grad, lr=0.1, impl="reference")
+        sparse_adam(*there, rows.cuda(), grad.cuda(), lr=0.1, impl="triton")
+    for got, want in zip(there, (theta, m, v, step), strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=3e-6, atol=1e-6)
+
+
 def test_bad_arguments_are_named():
     theta, m, v, step = state(4, 8)
     rows, grad = torch.tensor([0, 1]), torch.zeros(2, 8)
