@@ -353,13 +353,13 @@ def _dkdv_kernel(
 
 
 def tiling(kernel: str, dim: int, dtype: torch.dtype, desc: bool) -> Tiling:
-    """The cut of "fwd", "dq" or "dkdv": none of them spills on the architecture it is for.
+    """The cut of "fwd", "dq" or "dkdv": in 16 bits none spills where it is meant for.
 
     Found by compiling (docs/attention.md has registers and shared memory); timings on a GPU are
     still to come. A wgmma needs 64 own rows, hence 64 with descriptors.
     """
     if dtype == torch.float32:
-        return Tiling(32, 32, 4, 1) if dim <= 128 else Tiling(16, 16, 4, 1)
+        return Tiling(32, 32, 4, 1) if dim <= 64 else Tiling(16, 16, 4, 1)
     size = 0 if dim <= 64 else 1 if dim <= 128 else 2
     return (_DESCRIPTOR_TILINGS if desc else _POINTER_TILINGS)[kernel][size]
 
