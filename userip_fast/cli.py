@@ -22,12 +22,8 @@ from userip_fast._version import __version__
 from userip_fast.errors import ConfigError, UserIPError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from userip_fast.bank import FeatureBank
     from userip_fast.config import Config
     from userip_fast.data import Interactions
-    from userip_fast.model import Model
     from userip_fast.prompts import ProfileField
 
 FLAGS: Mapping[str, str] = {
@@ -118,28 +114,54 @@ Log = Annotated[
 Items = Annotated[
     Path | None, _panel(_DATA, "Item table; without it the text columns are in the interactions.")
 ]
-Column = Annotated[str | None, _panel(_DATA, "Column name.")]
+User = Annotated[str | None, _panel(_DATA, "Column of user keys (user_id).")]
+Item = Annotated[str | None, _panel(_DATA, "Column of item keys (item_id).")]
+Rating = Annotated[str | None, _panel(_DATA, "Column of ratings, if there is one.")]
+Time = Annotated[
+    str | None, _panel(_DATA, "Column of times, if there is one: seconds since 1970 or dates.")
+]
 ItemText = Annotated[
     str | None,
-    _panel(_DATA, "Item text, for example '{title}[[ ({genres})]]'; [[...]] vanishes when empty."),
+    _panel(_DATA, "Item text ({title}), say '{title}[[ ({genres})]]'; [[...]] may vanish."),
 ]
 Filter = Annotated[str | None, _panel(_DATA, "Rows to keep, for example 'not cancelled'.")]
-OnBad = Annotated[str | None, _panel(_DATA, "Bad rows: 'error' lists them, 'skip' drops them.")]
-MinHistory = Annotated[int | None, _panel(_DATA, "Fewest events of a user.")]
+OnBad = Annotated[str | None, _panel(_DATA, "Bad rows: error (refuse and list them) or skip.")]
+MinHistory = Annotated[int | None, _panel(_DATA, "Fewest events of a user (1).")]
 MaxUsers = Annotated[int | None, _panel(_RUN, "Only so many users, in hash order.")]
 Quiet = Annotated[bool, _panel(_RUN, "No progress and no table.", "--quiet", "-q")]
-Device = Annotated[str | None, _panel(_FIELDS, "auto, cpu, cuda, cuda:1, ...")]
+Device = Annotated[str | None, _panel(_FIELDS, "auto, cpu, cuda, cuda:1, ... (auto).")]
 Template = Annotated[
     str | None,
-    _panel(_FIELDS, "Ready-made fields: generic, paper, books, movies, grocery, gifts."),
+    _panel(
+        _FIELDS, "Ready-made fields: generic, paper, books, movies, grocery or gifts (generic)."
+    ),
 ]
 Lm = Annotated[
-    str | None, _panel(_FIELDS, "Folder or hub id of a causal LM, or 'default': a small Llama.")
+    str | None,
+    _panel(_FIELDS, "Folder or hub id; 'default': a small Llama trained on this log."),
 ]
 Settings = Annotated[
     list[str] | None, _panel(_RUN, "Any setting: em.lr=0.02, lm.dtype=bfloat16, ...")
 ]
-Quantization = Annotated[str | None, _panel(_FIELDS, "auto, none, nf4 or nf4-double.")]
+Quantization = Annotated[str | None, _panel(_FIELDS, "auto, none, nf4 or nf4-double (auto).")]
+
+
+@app.command()
+def demo(
+    full: Annotated[bool, typer.Option("--full", help="Three seeds instead of one.")] = False,
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of the world, the LM and everything else.")] = 0,
+) -> None:
+    """Infer traits of a planted world's users and compare them with the truth. Minutes on a CPU."""
+    _silence_transformers()
+    from userip_fast.demo import run_demo
+    from userip_fast.files import read_json
+    from userip_fast.terminal import print_cards, print_scores
+
+    metrics = run_demo(out=out, full=full, seed=seed, show=True)
+    print_scores(metrics)
+    print_cards(read_json(out / "model" / "codes.json"))
+    print(f"{out}: model, bank, metrics.json, report.html")
 
 
 @app.command()
@@ -148,25 +170,27 @@ def fit(
     interactions: Log,
     out: Annotated[Path, _panel(_RUN, "Run folder: model/ bank/ metrics.json report.html ...")],
     items: Items = None,
-    user: Column = None,
-    item: Column = None,
-    rating: Column = None,
-    time: Column = None,
+    user: User = None,
+    item: Item = None,
+    rating: Rating = None,
+    time: Time = None,
     text: ItemText = None,
     filter: Filter = None,
     on_bad: OnBad = None,
     min_history: MinHistory = None,
     behaviour: Annotated[
-        str | None, _panel(_TEXT, "One event, with {text} and {feedback}; or 'auto'.")
+        str | None, _panel(_TEXT, "One event, say '{text}: {feedback}' (auto).")
     ] = None,
-    separator: Annotated[str | None, _panel(_TEXT, "Text between events.")] = None,
-    behaviour_context: Annotated[str | None, _panel(_TEXT, "sequence or independent.")] = None,
-    max_tokens: Annotated[int | None, _panel(_TEXT, "Behaviour tokens per user.")] = None,
+    separator: Annotated[str | None, _panel(_TEXT, "Text between events ('; ').")] = None,
+    behaviour_context: Annotated[
+        str | None, _panel(_TEXT, "sequence or independent (sequence).")
+    ] = None,
+    max_tokens: Annotated[int | None, _panel(_TEXT, "Behaviour tokens per user (256).")] = None,
     negatives: Annotated[
-        int | None, _panel(_TEXT, "Items passed over per event of a log without ratings.")
+        int | None, _panel(_TEXT, "Items passed over per event of a log without ratings (1).")
     ] = None,
     loss: Annotated[
-        str | None, _panel(_TEXT, "feedback, all, or weights 'TEXT,FEEDBACK' such as '0.1,1'.")
+        str | None, _panel(_TEXT, "feedback, all, or weights TEXT,FEEDBACK such as 0.1,1 (auto).")
     ] = None,
     template: Template = None,
     field: Annotated[
@@ -180,10 +204,10 @@ def fit(
     lm: Lm = None,
     quantization: Quantization = None,
     device: Device = None,
-    recipe: Annotated[str | None, _panel(_RUN, "userip, or paper: the public code's.")] = None,
-    rounds: Annotated[int | None, _panel(_RUN, "EM rounds.")] = None,
-    steps: Annotated[int | None, _panel(_RUN, "Adam steps of an E-step.")] = None,
-    seed: Annotated[int | None, _panel(_RUN, "Makes a run repeat.")] = None,
+    recipe: Annotated[str | None, _panel(_RUN, "userip, or paper, as published (userip).")] = None,
+    rounds: Annotated[int | None, _panel(_RUN, "EM rounds, at most.")] = None,
+    steps: Annotated[int | None, _panel(_RUN, "Adam steps of an E-step, at most.")] = None,
+    seed: Annotated[int | None, _panel(_RUN, "A run repeats with its seed (0).")] = None,
     config: Annotated[
         Path | None, _panel(_RUN, "YAML or JSON file of settings; flags win over it.")
     ] = None,
@@ -200,13 +224,14 @@ def fit(
     from userip_fast.api import fit as run_fit
     from userip_fast.bank import FeatureBank
     from userip_fast.files import read_json
+    from userip_fast.terminal import print_results
 
     model = run_fit(data, config=settings, out=out, resume=resume, show=not quiet)
     if not quiet:
         run = Run(out)
         metrics = read_json(run.metrics)
         fitted = metrics["fit"]
-        _print_results(
+        print_results(
             f"userip fit: {out}",
             data,
             model,
@@ -224,10 +249,10 @@ def infer(
     interactions: Log,
     out: Annotated[Path, _panel(_RUN, "Bank folder.")],
     items: Items = None,
-    user: Column = None,
-    item: Column = None,
-    rating: Column = None,
-    time: Column = None,
+    user: User = None,
+    item: Item = None,
+    rating: Rating = None,
+    time: Time = None,
     text: ItemText = None,
     filter: Filter = None,
     on_bad: OnBad = None,
@@ -243,6 +268,7 @@ def infer(
     _silence_transformers()
     from userip_fast.bank import FeatureBank
     from userip_fast.model import Model
+    from userip_fast.terminal import print_results
 
     fitted = Model.load(model, device=device)
     settings = fitted.config.override(_flag_values(ctx.params))
@@ -257,7 +283,7 @@ def infer(
         log=found.update,
     )
     if not quiet:
-        _print_results(
+        print_results(
             f"userip infer: {out}",
             data,
             fitted,
@@ -364,53 +390,6 @@ def _silence_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _console() -> Console:
-    """As wide as the terminal; wide enough not to wrap where the output goes to a file."""
-    from rich.console import Console
-
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-
-
-def _print_results(
-    title: str,
-    data: Interactions,
-    model: Model,
-    bank: FeatureBank,
-    seconds: float,
-    nll: float,
-    paths: Mapping[str, Path],
-) -> None:
-    import torch
-    from rich.markup import escape
-    from rich.table import Table
-
-    lm, dropped = model.lm, data.report
-    why = ", ".join(f"{count:,} {rule}" for rule, count in dropped.counts.items())
-    order = "in time order" if data.ordered else "no times: in a fixed order drawn by the seed"
-    rows = {
-        "users": f"{len(bank):,}",
-        "items": f"{data.num_items:,}",
-        "events": f"{data.num_events:,}, {order}",
-        "rows dropped": f"{dropped.rows_bad:,} bad{f' ({why})' if why else ''}, "
-        f"{dropped.rows_filtered:,} filtered",
-        "users too short": f"{dropped.short_users:,} (below {dropped.min_history} events)",
-        "LM": f"{'embedded' if lm.embedded else lm.source}, {lm.quantization}, on {lm.device}",
-        "speed": f"{len(bank) / seconds:,.1f} users/s, {seconds:,.1f} s",
-        "NLL": f"{nll:.4f} nats per loss weight",
-    }
-    codes = torch.from_numpy(bank.codes().astype("int64"))
-    for j, (f, book) in enumerate(zip(bank.fields, model.codebooks)):
-        usage = book.usage(codes[:, j])
-        rows[f"field {f['name']}"] = (
-            f"{len(book) - usage.dead} of {len(book)} codes used, perplexity {usage.perplexity:.2f}"
-        )
-    rows |= {name: str(path) for name, path in paths.items()}
-    table = Table("", "", title=title, title_justify="left", show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, escape(value))
-    _console().print(table)
-
-
 @app.command()
 def doctor(
     ctx: typer.Context,
@@ -423,16 +402,11 @@ def doctor(
     """Check packing and masks on your own LM: the packed engine against the plain model."""
     settings = _settings(ctx.params)
     _silence_transformers()
-    from rich.table import Table
-
     from userip_fast.doctor import diagnose, load
+    from userip_fast.terminal import print_checks
 
     checks = diagnose(load(settings), seed=seed)
-    table = Table("check", "error", "budget", "")
-    for c in checks:
-        verdict = "ok" if c.passed else "[bold red]FAILED[/]"
-        table.add_row(c.name, f"{c.error:.2e}", f"{c.budget:.2e}", verdict)
-    _console().print(table)
+    print_checks(checks)
     if failed := sum(not c.passed for c in checks):
         _die(f"{failed} of {len(checks)} checks failed on {lm}", 1)
 
@@ -446,21 +420,10 @@ def lookup(
     ] = "error",
 ) -> None:
     """Print the codes of users, and what they mean."""
-    from rich.markup import escape
-    from rich.table import Table
-
     from userip_fast.bank import FeatureBank
+    from userip_fast.terminal import print_codes
 
-    opened = FeatureBank.open(bank)
-    keys = opened.coerce_keys(users)
-    codes = opened.lookup(keys, on_unknown=on_unknown)
-    table = Table("user", *(f["name"] for f in opened.fields))
-    for key, row in zip(keys.to_pylist(), codes.tolist()):
-        cells = [
-            f"{code}: {opened.describe(f['name'], code)}" for f, code in zip(opened.fields, row)
-        ]
-        table.add_row(*(escape(cell) for cell in [str(key), *cells]))
-    _console().print(table)
+    print_codes(FeatureBank.open(bank), users, on_unknown)
 
 
 @bank_app.command()

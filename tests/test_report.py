@@ -1,0 +1,108 @@
+"""report.html stands alone, escapes what it is given, and is the same for the same run."""
+
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from userip_fast.report import write_report
+
+METRICS = {
+    "data": {
+        "users": 2000,
+        "dropped": {
+            "counts": {"unknown item": 2},
+            "examples": [{"file": "a.csv", "row": 7, "rule": "unknown item", "value": "<b>"}],
+            "short_examples": [],
+        },
+    },
+    "fields": {
+        "genre": {"codes": 4, "perplexity": 3.21987, "dead": 1, "counts": [9, 5, 0, 1]},
+        "critic": {"codes": 2, "perplexity": 2.0, "dead": 0, "counts": [7, 8]},
+    },
+    "seed": 0,
+}
+RECORDS = [
+    {"round": 0, "nll_per_weight": 2.5, "fields": {}},
+    {"round": 1, "nll_per_weight": 1.25, "fields": {"genre": {"perplexity": 3.0, "counts": [1]}}},
+]
+CARDS = {
+    "genre": [
+        {"code": 0, "users": 3, "words": ["elf", "orc"], "items": ["<Rings>"], "lift": [4.25]},
+        {"code": 1, "users": 9, "words": ["kiss"], "items": [], "lift": []},
+    ]
+}
+
+
+class Page(HTMLParser):
+    """Tags, text, and that every tag that opens closes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.open, self.text = [], [], [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [v for k, v in attributes if k in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "path", "use"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("meta", "path", "use"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += f"{data}\n"
+
+
+def page(tmp_path, name="report.html"):
+    write_report(tmp_path / name, METRICS, RECORDS, CARDS)
+    return (tmp_path / name).read_text()
+
+
+def test_tables_plots_and_cards(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = Page(page(tmp_path))
+    assert found.tags.count("svg") == 3  # NLL, and a bar chart per field
+    for text in ("2,000", "3.22", "unknown item", "<b>", "<Rings> (x4.2)", "elf, orc", "1.25"):
+        assert f"{text}\n" in found.text, text
+    assert found.text.index("kiss") < found.text.index("elf, orc")  # most used code first
+    assert "Rings" not in found.tags
+
+
+def test_it_needs_no_other_file(tmp_path):
+    found = Page(page(tmp_path))
+    assert all(link.startswith("#") for link in found.links)
+    assert not {"script", "link", "img"} & set(found.tags)
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    assert page(tmp_path, "a.html") == page(tmp_path, "b.html")
+
+
+def test_without_matplotlib_it_says_so_and_keeps_the_tables(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    found = Page(page(tmp_path))
+    assert "svg" not in found.tags
+    assert "matplotlib is not installed" in found.text
+    assert "unknown item" in found.text
+    assert "elf, orc" in found.text
+
+
+def test_a_failed_write_leaves_the_old_page(tmp_path):
+    before = page(tmp_path)
+    with pytest.raises(KeyError):
+        write_report(tmp_path / "report.html", METRICS, RECORDS, {"genre": [{"code": 1}]})
+    assert (tmp_path / "report.html").read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_nothing_to_show_is_still_a_page(tmp_path):
+    write_report(tmp_path / "report.html", {}, [], {})
+    assert Page((tmp_path / "report.html").read_text()).tags.count("table") == 0

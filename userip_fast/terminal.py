@@ -1,0 +1,119 @@
+"""What the command line prints: tables of results, codes and checks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from userip_fast.bank import FeatureBank
+    from userip_fast.data import Interactions
+    from userip_fast.doctor import Check
+    from userip_fast.model import Model
+
+METHODS = {
+    "gradient": "userip, gradient E-step",
+    "posterior": "userip, posterior E-step",
+    "posterior_random": "the same from random codewords",
+    "paper": "the published recipe",
+    "kmeans_states": "k-means on mean LM states",
+    "oracle": "Bayes-optimal labelling",
+}
+
+
+def print_scores(metrics: Mapping[str, Any]) -> None:
+    """NMI and ARI of each field against the planted trait, and what a user costs."""
+    fields = metrics["fields"]
+    table = Table("method", title=f"{metrics['users']} users, seeds {metrics['seeds']}")
+    for name in fields:
+        table.add_column(f"{name}\nNMI", justify="right")
+        table.add_column("\nARI", justify="right")
+    table.add_column("LM passes\nper user", justify="right")
+    first = next(iter(fields.values()))
+    for method in first["nmi"]:
+        scores = [
+            f"{f[measure][method]:.3f}" for f in fields.values() for measure in ("nmi", "ari")
+        ]
+        cost = first["forward_equivalents"].get(method)
+        table.add_row(METHODS.get(method, method), *scores, "" if cost is None else f"{cost:.0f}")
+    _print(table)
+
+
+def print_cards(cards: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Each code of each field in words."""
+    for name, codes in cards.items():
+        table = Table(name, "users", "words", "typical items", title_justify="left")
+        for card in codes:
+            words, items = ", ".join(card["words"]), ", ".join(card["items"])
+            table.add_row(str(card["code"]), str(card["users"]), escape(words), escape(items))
+        _print(table)
+
+
+def print_results(
+    title: str,
+    data: Interactions,
+    model: Model,
+    bank: FeatureBank,
+    seconds: float,
+    nll: float,
+    paths: Mapping[str, Path],
+) -> None:
+    """What `fit` and `infer` read, did, found and wrote."""
+    import torch
+
+    lm, dropped = model.lm, data.report
+    why = ", ".join(f"{count:,} {rule}" for rule, count in dropped.counts.items())
+    order = "in time order" if data.ordered else "no times: in a fixed order drawn by the seed"
+    rows = {
+        "users": f"{len(bank):,}",
+        "items": f"{data.num_items:,}",
+        "events": f"{data.num_events:,}, {order}",
+        "rows dropped": f"{dropped.rows_bad:,} bad{f' ({why})' if why else ''}, "
+        f"{dropped.rows_filtered:,} filtered",
+        "users too short": f"{dropped.short_users:,} (below {dropped.min_history} events)",
+        "LM": f"{'embedded' if lm.embedded else lm.source}, {lm.quantization}, on {lm.device}",
+        "speed": f"{len(bank) / seconds:,.1f} users/s, {seconds:,.1f} s",
+        "NLL": f"{nll:.4f} nats per loss weight",
+    }
+    codes = torch.from_numpy(bank.codes().astype("int64"))
+    for j, (f, book) in enumerate(zip(bank.fields, model.codebooks)):
+        usage = book.usage(codes[:, j])
+        rows[f"field {f['name']}"] = (
+            f"{len(book) - usage.dead} of {len(book)} codes used, perplexity {usage.perplexity:.2f}"
+        )
+    rows |= {name: str(path) for name, path in paths.items()}
+    table = Table("", "", title=title, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    _print(table)
+
+
+def print_codes(bank: FeatureBank, users: Sequence[str], on_unknown: str) -> None:
+    """Codes of users given as text, and what they mean."""
+    keys = bank.coerce_keys(users)
+    codes = bank.lookup(keys, on_unknown=on_unknown)
+    table = Table("user", *(f["name"] for f in bank.fields))
+    for key, row in zip(keys.to_pylist(), codes.tolist()):
+        cells = [f"{code}: {bank.describe(f['name'], code)}" for f, code in zip(bank.fields, row)]
+        table.add_row(*map(escape, [str(key), *cells]))
+    _print(table)
+
+
+def print_checks(checks: Sequence[Check]) -> None:
+    """What the doctor found."""
+    table = Table("check", "error", "budget", "")
+    for c in checks:
+        verdict = "ok" if c.passed else "[bold red]FAILED[/]"
+        table.add_row(c.name, f"{c.error:.2e}", f"{c.budget:.2e}", verdict)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    """As wide as the terminal; wide enough not to wrap where the output goes to a file."""
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
