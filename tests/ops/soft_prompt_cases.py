@@ -89,10 +89,10 @@ def dense_attention(case: Case) -> Tensor:
         torch.cat(x).repeat_interleave(group, 1).transpose(0, 1)
         for x in ((prefix_k, k), (prefix_v, v))
     )
-    user = torch.full((rows,), -1)
+    user = [-1] * rows
     for u, (a, b) in enumerate(pairwise(cu.tolist())):
-        user[a:b] = u
-    ok = torch.zeros(rows, prefix + rows, dtype=torch.bool)
+        user[a:b] = [u] * (b - a)
+    ok = [[False] * (prefix + rows) for _ in range(rows)]
     columns = torch.cat([prefix_segment, segment]).tolist()
     places = torch.cat([prefix_position, position]).tolist()
     for r in range(rows):
@@ -101,14 +101,15 @@ def dense_attention(case: Case) -> Tensor:
         for c in range(prefix + r + 1):
             if c >= prefix and user[c - prefix] != user[r]:
                 continue
-            s, t = int(segment[r]), columns[c]
+            s, t = columns[prefix + r], columns[c]
             seen = s == t or t < 0 or (s >= fields and t < fields)
-            ok[r, c] = seen and (window == 0 or places[c] > int(position[r]) - window)
+            ok[r][c] = seen and (window == 0 or places[c] > places[prefix + r] - window)
     scores = q.transpose(0, 1) @ keys.transpose(1, 2) * case.options["scale"]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    slack = user < 0
-    scores = scores.masked_fill(~(ok | slack[:, None]), -math.inf)
+    slack = torch.tensor(user) < 0
+    hidden = ~torch.tensor(ok).view(rows, prefix + rows) & ~slack[:, None]
+    scores = scores.masked_fill(hidden, -math.inf)
     return (scores.softmax(-1) @ values).transpose(0, 1) * ~slack[:, None, None]
 
 
