@@ -106,7 +106,7 @@ def test_bank_commands(fitted, tmp_path):
     codes = opened.lookup([3, 4])[:, 0].tolist()
     lines = userip("bank", "lookup", bank, 3, 4).stdout.splitlines()
     for user, code in zip((3, 4), codes):
-        (line,) = [x for x in lines if f" {user} " in x.split("│")[1:2]]
+        (line,) = [x for x in lines if x.startswith(f"│ {user} ")]
         assert f"{code}: {opened.describe('taste', code)}" in line
     result = userip("bank", "lookup", bank, "--on-unknown", "code", "--", "-5")
     assert "4: unknown user" in result.stdout
@@ -203,14 +203,8 @@ def test_a_file_and_flags_say_the_same(tmp_path):
 
 
 def test_values_of_set():
-    got = settings(
-        set=[
-            "data.text=[[{a}]] {b}",
-            "data.rating=null",
-            "data.filter=x == 'a=b'",
-            "em.tolerance=1e-4",
-        ]
-    )
+    texts = ["data.text=[[{a}]] {b}", "data.filter=x == 'a=b'"]
+    got = settings(set=[*texts, "data.rating=null", "em.tolerance=1e-4"])
     assert (got.data.text, got.data.rating) == ("[[{a}]] {b}", None)
     assert (got.data.filter, got.em.tolerance) == ("x == 'a=b'", 1e-4)
 
@@ -388,16 +382,13 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_an_interrupted_fit_leaves_nothing_behind(log, tmp_path):
     """SIGINT and SIGTERM while the LM is being trained, which would go on for hours."""
     running = {}
+    env = {**os.environ, "USERIP_FAST_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     for stop in (signal.SIGINT, signal.SIGTERM):
         out = tmp_path / stop.name
         args = ["fit", "--interactions", log[0], "--items", log[1], "--out", out, "--field", FIELD]
         running[stop] = subprocess.Popen(
             [sys.executable, "-m", "userip_fast", *args, "--set", "lm.embedded_tokens=1000000000"],
-            env={
-                **os.environ,
-                "USERIP_FAST_CACHE": str(tmp_path / "cache"),
-                "OMP_NUM_THREADS": "1",
-            },
+            env=env,
             stderr=subprocess.PIPE,
             text=True,
         )
