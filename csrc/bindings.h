@@ -16,6 +16,7 @@ void bind_sparse_adam(py::module_& m);
 
 #ifdef USERIP_FAST_WITH_CUDA
 // csrc/cuda/
+void bind_assign_codes_cuda(py::module_& m);
 void bind_device(py::module_& m);
 void bind_nf4_cuda(py::module_& m);
 #endif

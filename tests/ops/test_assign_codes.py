@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from userip_fast import _extension
+from userip_fast.errors import UnavailableError
 from userip_fast.ops import (
     assign_codes,
     assign_codes_reference,
@@ -43,7 +44,7 @@ def check(x, c, impl, metric="euclidean", active=None):
     if active is not None:
         d[:, ~active] = torch.inf
     unit = metric == "cosine"
-    x2 = torch.ones(len(x)) if unit else x.double().square().sum(1)
+    x2 = torch.ones(len(x), device=x.device) if unit else x.double().square().sum(1)
     c2 = 1.0 if unit else c.double().square().sum(1).max()
     # The Triton kernels rank bf16 vectors by the codebook rounded to bf16.
     rounded = impl == "triton" and x.dtype == torch.bfloat16 and c.dtype != torch.bfloat16
@@ -317,3 +318,31 @@ def test_cpu_sums_of_many_rows_stay_accurate(k):
     counts, sums = assign_codes_with_stats(x, c, impl="cpu")[2:]
     assert int(counts[k - 1]) == 50_000
     torch.testing.assert_close(sums[k - 1].double(), x.double().sum(0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [1, 2, 15, 16, 17, 32])
+@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (33, 100), (5000, 257), (1000, 4096)])
+def test_one_pass_on_gpu(rows, dim, k, dtype):
+    x, c = (torch.randn(n, dim, device="cuda").to(dtype) for n in (rows, k))
+    check(x, c, "cuda")
+    check(x, c, "cuda", metric="cosine")
+    active = torch.rand(k, device="cuda") < 0.5
+    active[k - 1] = True
+    check(x, c, "cuda", active=active)
+
+
+@pytest.mark.gpu
+@pytest.mark.sanitizer
+def test_one_pass_on_gpu_repeats_bitwise():
+    x, c = torch.randn(3000, 300, device="cuda"), torch.randn(16, 300, device="cuda")
+    first = assign_codes_with_stats(x, c, impl="cuda")
+    for _ in range(20):
+        again = assign_codes_with_stats(x, c, impl="cuda")
+        torch.testing.assert_close(again, first, rtol=0, atol=0)
+
+
+def test_cuda_is_refused_off_the_gpu():
+    with pytest.raises(UnavailableError, match="x is on cpu"):
+        assign_codes(torch.randn(3, 4), torch.randn(2, 4), impl="cuda")

@@ -3,11 +3,14 @@
 As a script: compiles for one architecture and prints the reports (see codegen.py).
 """
 
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from codegen import SHARED_LIMIT, compile_kernel, print_reports, run_isolated
+from codegen import ROOT, SHARED_LIMIT, compile_kernel, print_reports, run_isolated
 
 ARCHES = (80, 86, 89, 90)
 RANK = {
@@ -105,6 +108,24 @@ def test_no_spills_and_tensor_cores_everywhere():
             assert rest[0].counts["HGMMA"] > 0
             assert rest[0].counts["HMMA"] == 0
             assert rest[0].counts["UTMALDG"] > 0
+
+
+def test_the_cuda_half_compiles_without_spills(tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on the PATH")
+    source = ROOT / "csrc" / "cuda" / "assign_codes.cu"
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "86", "89", "90a")]
+    command = [nvcc, "-std=c++20", "-O3", "-I", ROOT / "csrc", *targets, "-Xptxas", "-v", "-c"]
+    done = subprocess.run(
+        [*command, source, "-o", tmp_path / "out.o"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    frames = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", done.stderr
+    )
+    kernels = 3 * 2 * 2  # dtypes, 16 or 32 codes, cluster or not
+    assert frames == [("0", "0", "0")] * (kernels * len(targets))
 
 
 if __name__ == "__main__":

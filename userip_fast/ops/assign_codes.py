@@ -101,9 +101,12 @@ def _why_not_triton(x: Tensor) -> str | None:
     return _triton.why_not(x)
 
 
-def _implementation(impl: str, x: Tensor) -> Callable[..., Assignment]:
+def _implementation(impl: str, x: Tensor, sizes: Sequence[int]) -> Callable[..., Assignment]:
     """The function to run; fast ones are imported here, when first used."""
+    from userip_fast.ops import _assign_codes_native as native
+
     candidates: dict[str, WhyNot] = {
+        "cuda": lambda: native.why_not_cuda(x, sizes),
         "cpu": lambda: _why_not_cpu(x),
         "triton": lambda: _why_not_triton(x),
         "reference": lambda: None,
@@ -112,9 +115,9 @@ def _implementation(impl: str, x: Tensor) -> Callable[..., Assignment]:
         candidates["triton"] = candidates.pop("triton")
     chosen = resolve("assign_codes", impl, candidates)
     if chosen == "cpu":
-        from userip_fast.ops._assign_codes_native import assign_codes_cpu
-
-        return assign_codes_cpu
+        return native.assign_codes_cpu
+    if chosen == "cuda":
+        return native.assign_codes_cuda
     if chosen == "triton":
         from userip_fast.kernels.assign_codes import assign_codes as assign_codes_triton
 
@@ -140,7 +143,7 @@ def _assign_codes(
             f"assign_codes: codeword {k} (counted over all books) holds NaN or Inf, or its squared "
             f"norm {float(sq_norm[k])} is over {_MAX_SQ_NORM}; repair it or scale the data down"
         )
-    run = _implementation(impl, x)  # in here, where torch.compile does not look
+    run = _implementation(impl, x, sizes)  # in here, where torch.compile does not look
     out = run(x, codewords, sizes, active, normalize, need_second, need_stats)
     # One look at N ids, not a second read of x: kernels give -1 where the distance is not finite.
     if bool((out[0] < 0).any()):
@@ -182,7 +185,7 @@ def assign_codes(
         metric: "euclidean"; or "cosine", which scales vectors and codewords to length 1 first (a
             zero vector stays zero), so that `sq_distance` is 2 - 2 cos.
         active: bool, as `codebook` without D; codes that are False are retired: never chosen.
-        impl: "auto", "cpu" (C++), "triton" or "reference".
+        impl: "auto", "cpu" (C++), "cuda" (C++, up to 32 codes), "triton" or "reference".
 
     Returns:
         code_ids: [N] or [J, N] int64, position in its codebook; of equally near ones the lowest.
