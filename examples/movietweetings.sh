@@ -1,32 +1,24 @@
 #!/bin/sh
-# MovieTweetings 142k: ratings from 0 to 10, with time.
+# Movies rated 0 to 10 in tweets (MovieTweetings). Reading reports, for all users:
+#   users 21,081
+#   items 12,611
+#   events 141,695
 #
-#     examples/movietweetings.sh DATA OUT [MAX_USERS]
-#
-# DATA holds interactions.parquet and items.parquet; OUT gets run/ and bank/. MAX_USERS (1000 by
-# default, the first in hash order; 0 for all) keeps it to minutes on a laptop CPU.
-#
-# What reading must report:
-#     21,081 users, 12,611 items, 141,695 events; no bad row
+# usage: movietweetings.sh DATA OUT [MAX_USERS [FIT_FLAG ...]]
+# DATA holds interactions.parquet and items.parquet; OUT gets the run, and the bank in OUT/inferred.
+# USERIP names the program, for example USERIP="python -m userip_fast".
 set -eu
-data=${1:?folder with interactions.parquet and items.parquet}
-out=${2:?folder for run/ and bank/}
-users=${3:-1000}
-userip=${USERIP:-userip}
-if [ "$users" = 0 ]; then some=""; else some="--max-users $users"; fi
+data=$1 out=$2 max_users=${3:-1000000000}
+shift 2
+[ $# -eq 0 ] || shift
 
-# shellcheck disable=SC2086  # $some is a flag and its value, or nothing
-$userip fit \
+${USERIP:-userip} fit --interactions "$data/interactions.parquet" --items "$data/items.parquet" \
+  --user user_id --item item_id --rating rating --time timestamp --text "{title}[[ ({genres})]]" \
+  --template movies --max-users "$max_users" --out "$out" "$@"
+
+# A model knows its columns, text and rules: inference needs the data alone.
+${USERIP:-userip} infer --model "$out/model" \
   --interactions "$data/interactions.parquet" --items "$data/items.parquet" \
-  --user user_id --item item_id --rating rating --time timestamp \
-  --text "{title}[[ ({genres})]]" \
-  --template movies --max-tokens 128 ${USERIP_FIT_FLAGS:-} $some \
-  --out "$out/run"
+  --max-users "$max_users" --out "$out/inferred"
 
-# shellcheck disable=SC2086
-$userip infer \
-  --model "$out/run/model" \
-  --interactions "$data/interactions.parquet" --items "$data/items.parquet" \
-  $some --out "$out/bank"
-
-$userip bank lookup "$out/bank" 7326 8715 5644
+${USERIP:-userip} bank lookup "$out/inferred" --on-unknown code 1 2 3

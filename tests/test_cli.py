@@ -120,7 +120,7 @@ def test_bank_commands(fitted, tmp_path):
     about = json.loads(userip("bank", "info", bank).stdout)
     assert (about["users"], about["key_type"]) == (small_log.USERS, "int64")
     assert "30 users" in userip("bank", "verify", bank).stdout
-    assert "no bank" in userip("bank", "verify", tmp_path / "nothing", code=2).stderr
+    assert "no feature bank here" in userip("bank", "verify", tmp_path / "nothing", code=2).stderr
 
 
 def test_demo_prints_scores_and_codes(monkeypatch, tmp_path):

@@ -1,53 +1,88 @@
-"""The example scripts as they are, with a tiny LM and few users; and the counts they promise."""
+"""The four examples run on the real data sets, and their comments tell the counts that come out."""
 
-import json
-import os
+import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import small_log
+from typer.testing import CliRunner
 
 import userip_fast as uf
+from userip_fast import cli
+from userip_fast.data.read import read_interactions
 
-ROOT = Path(__file__).parents[1]
-TINY = "--set lm.embedded_tokens=2000 --set lm.embedded_layers=1 --set lm.embedded_hidden=32"
-CASES = {
-    "goodbooks": ("goodbooks-10k-sample", 298_176, 0, {}),
-    "movietweetings": ("movietweetings-142k", 141_695, 0, {}),
-    "completejourney": (
-        "completejourney-sample",
-        75_000,
-        0,
-        {"unknown item": 222, "empty text": 60},
-    ),
-    "online_retail": ("online-retail-ii", 805_888, 17_641, {}),
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+DATA = {
+    "completejourney": "completejourney-sample",
+    "goodbooks": "goodbooks-10k-sample",
+    "movietweetings": "movietweetings-142k",
+    "online_retail": "online-retail-ii",
 }
+USERS = 40
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_example(name, shared_dir, tmp_path):
-    folder, rows, filtered, bad = CASES[name]
-    env = {
-        **os.environ,
-        "USERIP": f"{sys.executable} -m userip_fast",
-        "USERIP_FIT_FLAGS": f"{TINY} --steps 1 --quantization none",
-        "USERIP_FAST_CACHE": str(tmp_path / "cache"),
-        "PYTHONPATH": str(ROOT),
-    }
+def commands(name, *args, tmp_path):
+    """The argument lists with which the script would call `userip`."""
+    stub = tmp_path / "stub.sh"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" END\n')
+    stub.chmod(0o755)
     done = subprocess.run(
-        ["sh", str(ROOT / "examples" / f"{name}.sh"), str(shared_dir / "data" / folder),
-         str(tmp_path), "40"],
-        env=env, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    dropped = json.loads((tmp_path / "run" / "metrics.json").read_text())["data"]["dropped"]
-    assert dropped["rows_read"] == rows
-    assert dropped["rows_filtered"] == filtered
-    assert dropped["counts"] == bad
-    bank = uf.FeatureBank.open(tmp_path / "bank", verify=True)
-    assert len(bank) == 40
-    model = uf.Model.load(tmp_path / "run" / "model")
-    assert bank.model_fingerprint == model.fingerprint
-    fitted = uf.FeatureBank.open(tmp_path / "run" / "bank")
-    assert (fitted.codes() == bank.codes()).all()
+        ["sh", EXAMPLES / f"{name}.sh", *map(str, args)],
+        env={"USERIP": str(stub), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [part.split("\n") for part in done.stdout.removesuffix("\nEND\n").split("\nEND\n")]
+
+
+def run(args):
+    result = CliRunner().invoke(cli.app, args)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_every_example_is_here():
+    assert sorted(DATA) == sorted(path.stem for path in EXAMPLES.glob("*.sh"))
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_example(name, shared_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("USERIP_FAST_CACHE", str(tmp_path / "cache"))
+    read = {}
+
+    def read_once(*args, **kwargs):
+        key = repr((args, kwargs))
+        if key not in read:
+            read[key] = read_interactions(*args, **kwargs)
+        return read[key]
+
+    monkeypatch.setattr("userip_fast.data.read_interactions", read_once)
+    data, out = shared_dir / "data" / DATA[name], tmp_path / "run"
+    tiny = [x for setting in small_log.TINY for x in ("--set", setting)]
+    fit, infer, lookup = commands(name, data, out, USERS, *tiny, tmp_path=tmp_path)
+    assert (fit[0], infer[0], lookup[:2]) == ("fit", "infer", ["bank", "lookup"])
+
+    script = (EXAMPLES / f"{name}.sh").read_text()
+    told = dict(re.findall(r"^#   (\S.*?) ([\d,]+)$", script, re.MULTILINE))
+    assert {"users", "events"} <= set(told)
+    printed = run(fit)
+    (interactions,) = read.values()
+    for what in ("users", "items", "events"):
+        if what in told:
+            assert f"{getattr(interactions, f'num_{what}'):,}" == told.pop(what)
+    for rule in told:
+        assert re.search(rf"^{re.escape(rule)} +{told[rule]}$", printed, re.MULTILINE), rule
+    codes = run(infer)
+    assert len(read) == 1, "infer read with other columns or rules than fit"
+    assert re.search(rf"users +│ {USERS} ", codes)
+    bank = uf.FeatureBank.open(out / "inferred", verify=True)
+    assert len(bank) == USERS
+    assert (bank.codes() == uf.FeatureBank.open(out / "bank").codes()).all()
+    keys = lookup[lookup.index("code") + 1 :]
+    assert (interactions.user_index(bank.coerce_keys(keys)) >= 0).all()  # in the bank of all users
+    table = run(lookup)
+    assert all(f"│ {key} " in table for key in keys)
