@@ -21,6 +21,7 @@ from userip_fast import cli
 from userip_fast.config import Config
 from userip_fast.errors import ConfigError
 from userip_fast.files import read_json, sha256_file, write_json
+from userip_fast.flags import FLAGS, settings_of
 
 FIELD = "taste:The user likes:4:1:fantasy romance"
 SET = [arg for setting in small_log.TINY for arg in ("--set", setting)]
@@ -172,18 +173,18 @@ def test_help(args):
 def test_flags_name_settings_and_are_flags_of_fit():
     commands = get_command(cli.app).commands
     known = Config().to_dict()
-    for flag, name in cli.FLAGS.items():
+    for flag, name in FLAGS.items():
         section, _, key = name.partition(".")
         assert key in known[section], name
         assert flag in {p.name for p in commands["fit"].params}
     of_infer = {p.name for p in commands["infer"].params}
-    assert of_infer - set(cli.FLAGS) == {
+    assert of_infer - set(FLAGS) == {
         "model", "interactions", "items", "out", "max_users", "quiet",
     }  # fmt: skip
 
 
 def settings(**params):
-    return cli._settings({"config": None, "set": None, "template": None, "field": None, **params})
+    return settings_of({"config": None, "set": None, "template": None, "field": None, **params})
 
 
 def test_a_file_and_flags_say_the_same(tmp_path):

@@ -14,6 +14,7 @@ import userip_fast as uf
 from userip_fast import cli, env
 from userip_fast.api import fit
 from userip_fast.config import Config
+from userip_fast.flags import settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,7 +55,7 @@ def test_commands_have_these_flags(line):
         command = command.commands[words.pop(0)]
     context = command.make_context(command.name, words)
     if command.name == "fit":
-        cli._settings(context.params)
+        settings_of(context.params)
 
 
 def test_the_config_of_the_docs_is_one():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -19,37 +18,11 @@ import typer
 from typer.core import TyperGroup
 
 from userip_fast._version import __version__
-from userip_fast.errors import ConfigError, UserIPError
+from userip_fast.errors import UserIPError
 
 if TYPE_CHECKING:
     from userip_fast.config import Config
     from userip_fast.data import Interactions
-    from userip_fast.prompts import ProfileField
-
-FLAGS: Mapping[str, str] = {
-    "user": "data.user",
-    "item": "data.item",
-    "rating": "data.rating",
-    "time": "data.time",
-    "text": "data.text",
-    "filter": "data.filter",
-    "on_bad": "data.on_bad",
-    "min_history": "data.min_history",
-    "behaviour": "data.behaviour",
-    "separator": "data.separator",
-    "behaviour_context": "data.behaviour_context",
-    "max_tokens": "data.max_tokens",
-    "negatives": "data.negatives",
-    "loss": "data.loss",
-    "lm": "lm.path",
-    "quantization": "lm.quantization",
-    "device": "lm.device",
-    "recipe": "em.recipe",
-    "rounds": "em.rounds",
-    "steps": "em.steps",
-    "seed": "em.seed",
-}
-"""Flag -> setting; `--set` reaches every other setting by its dotted name."""
 
 
 class _Group(TyperGroup):
@@ -217,7 +190,9 @@ def fit(
     quiet: Quiet = False,
 ) -> None:
     """Learn profile codebooks from an interaction log; write model, bank and report to --out."""
-    settings = _settings(ctx.params)
+    from userip_fast.flags import settings_of
+
+    settings = settings_of(ctx.params)
     data = _read(interactions, items, settings, max_users, quiet)
     _silence_transformers()
     from userip_fast.api import Run
@@ -267,11 +242,12 @@ def infer(
     """
     _silence_transformers()
     from userip_fast.bank import FeatureBank
+    from userip_fast.flags import flag_values
     from userip_fast.model import Model
     from userip_fast.terminal import print_results
 
     fitted = Model.load(model, device=device)
-    settings = fitted.config.override(_flag_values(ctx.params))
+    settings = fitted.config.override(flag_values(ctx.params))
     data = _read(interactions, items, settings, max_users, quiet)
     found: dict[str, Any] = {}
     started = monotonic()
@@ -292,66 +268,6 @@ def infer(
             found["nll_per_weight"],
             {"bank": out},
         )
-
-
-def _settings(params: Mapping[str, Any]) -> Config:
-    """Defaults, then --config, then flags, then --set."""
-    from userip_fast.config import Config
-
-    base = Config.load(params["config"]) if params.get("config") else Config()
-    values = _flag_values(params)
-    if loss := values.get("data.loss"):
-        values["data.loss"] = loss.split(",") if "," in loss else loss
-    if fields := _fields(params.get("template"), params.get("field")):
-        values["fields"] = fields
-    for setting in params["set"] or ():
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {setting!r} must be NAME=VALUE, for example em.lr=0.02")
-        values[name.strip()] = _value(value)
-    return base.override(values)
-
-
-def _flag_values(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: params[flag] for flag, name in FLAGS.items() if params.get(flag) is not None}
-
-
-def _value(text: str) -> Any:
-    """null, a YAML list, or text that the setting's own type reads."""
-    import yaml
-
-    if text == "null":
-        return None
-    if text.startswith("["):
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            pass  # an item text may begin with an optional group, "[[...]]"
-    return text
-
-
-def _fields(template: str | None, specs: list[str] | None) -> tuple[ProfileField, ...]:
-    """Fields of --template or --field; empty when neither is given."""
-    from userip_fast.prompts import TEMPLATES, ProfileField
-
-    if template is not None and specs:
-        raise ConfigError("--template and --field exclude each other: name the fields in one way")
-    if template is not None:
-        if template not in TEMPLATES:
-            raise ConfigError(f"--template must be one of {sorted(TEMPLATES)}, is {template!r}")
-        return TEMPLATES[template]
-    fields = []
-    for spec in specs or ():
-        name, *rest = spec.split(":")
-        rest += ["1", ""][max(len(rest) - 2, 0) :]
-        if len(rest) != 4 or not (rest[1].isdecimal() and rest[2].isdecimal()):
-            raise ConfigError(
-                f"--field {spec!r} must be NAME:PROMPT:CODES[:TOKENS[:WORD WORD ...]], for example "
-                '"hobby:The user\'s hobby is:16:1:sports music"'
-            )
-        prompt, codes, tokens, words = rest
-        fields.append(ProfileField(name, prompt, int(tokens), int(codes), tuple(words.split())))
-    return tuple(fields)
 
 
 def _read(
@@ -400,7 +316,9 @@ def doctor(
     set: Settings = None,
 ) -> None:
     """Check packing and masks on your own LM: the packed engine against the plain model."""
-    settings = _settings(ctx.params)
+    from userip_fast.flags import settings_of
+
+    settings = settings_of(ctx.params)
     _silence_transformers()
     from userip_fast.doctor import diagnose, load
     from userip_fast.terminal import print_checks

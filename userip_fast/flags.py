@@ -1,0 +1,91 @@
+"""From flags to settings: one table, and the forms that `--set`, `--field` and `--loss` take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from userip_fast.config import Config
+from userip_fast.errors import ConfigError
+from userip_fast.prompts import TEMPLATES, ProfileField
+
+FLAGS: Mapping[str, str] = {
+    "user": "data.user",
+    "item": "data.item",
+    "rating": "data.rating",
+    "time": "data.time",
+    "text": "data.text",
+    "filter": "data.filter",
+    "on_bad": "data.on_bad",
+    "min_history": "data.min_history",
+    "behaviour": "data.behaviour",
+    "separator": "data.separator",
+    "behaviour_context": "data.behaviour_context",
+    "max_tokens": "data.max_tokens",
+    "negatives": "data.negatives",
+    "loss": "data.loss",
+    "lm": "lm.path",
+    "quantization": "lm.quantization",
+    "device": "lm.device",
+    "recipe": "em.recipe",
+    "rounds": "em.rounds",
+    "steps": "em.steps",
+    "seed": "em.seed",
+}
+"""Flag -> setting; `--set` reaches every other setting by its dotted name."""
+
+
+def settings_of(params: Mapping[str, Any]) -> Config:
+    """Defaults, then --config, then flags, then --set."""
+    base = Config.load(params["config"]) if params.get("config") else Config()
+    values = flag_values(params)
+    if loss := values.get("data.loss"):
+        values["data.loss"] = loss.split(",") if "," in loss else loss
+    if fields := _fields(params.get("template"), params.get("field")):
+        values["fields"] = fields
+    for setting in params["set"] or ():
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting!r} must be NAME=VALUE, for example em.lr=0.02")
+        values[name.strip()] = _value(value)
+    return base.override(values)
+
+
+def flag_values(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: params[flag] for flag, name in FLAGS.items() if params.get(flag) is not None}
+
+
+def _value(text: str) -> Any:
+    """null, a YAML list, or text that the setting's own type reads."""
+    if text == "null":
+        return None
+    if text.startswith("["):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            pass  # an item text may begin with an optional group, "[[...]]"
+    return text
+
+
+def _fields(template: str | None, specs: Sequence[str] | None) -> tuple[ProfileField, ...]:
+    """Fields of --template or --field; empty when neither is given."""
+    if template is not None and specs:
+        raise ConfigError("--template and --field exclude each other: name the fields in one way")
+    if template is not None:
+        if template not in TEMPLATES:
+            raise ConfigError(f"--template must be one of {sorted(TEMPLATES)}, is {template!r}")
+        return TEMPLATES[template]
+    fields = []
+    for spec in specs or ():
+        name, *rest = spec.split(":")
+        rest += ["1", ""][max(len(rest) - 2, 0) :]
+        if len(rest) != 4 or not (rest[1].isdecimal() and rest[2].isdecimal()):
+            raise ConfigError(
+                f"--field {spec!r} must be NAME:PROMPT:CODES[:TOKENS[:WORD WORD ...]], for example "
+                '"hobby:The user\'s hobby is:16:1:sports music"'
+            )
+        prompt, codes, tokens, words = rest
+        fields.append(ProfileField(name, prompt, int(tokens), int(codes), tuple(words.split())))
+    return tuple(fields)
