@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 
 from userip_fast._version import __version__
@@ -259,7 +258,7 @@ class Model:
             model_lm.embedded = bool(about["embedded"])
         except (KeyError, TypeError) as e:
             raise FormatError(f"{root}: the manifest lacks or garbles {e}") from e
-        if model_lm.fingerprint != about["fingerprint"] and model_lm.dtype == torch.float32:
+        if model_lm.fingerprint != about["fingerprint"]:
             raise MismatchError(
                 f"{root}: the LM at {source} is not the one the codebooks were learned with "
                 f"(fingerprint {model_lm.fingerprint[:12]}, expected {about['fingerprint'][:12]})"
@@ -303,8 +302,9 @@ def truncated_users(source: BehaviourSource, tokenizer: Any, on_bad: str) -> Int
     if len(empty):
         names = [source.events.user_keys[int(u)].as_py() for u in empty[:10]]
         why = (
-            f"{len(empty)} users have a history that truncates to nothing: their latest event alone "
-            f"has more than data.max_tokens={source.format.max_tokens} tokens; first users: {names}"
+            f"{len(empty)} users have a history that truncates to nothing: their latest event "
+            f"alone has more than data.max_tokens={source.format.max_tokens} tokens; first users: "
+            f"{names}"
         )
         if on_bad == "error":
             raise DataError(

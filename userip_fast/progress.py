@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then in a log, nothing when not asked for."""
+"""Progress of long work: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 

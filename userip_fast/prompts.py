@@ -247,7 +247,8 @@ def tokenize_events(
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UnsupportedError(
-            f"tokenizer {type(tokenizer).__name__} cannot tell character offsets; use a fast tokenizer"
+            f"tokenizer {type(tokenizer).__name__} cannot tell character offsets; "
+            "use a fast tokenizer"
         )
     before, word, after = behaviour.partition("{feedback}")
     if bool(word) != (feedback is not None):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,13 +35,22 @@ class FrozenLM:
         source: Path or hub id it came from.
         embedded: Whether it is the embedded default, which is saved with a model.
         quantization: "none", "nf4" or "nf4-double".
-        fingerprint: Hex digest of configuration, tokenizer and a sample of every tensor.
+        fingerprint: Hex digest of the vocabulary and a sample of every tensor as it is stored, so
+            that it does not depend on dtype, quantisation or device.
         head_weight, head_bias, softcap: The frozen head, for `ops.linear_cross_entropy`.
         token_embedding, embedding_scale: Token t enters the model as `embedding_scale * row t`.
         embedding_rms: Root mean square of an entry of an embedded token; the unit of `em.lr`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, source: str, quantization: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        source: str,
+        quantization: str,
+        fingerprint: str | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.source = source
@@ -69,7 +79,7 @@ class FrozenLM:
             torch.arange(min(4096, self.token_embedding.shape[0]), device=self.device)
         )
         self.embedding_rms = float(rows.float().square().mean().sqrt())
-        self.fingerprint = _fingerprint(model, tokenizer)
+        self.fingerprint = fingerprint or _digest(tokenizer, _model_tensors(model))
         self._probe()
 
     @classmethod
@@ -121,7 +131,13 @@ class FrozenLM:
             quantization = str(_get(stored, "bnb_4bit_quant_type", "stored"))
             if _get(stored, "bnb_4bit_use_double_quant", False):
                 quantization += "-double"
-        lm = cls(model, tokenizer, source=str(path), quantization=quantization)
+        lm = cls(
+            model,
+            tokenizer,
+            source=str(path),
+            quantization=quantization,
+            fingerprint=_digest(tokenizer, _stored_tensors(_folder(path))),
+        )
         logger.info(
             "LM %s: %s, %s, %s, D=%d, attention %s",
             path,
@@ -294,19 +310,38 @@ def _get(mapping: Any, key: str, default: Any) -> Any:
     )
 
 
-def _fingerprint(model: Any, tokenizer: Any) -> str:
-    """A digest of vocabulary and a sample of every tensor, in milliseconds."""
+def _digest(tokenizer: Any, tensors: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
+    """A digest that changes with vocabulary, names, shapes or sampled values; milliseconds."""
     digest = hashlib.sha256()
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
         digest.update(f"{index}\t{token}\n".encode())
-    for name, tensor in sorted(_tensors(model)):
-        flat = tensor.detach().reshape(-1)
-        picks = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64)
-        sample = flat[picks.round().long().to(flat.device)].cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    for name, shape, sample in tensors:
+        digest.update(f"{name} {shape} {sample.dtype}".encode())
+        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _tensors(model: Any) -> Sequence[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
+def _folder(path: str) -> Path:
+    """The folder the model lies in; of a hub id, that of its cached snapshot."""
+    if Path(path).is_dir():
+        return Path(path)
+    from transformers.utils import cached_file
+
+    return Path(str(cached_file(path, "config.json"))).parent
+
+
+def _stored_tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """Name, shape and the first row of every tensor in the folder's safetensors files."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as stored:
+            for name in sorted(stored.keys()):
+                part = stored.get_slice(name)
+                shape = tuple(part.get_shape())
+                yield name, shape, part[:1] if shape and shape[0] else torch.zeros(0)
+
+
+def _model_tensors(model: Any) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    for name, tensor in sorted(model.state_dict().items()):
+        yield name, tuple(tensor.shape), tensor.detach().reshape(-1)[:64]
