@@ -40,6 +40,7 @@ struct Problem {
 // Work space of one thread, kept from block to block.
 struct Scratch {
     std::vector<float> x;       // [block_rows, dim], rows converted to fp32 where they are not
+    std::vector<float> piece;   // [block_rows, depth of a block], so that rows share no cache set
     std::vector<float> scores;  // [block_rows, codes of a block]
 };
 

@@ -11,7 +11,7 @@
 constexpr int64_t kLanes = USERIP_LANES;
 constexpr int kGroup = USERIP_GROUP;
 constexpr int64_t kPanel = 2 * kLanes;
-constexpr int64_t kBlockRows = 16 * kGroup;
+constexpr int64_t kBlockRows = 32 * kGroup;
 constexpr int64_t kBlockCodes = 256;
 constexpr int64_t kBlockDepth = 256;  // a panel of it is half of a 32 KiB L1 (AVX2)
 constexpr int kDirectRows = 2;        // 2 x 4 accumulators
@@ -55,17 +55,24 @@ inline Vec max_lanes(Vec v) {  // in every lane
 void pack(Book& book, const uint8_t* active, int64_t dim) {
     for (int64_t p = 0; p < book.num_panels; ++p) {
         float* panel = book.panels + p * dim * kPanel;
+        double norm[kPanel] = {};
+        // In pieces of a few cache lines per code, so that every line written is filled while near.
+        for (int64_t d0 = 0; d0 < dim; d0 += 32) {
+            const int64_t d1 = std::min(dim, d0 + 32);
+            for (int64_t lane = 0; lane < kPanel; ++lane) {
+                const int64_t k = p * kPanel + lane;
+                const float* c = book.codewords + std::min(k, book.size - 1) * dim;
+                const float real = k < book.size ? 1.0f : 0.0f;
+                for (int64_t d = d0; d < d1; ++d) {
+                    panel[d * kPanel + lane] = real * c[d];
+                    norm[lane] += double(c[d]) * c[d];
+                }
+            }
+        }
         for (int64_t lane = 0; lane < kPanel; ++lane) {
             const int64_t k = p * kPanel + lane;
-            const bool real = k < book.size;
-            const float* c = book.codewords + (real ? k : 0) * dim;
-            double norm = 0;
-            for (int64_t d = 0; d < dim; ++d) {
-                panel[d * kPanel + lane] = real ? c[d] : 0.0f;
-                norm += double(c[d]) * c[d];
-            }
-            const bool usable = real && (active == nullptr || active[k] != 0);
-            book.half_norm[k] = usable ? float(norm / 2) : kInfinity;
+            const bool usable = k < book.size && (active == nullptr || active[k] != 0);
+            book.half_norm[k] = usable ? float(norm[lane] / 2) : kInfinity;
         }
     }
 }
@@ -220,20 +227,33 @@ inline void decide(const Problem& p, const Book& book, const Top2& top, const fl
 // block].
 inline void assign_by_score(const Problem& p, const Book& book, const float* const* x, int64_t rows,
                             int64_t block_depth, int64_t block_panels, int64_t ahead, float* scores,
-                            int64_t out) {
+                            float* packed, int64_t out) {
     const int64_t stride = block_panels * kPanel;
+    const int64_t rows_up = (rows + kGroup - 1) / kGroup * kGroup;
     Top2 top[kBlockRows];
     for (int64_t p0 = 0; p0 < book.num_panels; p0 += block_panels) {
         const int64_t panels = std::min(block_panels, book.num_panels - p0);
         for (int64_t d0 = 0; d0 < p.dim; d0 += block_depth) {
             const int64_t depth = std::min(block_depth, p.dim - d0);
-            for (int64_t g = 0; g < rows; g += kGroup) {
-                const float* group[kGroup];
-                for (int r = 0; r < kGroup; ++r) group[r] = x[g + r] + d0;
+            const float* piece[kBlockRows];
+            for (int64_t r = 0; r < rows_up; ++r) {
+                piece[r] = x[r] + d0;
+                if (packed == nullptr) continue;
+                std::memcpy(packed + r * kBlockDepth, piece[r], depth * sizeof(float));
+                piece[r] = packed + r * kBlockDepth;
+            }
+            const float* first = book.panels + (p0 * p.dim + d0) * kPanel;
+            const auto tile = [&](int64_t g, int64_t q, int64_t prefetch) {
+                score_tile(piece + g, first + q * p.dim * kPanel, depth,
+                           scores + g * stride + q * kPanel, stride, d0 == 0, prefetch);
+            };
+            if (packed != nullptr) {  // a panel stays in L1, the rows in L2
                 for (int64_t q = 0; q < panels; ++q) {
-                    score_tile(group, book.panels + ((p0 + q) * p.dim + d0) * kPanel, depth,
-                               scores + g * stride + q * kPanel, stride, d0 == 0,
-                               q == 0 && p0 == 0 ? ahead : 0);
+                    for (int64_t g = 0; g < rows; g += kGroup) tile(g, q, 0);
+                }
+            } else {  // rows stay in L1 while the few panels pass from L2
+                for (int64_t g = 0; g < rows; g += kGroup) {
+                    for (int64_t q = 0; q < panels; ++q) tile(g, q, q == 0 ? ahead : 0);
                 }
             }
         }
@@ -306,6 +326,7 @@ void assign(const Problem& p, int64_t j, int64_t begin, int64_t end, Scratch& sc
     const bool direct = book.size <= kDirectCodes;
     // One panel: whole rows in one go, so that x streams once from memory through L1.
     const bool one_panel = book.num_panels == 1;
+    const bool pack_rows = book.num_panels > 8;
     const int64_t group = direct ? kDirectRows : kGroup;
     const int64_t block_rows = one_panel ? group : kBlockRows;
     const int64_t block_depth = one_panel ? p.dim : kBlockDepth;
@@ -316,6 +337,7 @@ void assign(const Problem& p, int64_t j, int64_t begin, int64_t end, Scratch& sc
     float penalty[kPanel];
     for (int64_t k = 0; k < kPanel; ++k) penalty[k] = book.half_norm[k] < kInfinity ? 0 : kInfinity;
     scratch.scores.resize(block_rows * stride);
+    if (pack_rows) scratch.piece.resize(kBlockRows * kBlockDepth);
     if (!plain) scratch.x.resize(block_rows * x_stride);
 
     for (int64_t n0 = begin; n0 < end; n0 += block_rows) {
@@ -341,7 +363,7 @@ void assign(const Problem& p, int64_t j, int64_t begin, int64_t end, Scratch& sc
             assign_direct(p, book, penalty, x, rows, ahead, out);
         } else {
             assign_by_score(p, book, x, rows, block_depth, block_panels, ahead,
-                            scratch.scores.data(), out);
+                            scratch.scores.data(), pack_rows ? scratch.piece.data() : nullptr, out);
         }
         if (sums == nullptr) continue;
         for (int64_t r = 0; r < rows; ++r) {

@@ -1,0 +1,229 @@
+"""assign_codes against torch, FAISS, scikit-learn and vector-quantize-pytorch.
+
+    python benchmarks/bench_assign_codes.py --device cpu|cuda [--threads N] [--clock cpu] [--quick]
+    pytest benchmarks/bench_assign_codes.py --benchmark-only
+
+x [N, D] fp32 on CPU (bf16 on CUDA), one codebook [K, D]; x is 1 GB for K <= 16. Correctness first:
+every contender's codeword is as near as ours within rounding, or there is no number. In the last
+line, JSON, `ratios` are the fastest peer's best time over ours and `share` is the time that the
+binding ceiling of this run (sgemm rate or read bandwidth) would need over ours, both the worst over
+D and K of a group. `fused_stats` is against the fastest peer's assignment followed by index_add.
+`peak_mib` on CPU is the rise of the process's resident memory during a call, outputs included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _timing import add_arguments, apply_arguments, ceilings, compare, machine, peak_mib
+
+from userip_fast import ops
+
+GROUPS = {"small_k": (4, 16), "k64": (64,), "large_k": (1024, 4096)}
+DIMS = (256, 4096)
+Run = Callable[[], Any]
+
+
+def torch_matmul(x: torch.Tensor, c: torch.Tensor) -> Run:
+    half = c.square().sum(1) / 2
+    return lambda: (x @ c.T - half).argmax(1)
+
+
+def torch_cdist(x: torch.Tensor, c: torch.Tensor) -> Run:
+    return lambda: torch.cdist(x, c).argmin(1)
+
+
+def faiss_flat(x: torch.Tensor, c: torch.Tensor) -> Run:
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatL2(x.shape[1])
+    index.add(c.numpy())
+    return lambda: torch.from_numpy(index.search(x.numpy(), 1)[1][:, 0])
+
+
+def scikit_learn(x: torch.Tensor, c: torch.Tensor) -> Run:
+    from sklearn.metrics import pairwise_distances_argmin
+
+    return lambda: torch.from_numpy(pairwise_distances_argmin(x.numpy(), c.numpy()))
+
+
+def vector_quantize(x: torch.Tensor, c: torch.Tensor) -> Run:
+    from vector_quantize_pytorch import VectorQuantize
+
+    module = VectorQuantize(x.shape[1], len(c)).eval()
+    with torch.no_grad():
+        module._codebook.embed.copy_(c[None])
+        module._codebook.initted.fill_(True)
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            return module(x[None])[1][0]
+
+    return run
+
+
+PEERS: dict[str, Callable[[torch.Tensor, torch.Tensor], Run]] = {
+    "torch matmul": torch_matmul,
+    "torch cdist": torch_cdist,
+    "faiss": faiss_flat,
+    "scikit-learn": scikit_learn,
+    "vector-quantize-pytorch": vector_quantize,
+}
+
+
+def peers(x: torch.Tensor, c: torch.Tensor) -> dict[str, Run]:
+    """The peers that are installed and can take this case."""
+    names = ["torch matmul"] if x.is_cuda else list(PEERS)
+    if x.numel() * 4 > 1 << 28:  # they copy x, or hold N x K several times: minutes, gigabytes
+        names = [n for n in names if n not in ("vector-quantize-pytorch", "torch cdist")]
+    out = {}
+    for name in names:
+        try:
+            out[name] = PEERS[name](x, c)
+        except ImportError as e:
+            print(f"{name} left out: {e}")
+    return out
+
+
+def check(x: torch.Tensor, c: torch.Tensor, runs: dict[str, Run]) -> None:
+    """On the first rows: nobody's codeword is nearer than ours, nor farther, beyond rounding."""
+    xs, words = x[:512].double(), c.double()
+    best = torch.cdist(xs, words).square().min(1).values
+    eps = torch.finfo(x.dtype).eps
+    band = 8 * eps * (xs.norm(dim=1) + words.norm(dim=1).max()).square()
+    for name, run in runs.items():
+        ids = run()
+        got = (xs - words[(ids[0] if isinstance(ids, tuple) else ids)[:512]]).square().sum(1)
+        if not bool((got <= best + band).all()):
+            raise SystemExit(f"{name} is wrong at K={len(c)} D={x.shape[1]}: no numbers")
+
+
+def resident_rise_mib(run: Run, device: str) -> float:
+    """Peak memory of one call in MiB, C++ buffers included."""
+    if device == "cuda":
+        return peak_mib(run, device)
+
+    def status(key: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1])
+        raise SystemExit(f"/proc/self/status has no {key}")
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = status("VmRSS")
+    kept = run()
+    del kept
+    return round((status("VmHWM") - before) / 1024, 1)
+
+
+def measure(
+    n: int, k: int, dim: int, device: str, limits: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x = torch.randn(n, dim, device=device).to(dtype)
+    c = torch.randn(k, dim, device=device).to(dtype)
+    others = peers(x, c)
+    runs: dict[str, Run] = {"ours": lambda: ops.assign_codes(x, c), **others}
+    check(x, c, runs)
+    memory = {name: resident_rise_mib(run, device) for name, run in runs.items()}
+    runs["ours, stats"] = lambda: ops.assign_codes_with_stats(x, c)
+    ids = ops.assign_codes(x, c)[0]
+    sums = torch.zeros(k, dim, device=device)
+
+    def index_add() -> None:
+        torch.bincount(ids, minlength=k)
+        sums.index_add_(0, ids, x.float())
+
+    runs["index_add"] = index_add
+    times = compare(runs, device, seconds=seconds)
+    flops, nbytes = 2.0 * n * k * dim, x.nbytes + c.nbytes
+    floor = max(flops / limits["gemm_tflops"] / 1e9, nbytes / limits["read_gb_per_s"] / 1e6)
+    ours = times["ours"]["best_ms"]
+    fastest = min(times[name]["best_ms"] for name in others)
+    row = {
+        "n": n,
+        "k": k,
+        "dim": dim,
+        "ratio": round(fastest / ours, 3),
+        "share": round(floor / ours, 3),
+        "fused_stats": round(
+            (fastest + times["index_add"]["best_ms"]) / times["ours, stats"]["best_ms"], 3
+        ),
+        "peak_mib": memory,
+        "times": times,
+    }
+    print(f"N={n} K={k} D={dim}: {row['ratio']}x the fastest peer, share {row['share']}")
+    for name, t in times.items():
+        print(
+            f"    {name}: best {t['best_ms']} ms (median {t['median_ms']}), "
+            f"{flops / t['best_ms'] / 1e6:.1f} GFLOP/s, {nbytes / t['best_ms'] / 1e6:.2f} GB/s"
+            + (f", peak {memory[name]} MiB" if name in memory else "")
+        )
+    return row
+
+
+def scaling(limit: int) -> dict[str, float]:
+    """Time on one thread over time on n, at K = 16 and K = 1024, D = 256."""
+    out = {}
+    for k, n in ((16, 200_000), (1024, 20_000)):
+        x, c = torch.randn(n, 256), torch.randn(k, 256)
+        best = {}
+        for threads in (1, limit):
+            torch.set_num_threads(threads)
+            timed = compare({"ours": lambda x=x, c=c: ops.assign_codes(x, c)}, "cpu", seconds=1.0)
+            best[threads] = timed["ours"]["best_ms"]
+        out[f"k{k}"] = round(best[1] / best[limit], 2)
+    return out
+
+
+def run(device: str, quick: bool) -> dict[str, Any]:
+    limits = ceilings(device)
+    print("ceilings:", limits)
+    rows = []
+    for ks in GROUPS.values():
+        for k in ks:
+            for dim in DIMS:
+                # 1 GB of x where bandwidth binds, else about 50 GFLOP
+                n = (1 << 28) // dim if k <= 16 else int(5e10 / (2 * k * dim))
+                n = min(n, 1000) if quick else n * (8 if device == "cuda" else 1)
+                rows.append(measure(n, k, dim, device, limits, 0.2 if quick else 4.0))
+    group = {name: [r for r in rows if r["k"] in ks] for name, ks in GROUPS.items()}
+    threads = torch.get_num_threads()
+    return {
+        "benchmark": "assign_codes",
+        "ratios": {
+            **{name: min(r["ratio"] for r in part) for name, part in group.items()},
+            "fused_stats": min(r["fused_stats"] for r in group["small_k"] + group["k64"]),
+        },
+        "share": {name: min(r["share"] for r in part) for name, part in group.items()},
+        "ceilings": limits,
+        "scaling": scaling(threads) if device == "cpu" and threads > 1 else None,
+        "results": rows,
+        **machine(device),
+    }
+
+
+@pytest.mark.parametrize("k", [16, 256])
+def test_assign_codes(benchmark: Any, k: int) -> None:
+    x, c = torch.randn(4096, 256), torch.randn(k, 256)
+    benchmark(lambda: ops.assign_codes(x, c))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    args = parser.parse_args()
+    apply_arguments(args)
+    print(json.dumps(run(args.device, args.quick)))
+
+
+if __name__ == "__main__":
+    main()
