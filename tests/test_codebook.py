@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from userip_fast.codebook import Codebook
+from userip_fast.codebook import Codebook, PrunedAssignment, ResidualCodebook
 from userip_fast.errors import MismatchError
-from userip_fast.ops import assign_codes_with_stats
+from userip_fast.ops import assign_codes, assign_codes_with_stats
 
 
 def blobs(k=8, per=60, dim=16, spread=0.05):
@@ -152,3 +152,51 @@ def test_bad_arguments_are_named():
         book.ema_update(torch.ones(3), torch.ones(4, 2), 0.9)
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\)"):
         book.ema_update(torch.ones(4), torch.ones(4, 2), 1.0)
+
+
+def test_residual_levels_refine_and_decode():
+    x = torch.randn(3000, 8)
+    book = ResidualCodebook.kmeans(x, [8, 8, 8], seed=0, iterations=10)
+    ids, distance = book.assign(x)
+    assert ids.shape == (3000, 3)
+    torch.testing.assert_close((x - book.decode(ids)).square().sum(1), distance)
+    one, two = (float(ResidualCodebook(book.levels[:n]).assign(x)[1].mean()) for n in (1, 2))
+    assert float(distance.mean()) < 0.85 * two < 0.85 * 0.85 * one
+    flat = Codebook.kmeans(x, 24, seed=0, iterations=10)  # as many rows, but 24 ids instead of 512
+    assert float(distance.mean()) < float(flat.assign(x)[1].mean())
+    with pytest.raises(ValueError, match=r"must be \[N, 3\]"):
+        book.decode(ids[:, :2])
+    with pytest.raises(ValueError, match="one dimension"):
+        ResidualCodebook([Codebook(torch.randn(2, 3)), Codebook(torch.randn(2, 4))])
+
+
+@pytest.mark.parametrize("k", [1, 2, 30])
+def test_pruned_assignment_is_exact_and_prunes(k):
+    x, _, _ = blobs(k=30, per=40)
+    c = x[torch.randperm(len(x))[:k]].clone()
+    pruned = PrunedAssignment()
+    looked = []
+    for step in range(12):
+        ids = pruned.assign(x, c)
+        assert torch.equal(ids, assign_codes(x, c)[0])
+        looked.append(pruned.searched)
+        counts, sums = assign_codes_with_stats(x, c)[2:]
+        c[counts > 0] = sums[counts > 0] / counts[counts > 0, None]
+        if step == 6:
+            c += 0.01 * torch.randn_like(c)
+    assert looked[0] == len(x)
+    assert looked[5] < len(x) / 4
+
+
+def test_pruned_assignment_follows_moving_vectors_and_ties():
+    x, c = torch.randn(400, 6), torch.randn(12, 6)
+    c[7] = c[3]  # a tie: bounds never part, so it is searched each time
+    pruned = PrunedAssignment()
+    for scale in (0.3, 0.1, 0.01, 0.0):
+        assert torch.equal(pruned.assign(x, c), assign_codes(x, c)[0])
+        step = scale * torch.randn_like(x)
+        x, c = x + step, c + scale * torch.randn_like(c)
+        c[7] = c[3]
+        assert torch.equal(pruned.assign(x, c, step.norm(dim=1)), assign_codes(x, c)[0])
+    assert pruned.searched < len(x)
+    assert pruned.assign(x[:5], c).shape == (5,)  # other vectors: starts afresh

@@ -7,14 +7,14 @@ data is badly covered. Everything random is seeded; given the seed, results are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from userip_fast.errors import MismatchError
-from userip_fast.ops import assign_codes, assign_codes_with_stats
+from userip_fast.ops import assign_codes, assign_codes_with_margin, assign_codes_with_stats
 
 _INIT_ROWS_PER_CODE = 64  # k-means++ looks at a seeded sample of at most this many rows per code
 
@@ -211,6 +211,118 @@ class Codebook:
             self.ema_counts[codes] = 1.0
             self.ema_sums[codes] = self.codewords[codes]
         return codes
+
+
+class ResidualCodebook:
+    """Levels of codebooks, each for what the ones before left: prod(K_l) ids from sum(K_l) rows.
+
+    Args:
+        levels: Codebooks of one dimension, first level first.
+
+    Source: residual quantisation, arXiv 2107.03312 (SoundStream), section III-C.
+    """
+
+    def __init__(self, levels: Sequence[Codebook]) -> None:
+        if not levels or len({book.dim for book in levels}) != 1:
+            raise ValueError(
+                f"ResidualCodebook: levels must be at least one codebook, all of one dimension; "
+                f"got dimensions {[book.dim for book in levels]}"
+            )
+        self.levels = list(levels)
+
+    @classmethod
+    def kmeans(
+        cls, x: Tensor, sizes: Sequence[int], *, seed: int, iterations: int = 25
+    ) -> ResidualCodebook:
+        """Trains level after level on the residuals; holds one copy of `x` [N, D] in fp32."""
+        levels: list[Codebook] = []
+        residual = x.float()
+        for level, k in enumerate(sizes):
+            book = Codebook.kmeans(residual, k, seed=seed + level, iterations=iterations)
+            residual = residual - book.codewords[book.assign(residual)[0]]
+            levels.append(book)
+        return cls(levels)
+
+    def assign(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """code_ids [N, levels] int64, greedily level by level, and squared distances [N]."""
+        ids = []
+        residual = x.float()
+        distance = residual.new_zeros(len(x))
+        for book in self.levels:
+            chosen, distance = book.assign(residual)
+            residual = residual - book.codewords[chosen]
+            ids.append(chosen)
+        return torch.stack(ids, 1), distance
+
+    def decode(self, code_ids: Tensor) -> Tensor:
+        """[N, D] fp32, the vectors that `code_ids` [N, levels] stand for."""
+        if code_ids.dim() != 2 or code_ids.shape[1] != len(self.levels):
+            raise ValueError(
+                f"ResidualCodebook.decode: code_ids must be [N, {len(self.levels)}], got "
+                f"{tuple(code_ids.shape)}"
+            )
+        out = self.levels[0].codewords.new_zeros(len(code_ids), self.levels[0].dim)
+        for level, book in enumerate(self.levels):
+            out += book.codewords[code_ids[:, level]]
+        return out
+
+
+class PrunedAssignment:
+    """The code ids of fixed vectors under a moving codebook, searching only where they may change.
+
+    Of each vector it keeps an upper bound of the distance to its codeword and a lower bound of the
+    distance to all others; a round first moves both by how far codewords (and vectors) went.
+    Vectors whose bounds stay apart by more than rounding are skipped: ids are those of
+    `assign_codes` (for bf16 vectors ranked on a GPU, up to that rounding).
+
+    Attributes:
+        searched: Vectors that the last round had to look at.
+
+    Source: Hamerly, "Making k-means even faster", SDM 2010.
+    """
+
+    def __init__(self) -> None:
+        self.searched = 0
+        self._codewords: Tensor | None = None
+        self._ids = self._upper = self._lower = torch.empty(0)
+
+    def assign(self, x: Tensor, codewords: Tensor, x_shift: Tensor | None = None) -> Tensor:
+        """code_ids [N] int64 of `x` [N, D] in `codewords` [K, D].
+
+        Args:
+            x: The vectors of the rounds before, in the same order.
+            codewords: Of this round, fp32; the same K.
+            x_shift: [N], how far each vector moved since the last round; None: not at all.
+        """
+        before = self._codewords
+        self._codewords = codewords.detach().clone()
+        if before is None or before.shape != codewords.shape or len(self._ids) != len(x):
+            self._ids, self._upper, self._lower = self._search(x, codewords)
+            return self._ids.clone()
+        moved = (codewords - before).double().norm(dim=1)
+        self._upper += moved[self._ids]
+        if len(moved) > 1:  # the farthest that any other codeword went
+            (most, next_most), (at, _) = (v.tolist() for v in moved.topk(2))
+            self._lower -= torch.where(self._ids == at, next_most, most)
+        if x_shift is not None:
+            self._upper += x_shift.double()
+            self._lower -= x_shift.double()
+        # What ranking by x.c - |c|^2 / 2 in fp32 may be off by: D roundings of |x| |c|, both ways.
+        norms = codewords.double().norm(dim=1)
+        reach = self._upper + norms[self._ids] + norms.max()
+        rounding = 2.0**-21 * (x.shape[1] + 4) * reach.square()
+        safe = (self._lower - self._upper) * (self._lower + self._upper) > rounding
+        rows = (~(safe & (self._lower > self._upper))).nonzero().flatten()
+        found = self._search(x[rows], codewords)
+        self._ids[rows], self._upper[rows], self._lower[rows] = found
+        return self._ids.clone()
+
+    def _search(self, x: Tensor, codewords: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.searched = len(x)
+        ids, near, far = assign_codes_with_margin(x, codewords)
+        # The distances themselves are rounded too: by D units of 2^-24 at most.
+        slack = 2.0**-23 * (x.shape[1] + 4)
+        return ids, near.double().sqrt() * (1 + slack), far.double().sqrt() * (1 - slack)
 
 
 def _kmeans_plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
