@@ -260,6 +260,6 @@ def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
     config = replace(CONFIG, lm=LMConfig(path=str(folder), quantization="none"),
                      data=DataConfig(max_tokens=1000))  # fmt: skip
     with pytest.raises(
-        MismatchError, match=r"the LM has 256 positions; set data\.max_tokens to at"
+        MismatchError, match=r"the LM has 256 positions; set data\.chunk_tokens .* to at most"
     ):
         uf.fit(read(), config=config)

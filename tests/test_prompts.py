@@ -1,9 +1,19 @@
+import itertools
+
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from userip_fast.errors import ConfigError, UnsupportedError
-from userip_fast.packing import SLACK, build_behaviour, iter_packs, make_pack, ragged_arange
+from userip_fast.packing import (
+    SLACK,
+    PackStream,
+    build_behaviour,
+    iter_packs,
+    make_pack,
+    ragged_arange,
+)
 from userip_fast.prompts import TEMPLATES, ProfileField, PromptTemplate, tokenize_events
 
 
@@ -132,8 +142,6 @@ def test_ragged_arange():
 
 
 def test_a_pack_holds_soft_rows_then_behaviour_and_predicts_from_the_row_before():
-    import torch
-
     layout = tiny.template(2, 2).layout(tiny.tokenizer())
     b = tiny.behaviour(layout, text_weight=0.0)
     pack = make_pack(b, np.array([1, 3]), layout, torch.device("cpu"), pad_to=64)
@@ -156,8 +164,6 @@ def test_a_pack_holds_soft_rows_then_behaviour_and_predicts_from_the_row_before(
 
 
 def test_iter_packs_covers_users_in_order_within_the_budget():
-    import torch
-
     layout = tiny.template().layout(tiny.tokenizer())
     b = tiny.behaviour(layout, users=23)
     users = np.random.default_rng(0).permutation(23)
@@ -165,3 +171,108 @@ def test_iter_packs_covers_users_in_order_within_the_budget():
     assert np.concatenate([p.users for p in packs]).tolist() == users.tolist()
     assert len(packs) > 2
     assert all(p.num_tokens <= 120 or p.num_users == 1 for p in packs)
+
+
+def long_history(context="sequence", chunk_tokens=20, users=6):
+    """Users of 1 to 30 events, and how many tokens each event has."""
+    layout = tiny.template(2, 2).layout(tiny.tokenizer())
+    table = tokenize_events(tiny.tokenizer(), tiny.TEXTS, None, "{text}", "; ")
+    random = np.random.default_rng(3)
+    offsets = np.concatenate([[0], np.cumsum(random.permutation([1, 2, 7, 19, 30, 30][:users]))])
+    kinds = random.integers(0, len(tiny.TEXTS), offsets[-1])
+    built = build_behaviour(
+        table, kinds, offsets, layout, max_tokens=150, chunk_tokens=chunk_tokens, context=context,
+        text_weight=1.0, feedback_weight=0.0,
+    )  # fmt: skip
+    return layout, built, np.diff(table.offsets)[kinds], offsets
+
+
+@pytest.mark.parametrize("context", ["sequence", "independent"])
+def test_long_histories_are_cut_between_events(context):
+    layout, b, size, offsets = long_history(context)
+    _, whole, _, _ = long_history(context, None)
+    assert b.ids.tolist() == whole.ids.tolist()  # cut, nothing lost
+    assert b.weight.tolist() == whole.weight.tolist()
+    assert not len(whole.cuts)
+    first, of_user = b.sequences
+    for u in range(b.num_users):
+        events = size[offsets[u] : offsets[u + 1]][-b.events[u] :]
+        ends = {int(b.offsets[u] + n) for n in np.cumsum(events)} | {int(b.offsets[u])}
+        own = first[of_user[u] : of_user[u + 1] + 1]
+        assert own[0] == b.offsets[u]
+        assert own[-1] == b.offsets[u + 1]
+        assert set(own.tolist()) <= ends
+        assert np.diff(own).max() <= 20
+        # the event after a cut would not have fitted before it
+        event_end = np.cumsum(events) + b.offsets[u]
+        for start, cut in itertools.pairwise(own[:-1].tolist()):
+            assert event_end[event_end > cut].min() - start > 20
+    starts = b.position[first[:-1]]
+    assert (starts == layout.behaviour_start).all()
+    assert (b.weight[first[:-1]] == 0).all()
+    assert len(first) - 1 > b.num_users + 3
+
+
+def test_an_event_longer_than_a_sequence_ends_the_history():
+    _, b, size, offsets = long_history(chunk_tokens=5)
+    for u in range(b.num_users):
+        events = size[offsets[u] : offsets[u + 1]]
+        too_long = np.flatnonzero(events > 5)
+        assert b.events[u] == len(events) - (too_long[-1] + 1 if len(too_long) else 0)
+
+
+def test_sequences_share_soft_rows_and_survive_selection():
+    layout, b, *_ = long_history()
+    users = np.array([4, 0, 3])
+    pack = make_pack(b, users, layout, torch.device("cpu"))
+    again = make_pack(b.select(users), np.arange(3), layout, torch.device("cpu"))
+    for name in ("plan", "segment", "position", "cu_seqlens", "loss_rows", "target", "cu_rows",
+                 "sequence_user"):  # fmt: skip
+        assert torch.equal(getattr(pack, name), getattr(again, name)), name
+    assert pack.num_tokens == b.pack_rows(4)[users].sum()
+    starts = pack.cu_seqlens[:-1].long()
+    assert len(starts) > 3
+    for s in range(4):
+        assert pack.plan[starts + s].tolist() == (-1 - (pack.sequence_user * 4 + s)).tolist()
+    counts = torch.bincount(pack.sequence_user, minlength=3)
+    assert counts.tolist() == np.diff(b.sequences[1])[users].tolist()
+    split, user = b.by_sequence()
+    assert split.num_users == len(user) == len(b.sequences[0]) - 1
+    assert np.bincount(user, weights=split.total_weight) == pytest.approx(b.total_weight)
+
+
+def test_waiting_users_take_the_places_of_those_that_leave():
+    layout = tiny.template().layout(tiny.tokenizer())
+    b = tiny.behaviour(layout, users=40)
+    rows, budget = b.pack_rows(layout.num_soft), 200
+    need = np.random.default_rng(1).integers(1, 6, 40)
+    stream, taken, fill = PackStream(b, np.arange(40), layout, torch.device("cpu"), budget), [], []
+    taken = np.zeros(40, int)
+    while (pack := stream.next()) is not None:
+        assert pack.num_tokens == rows[pack.users].sum() <= budget
+        taken[pack.users] += 1
+        waits = len(stream.waiting)
+        if waits:
+            fill.append(pack.num_tokens)
+            assert pack.num_tokens + rows[stream.waiting[0]] > budget  # as full as it can be
+        done = taken[pack.users] >= need[pack.users]
+        stream.leave(done)
+        if not done.any():
+            assert stream.next() is pack
+    assert taken.tolist() == need.tolist()
+    assert len(fill) > 5
+
+
+def test_packs_of_a_gpu_keep_their_shape():
+    layout = tiny.template().layout(tiny.tokenizer())
+    b = tiny.behaviour(layout, users=60)
+    stream = PackStream(b, np.arange(60), layout, torch.device("cpu"), 300)
+    stream.multiple, stream.budget = 128, 256  # as on a CUDA device
+    sizes = []
+    while (pack := stream.next()) is not None:
+        sizes.append(pack.num_tokens)
+        assert (pack.plan[pack.cu_seqlens[-1] :] == SLACK).all()
+        stream.leave(np.ones(pack.num_users, bool))
+    assert len(sizes) > 4
+    assert set(sizes[:-1]) == {256}
+    assert sizes[-1] % 128 == 0

@@ -106,7 +106,7 @@ def template(fields: int = 2, m: int = 1) -> PromptTemplate:
 
 def behaviour(
     layout: Layout, users: int = 5, *, context: str = "sequence", feedback: bool = True,
-    text_weight: float = 0.5, max_tokens: int = 100,
+    text_weight: float = 0.5, max_tokens: int = 100, chunk_tokens: int | None = None,
 ) -> Behaviour:  # fmt: skip
     """Ragged histories of 1 to 6 events."""
     words = [["liked", "disliked"][i % 2] for i in range(len(TEXTS))] if feedback else None
@@ -117,5 +117,5 @@ def behaviour(
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return build_behaviour(
         table, random.integers(0, len(TEXTS), offsets[-1]), offsets, layout, max_tokens=max_tokens,
-        context=context, text_weight=text_weight, feedback_weight=1.0,
+        chunk_tokens=chunk_tokens, context=context, text_weight=text_weight, feedback_weight=1.0,
     )  # fmt: skip

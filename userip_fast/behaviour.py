@@ -25,6 +25,7 @@ class BehaviourFormat:
     Attributes:
         template: Event template, with `{feedback}` when there is feedback.
         scale: Ratings to words, or None.
+        chunk_tokens: Longest sequence, at most `max_tokens`.
         negatives: Sampled negatives per event of a log without ratings; 0 for none.
         text_weight, feedback_weight: Loss weight of a token of the item text, of the feedback.
     """
@@ -33,6 +34,7 @@ class BehaviourFormat:
     separator: str
     context: Literal["sequence", "independent"]
     max_tokens: int
+    chunk_tokens: int
     scale: FeedbackScale | None
     negatives: int
     text_weight: float
@@ -84,6 +86,7 @@ class BehaviourFormat:
             config.separator,
             config.behaviour_context,
             config.max_tokens,
+            min(config.max_tokens, config.chunk_tokens),
             scale,
             negatives,
             text_weight,
@@ -105,6 +108,7 @@ class BehaviourFormat:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BehaviourFormat:
         scale = values["scale"]
+        values = {"chunk_tokens": values["max_tokens"], **values}  # absent in older models
         return cls(**{**values, "scale": FeedbackScale.from_dict(scale) if scale else None})
 
 
@@ -161,6 +165,7 @@ class BehaviourSource:
             offsets - offsets[0],
             layout,
             max_tokens=self.format.max_tokens,
+            chunk_tokens=self.format.chunk_tokens,
             context=self.format.context,
             text_weight=self.format.text_weight,
             feedback_weight=self.format.feedback_weight,
@@ -170,7 +175,7 @@ class BehaviourSource:
         """Users whose latest event alone has more tokens than fit: nothing is left of them."""
         size = np.diff(self._table(tokenizer).offsets)[self.kinds]
         last = self.events.offsets[1:] - 1
-        return np.flatnonzero(size[last] > self.format.max_tokens)
+        return np.flatnonzero(size[last] > self.format.chunk_tokens)
 
     def blocks(
         self, tokenizer: Any, layout: Layout, size: int

@@ -45,6 +45,9 @@ class DataConfig:
     behaviour_context: Literal["sequence", "independent"] = "sequence"
     max_tokens: int = 256
     """Behaviour tokens per user; the latest whole events that fit are kept."""
+    chunk_tokens: int = 1024
+    """Tokens the LM reads at once: a longer history is cut between events into sequences that share
+    the user's soft rows."""
     feedback_words: tuple[str, ...] = ("disliked", "okay", "liked")
     feedback_thresholds: tuple[float, ...] | None = None
     """Lower bounds of the second, third, ... word; None takes terciles of the training ratings."""
@@ -62,6 +65,7 @@ class DataConfig:
             "0 or more",
             self.negatives,
         )
+        _require(self.chunk_tokens >= 2, "data.chunk_tokens", "at least 2", self.chunk_tokens)
         _require(bool(self.feedback_words), "data.feedback_words", "non-empty", self.feedback_words)
         if self.behaviour != "auto":
             _require("{text}" in self.behaviour, "data.behaviour", "holding {text}", self.behaviour)
@@ -148,6 +152,7 @@ class EMConfig:
     """Users (lowest salted hash) whose theta starts the codebooks."""
     block_users: int = 4_096
     pack_tokens: int = 8_192
+    """Rows of a pack, at most; on a GPU exactly so many, rounded down to a multiple of 128."""
     engine: Literal["packed", "reference"] = "packed"
     seed: int = 0
     paper_epochs: int = 60

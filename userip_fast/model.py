@@ -301,14 +301,17 @@ def truncated_users(source: BehaviourSource, tokenizer: Any, on_bad: str) -> Int
     empty = source.empty_users(tokenizer)
     if len(empty):
         names = [source.events.user_keys[int(u)].as_py() for u in empty[:10]]
+        fmt = source.format
+        name = "chunk_tokens" if fmt.chunk_tokens < fmt.max_tokens else "max_tokens"
+        limit = f"data.{name}={fmt.chunk_tokens}"
         why = (
             f"{len(empty)} users have a history that truncates to nothing: their latest event "
-            f"alone has more than data.max_tokens={source.format.max_tokens} tokens; first users: "
+            f"alone has more than {limit} tokens; first users: "
             f"{names}"
         )
         if on_bad == "error":
             raise DataError(
-                f"{why}; raise data.max_tokens, shorten the text, or skip them (on_bad=skip)"
+                f"{why}; raise data.{name}, shorten the text, or skip them (on_bad=skip)"
             )
         if len(empty) == source.num_users:
             raise DataError(f"{why}; nobody is left")
@@ -319,7 +322,7 @@ def truncated_users(source: BehaviourSource, tokenizer: Any, on_bad: str) -> Int
 def make_trainer(config: Config, lm: FrozenLM, show: bool) -> Trainer:
     """The EM loop for a loaded LM, the prompt checked against its context."""
     layout = PromptTemplate(config.fields).layout(lm.tokenizer)
-    check_positions(lm, layout, config.data.max_tokens)
+    check_positions(lm, layout, min(config.data.max_tokens, config.data.chunk_tokens))
     return Trainer(make_engine(config.em.engine, lm, layout), config, show)
 
 

@@ -12,7 +12,8 @@ from userip_fast.em import Block, EMState, GradientEStep, Profiles, Stats, Theta
 from userip_fast.em.gradient import assign, decode
 from userip_fast.em.paper import run_paper
 from userip_fast.errors import DataError
-from userip_fast.lm import PackedEngine
+from userip_fast.lm import PackedEngine, ReferenceEngine
+from userip_fast.packing import make_pack
 from userip_fast.prompts import ProfileField
 
 CONFIG = EMConfig(lr=0.2, steps=4, tolerance=0.0)
@@ -69,6 +70,28 @@ def test_converged_users_leave(engine):
     config = replace(CONFIG, steps=20, tolerance=1e9, patience=2)
     found = GradientEStep(engine, start_of(engine), config).run(block(engine), None, EMState())
     assert found.forward_equivalents.tolist() == [2.0 * 3 + 1] * 9  # first is "better" than inf
+
+
+def test_a_long_history_in_sequences_is_one_user():
+    """Sequences of a user are scored as users that share one theta."""
+    lm = tiny.frozen("llama")
+    layout = tiny.template(2, 2).layout(lm.tokenizer)
+    engine = PackedEngine(lm, layout)
+    b = tiny.behaviour(layout, users=7, chunk_tokens=30)
+    split, user = b.by_sequence()
+    owner = torch.from_numpy(user)
+    assert len(user) > 9
+    theta = (torch.randn(7, layout.num_soft, lm.hidden_size) * lm.embedding_rms).requires_grad_()
+    found = []
+    for make in (engine, ReferenceEngine(lm, layout)):
+        nll = make.nll(make_pack(b, np.arange(7), layout, lm.device), theta)
+        found.append((nll, *torch.autograd.grad(nll.square().sum(), theta)))
+    alone = engine.nll(make_pack(split, np.arange(len(user)), layout, lm.device), theta[owner])
+    nll = torch.zeros(7).index_add(0, owner, alone)
+    found.append((nll, *torch.autograd.grad(nll.square().sum(), theta)))
+    for a in found[1:]:
+        for x, y in zip(found[0], a):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * float(y.detach().abs().max()))
 
 
 def test_refining_starts_at_the_codeword_and_commitment_holds_it_there(engine):

@@ -104,7 +104,7 @@ def compare(family, fields, m, context, feedback=True):
     def packed(engine):
         def nll(x):
             parts = torch.zeros(users)
-            for pack in iter_packs(behaviour, np.arange(users), layout, lm.device, 90, pad_to=32):
+            for pack in iter_packs(behaviour, np.arange(users), layout, lm.device, 90):
                 index = torch.from_numpy(pack.users)
                 parts = parts.index_copy(0, index, engine.nll(pack, x[index]))
             return parts

@@ -18,7 +18,7 @@ from userip_fast.config import EMConfig
 from userip_fast.em.steps import Block, EMState, Profiles
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import sparse_adam
-from userip_fast.packing import Int64, iter_packs
+from userip_fast.packing import PackStream, iter_packs
 
 _MEMO_BYTES = 1 << 30
 
@@ -84,8 +84,8 @@ class GradientEStep:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """At most `steps` Adam steps per user; (theta [U, S, D], nll [U], forward equivalents [U]).
 
-        A user leaves once its NLL per weight has not fallen by `tolerance` for `patience` steps;
-        packs are cut anew from the users that remain. NLL is that of the theta returned.
+        A user leaves once its NLL per weight has not fallen by `tolerance` for `patience` steps,
+        and the next one of the block enters the pack. NLL is that of the theta returned.
         """
         config, lm = self.config, self.engine.lm
         users, soft, dim = start.shape
@@ -99,43 +99,38 @@ class GradientEStep:
 
         best = torch.full((users,), float("inf"))
         waited = torch.zeros(users, dtype=torch.int32)
-        cost = torch.zeros(users)
-        active: Int64 = np.arange(users)
-        for _ in range(steps):
-            for pack in iter_packs(
-                block.behaviour, active, self.engine.layout, lm.device, config.pack_tokens
-            ):
-                index = torch.from_numpy(pack.users)
-                here = index.to(lm.device)
-                x = theta[here].requires_grad_()
-                nll = self.engine.nll(pack, x)
-                loss = (nll / weight[index].to(nll)).sum()
-                if anchor is not None and pull:
-                    loss = loss + pull * (x - anchor[here]).square().sum()
-                (grad,) = torch.autograd.grad(loss, x)
-                at = (here[:, None] * soft + torch.arange(soft, device=lm.device)).flatten()
-                sparse_adam(
-                    rows, m, v, step, at, grad.reshape(-1, dim), lr=config.lr * lm.embedding_rms
-                )
-                now = nll.detach().cpu() / weight[index]
-                better = now < best[index] - config.tolerance
-                waited[index] = torch.where(better, 0, waited[index] + 1)
-                best[index] = torch.minimum(best[index], now)
-                cost[index] += 2
-                if self.on_step is not None:
-                    self.on_step(pack.num_users, float(now.mean()))
-            active = active[(waited[torch.from_numpy(active)] < config.patience).numpy()]
-            if not len(active):
-                break
+        taken = torch.zeros(users)
+        everyone = np.arange(users)
+        packing = (block.behaviour, everyone, self.engine.layout, lm.device, config.pack_tokens)
+        stream = PackStream(*packing)
+        while (pack := stream.next()) is not None:
+            index = torch.from_numpy(pack.users)
+            here = index.to(lm.device)
+            x = theta[here].requires_grad_()
+            nll = self.engine.nll(pack, x)
+            loss = (nll / weight[index].to(nll)).sum()
+            if anchor is not None and pull:
+                loss = loss + pull * (x - anchor[here]).square().sum()
+            (grad,) = torch.autograd.grad(loss, x)
+            at = (here[:, None] * soft + torch.arange(soft, device=lm.device)).flatten()
+            sparse_adam(
+                rows, m, v, step, at, grad.reshape(-1, dim), lr=config.lr * lm.embedding_rms
+            )
+            now = nll.detach().cpu() / weight[index]
+            better = now < best[index] - config.tolerance
+            waited[index] = torch.where(better, 0, waited[index] + 1)
+            best[index] = torch.minimum(best[index], now)
+            taken[index] += 1
+            stream.leave(((waited[index] >= config.patience) | (taken[index] >= steps)).numpy())
+            if self.on_step is not None:
+                self.on_step(pack.num_users, float(now.mean()))
 
         final = torch.empty(users)
         with torch.no_grad():
-            for pack in iter_packs(
-                block.behaviour, np.arange(users), self.engine.layout, lm.device, config.pack_tokens
-            ):
+            for pack in iter_packs(*packing):
                 index = torch.from_numpy(pack.users)
                 final[index] = self.engine.nll(pack, theta[index.to(lm.device)]).cpu()
-        return theta.cpu(), final, cost + 1
+        return theta.cpu(), final, 2 * taken + 1
 
 
 def assign(codebooks: list[Codebook], theta: Tensor, slices: tuple[slice, ...]) -> Tensor:

@@ -78,8 +78,8 @@ def embedded_lm(
         return folder
     tokenizer = _train_tokenizer(texts, template, config.embedded_vocab)
     layout = template.layout(tokenizer)
-    behaviour = behaviour_of(tokenizer, layout)
-    slots = slot_ids(tokenizer) if slot_ids else None
+    behaviour, user = behaviour_of(tokenizer, layout).by_sequence()
+    slots = slot_ids(tokenizer)[user] if slot_ids else None
     model = _train(tokenizer, layout, behaviour, slots, config, seed, show)
     with atomic_dir(folder) as tmp:
         model.save_pretrained(tmp)
@@ -128,9 +128,8 @@ def _train(
                 intermediate_size=math.ceil(8 * hidden / 3 / 64) * 64,
                 num_hidden_layers=config.embedded_layers,
                 num_attention_heads=config.embedded_heads,
-                max_position_embeddings=max(
-                    1024, layout.behaviour_start + int(behaviour.lengths.max(initial=1))
-                ),
+                max_position_embeddings=layout.behaviour_start
+                + max(1024, int(behaviour.lengths.max(initial=1))),
                 tie_word_embeddings=True,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=None,

@@ -39,14 +39,14 @@ def make_engine(name: str, lm: FrozenLM, layout: Layout) -> PackedEngine | Refer
     return {"packed": PackedEngine, "reference": ReferenceEngine}[name](lm, layout)
 
 
-def check_positions(lm: FrozenLM, layout: Layout, max_tokens: int) -> None:
-    """Raises MismatchError when prompt and behaviour do not fit into the LM's context."""
-    need = layout.behaviour_start + max_tokens
-    if need > lm.max_positions:
+def check_positions(lm: FrozenLM, layout: Layout, tokens: int) -> None:
+    """Raises MismatchError when prompt and `tokens` of behaviour exceed the LM's context."""
+    room = lm.max_positions - layout.behaviour_start
+    if tokens > room:
         raise MismatchError(
-            f"data.max_tokens={max_tokens} plus {layout.behaviour_start} prompt rows is {need}, "
-            f"but the LM has {lm.max_positions} positions; set data.max_tokens to at most "
-            f"{lm.max_positions - layout.behaviour_start}"
+            f"a sequence of {tokens} behaviour tokens behind {layout.behaviour_start} prompt rows "
+            f"is {tokens + layout.behaviour_start} long, but the LM has {lm.max_positions} "
+            f"positions; set data.chunk_tokens (longer histories are cut) to at most {room}"
         )
 
 
@@ -146,27 +146,27 @@ class ReferenceEngine:
         head = prefix_rows + soft
         starts = pack.cu_seqlens.tolist()
         width = max(b - a for a, b in pairwise(starts)) + prefix_rows
-        users = pack.num_users
+        sequences = len(starts) - 1
 
         # Rows in prompt order: prefix and soft rows interleaved by position, then behaviour,
         # padding.
-        x = torch.zeros(users, width, self.lm.hidden_size, dtype=self.lm.dtype, device=device)
-        segment = torch.full((users, width), -2, dtype=torch.int32, device=device)
-        position = torch.zeros(users, width, dtype=torch.int64, device=device)
+        x = torch.zeros(sequences, width, self.lm.hidden_size, dtype=self.lm.dtype, device=device)
+        segment = torch.full((sequences, width), -2, dtype=torch.int32, device=device)
+        position = torch.zeros(sequences, width, dtype=torch.int64, device=device)
         at_prefix = _tensor(layout.prefix_position, device).long()
         at_soft = _tensor(layout.soft_position, device).long()
         x[:, at_prefix] = self.lm.embed(_tensor(layout.prefix_ids, device).long())
-        x = x.index_copy(1, at_soft, soft_rows.to(self.lm.dtype))
+        x = x.index_copy(1, at_soft, soft_rows[pack.sequence_user].to(self.lm.dtype))
         segment[:, at_prefix] = _tensor(layout.prefix_segment, device)
         segment[:, at_soft] = _tensor(layout.soft_segment, device)
         position[:, :head] = torch.arange(head, device=device)
         behaviour = torch.zeros_like(x)
-        for u, (a, b) in enumerate(pairwise(starts)):
+        for c, (a, b) in enumerate(pairwise(starts)):
             rows = slice(a + soft, b)
             here = slice(head, head + b - a - soft)
-            behaviour[u, here] = self.lm.embed(pack.plan[rows].long())
-            segment[u, here] = pack.segment[rows]
-            position[u, here] = pack.position[rows].long()
+            behaviour[c, here] = self.lm.embed(pack.plan[rows].long())
+            segment[c, here] = pack.segment[rows]
+            position[c, here] = pack.position[rows].long()
         x = x + behaviour
 
         with self.lm.attention("eager"):
@@ -177,13 +177,13 @@ class ReferenceEngine:
                 use_cache=False,
             ).logits
 
-        # A loss row of the pack is row `head - soft + (row - start of its user)` of the padded
-        # prompt.
-        user = torch.repeat_interleave(torch.arange(users, device=device), pack.cu_rows.diff())
-        row = pack.loss_rows - pack.cu_seqlens.long()[user] + prefix_rows
-        picked = logits[user, row]
+        # A loss row of the pack is row `head - soft + (row - start of its sequence)` of the prompt.
+        sequence = torch.searchsorted(pack.cu_seqlens, pack.loss_rows.int(), right=True) - 1
+        row = pack.loss_rows - pack.cu_seqlens.long()[sequence] + prefix_rows
+        picked = logits[sequence, row]
         token = F.cross_entropy(picked.float(), pack.target, reduction="none") * pack.loss_weight
-        return torch.zeros(users, dtype=token.dtype, device=device).index_add(0, user, token)
+        nll = torch.zeros(pack.num_users, dtype=token.dtype, device=device)
+        return nll.index_add(0, pack.sequence_user[sequence], token)
 
     def _mask(self, segment: Tensor, position: Tensor) -> Any:
         """Additive [U, 1, L, L] masks, one per kind of layer where the model has several kinds."""
