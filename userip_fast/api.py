@@ -13,22 +13,26 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from userip_fast.bank import FeatureBank
+from userip_fast.bank import BankWriter
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource
 from userip_fast.config import Config
 from userip_fast.data import Catalogue, Interactions
+from userip_fast.em.distributed import start_processes
 from userip_fast.em.mstep import check_codebook_sizes
+from userip_fast.em.trainer import profiles_total
 from userip_fast.errors import ConfigError, DataError
-from userip_fast.files import write_json
+from userip_fast.files import storage_errors, sweep_leftovers, write_json
 from userip_fast.lm import FrozenLM
 from userip_fast.lm.embedded import SlotIds, embedded_lm
 from userip_fast.model import Model, behaviour_source, make_trainer, truncated_users
-from userip_fast.names import code_cards
+from userip_fast.names import ItemCounts, code_cards
 from userip_fast.packing import Behaviour
 from userip_fast.prompts import Layout, ProfileField, PromptTemplate
 from userip_fast.report import write_report
 
 logger = logging.getLogger("userip_fast")
+
+_BANK_BLOCK = 1 << 18  # users handed to the bank's writer at once
 
 
 @dataclass(frozen=True)
@@ -99,52 +103,63 @@ def fit(
         raise ConfigError("resume=True needs `out`, the run folder to go on in")
     if max_users is not None:
         data = data.head_users(max_users)
-    run = _open_run(out)
+    processes = start_processes()
+    writes = processes.rank == 0
+    run = _open_run(out, sweep=writes)
     started = time.monotonic()
-    model, source = prepare(data, config, lm=loaded, show=show)
-    assert model.trainer is not None
+    with processes.first_alone():  # it fills the cache of embedded LMs
+        model, source = prepare(data, config, lm=loaded, show=show and writes)
+    trainer = model.trainer
+    assert trainer is not None
+    trainer.processes = processes
 
     records: list[dict[str, Any]] = []
-    with _JsonLines(run.log if run else None, append=resume) as jsonl:
+    with _JsonLines(run.log if run and writes else None) as jsonl:
 
         def log(record: dict[str, Any]) -> None:
             records.append(record)
             jsonl.write(record)
 
-        result = model.trainer.fit(
+        result = trainer.fit(
             source, log=log, checkpoints=run.checkpoints if run else None, resume=resume
         )
     model.codebooks = result.codebooks
     model.start = result.start
-    codes = []
-    nll = weight = cost = 0.0
-    for profiles in model.trainer.infer(source, result.codebooks, result.start):
+    counts = ItemCounts([f.codebook_size for f in config.fields], data.num_items)
+    found = []
+    totals = np.zeros(4)
+    done = trainer.own_users(source)[0]
+    for profiles in trainer.infer(source, result.codebooks, result.start):
         assert profiles.code_ids is not None
-        codes.append(profiles.code_ids.numpy())
-        nll += float(profiles.nll.double().sum())
-        weight += float(profiles.weight.sum())
-        cost += float(profiles.forward_equivalents.double().sum())
-    code_ids = np.concatenate(codes)
+        users = len(profiles.nll)
+        counts.add(profiles.code_ids.numpy(), source.events_of(done, done + users))
+        found.append(profiles.code_ids)
+        done += users
+        totals += profiles_total(profiles)
+    code_ids = trainer.gather_codes(found)
+    _, nll, weight, cost = trainer.add_up(totals).tolist()
+    counts.merge(processes)
     model.cards = {
         name: [card.to_dict() for card in cards]
         for name, cards in code_cards(
-            model.lm, config.fields, model.codebooks, code_ids, source.events
+            model.lm, config.fields, model.codebooks, counts, data.item_text
         ).items()
     }
     usage = {
-        f.name: book.usage(profiles_codes)
-        for f, book, profiles_codes in zip(config.fields, model.codebooks, map(_tensor, code_ids.T))
+        f.name: book.usage(z.long())
+        for f, book, z in zip(config.fields, model.codebooks, code_ids.T)
     }
-    if run:
+    if run and writes:
         model.save(run.model)
-        FeatureBank.write(
+        with BankWriter(
             run.bank,
-            source.events.user_keys,
-            code_ids,
             fields=model.bank_fields(),
             model_fingerprint=model.fingerprint,
             metadata={"lm": model.lm.source, "config": config.to_dict()},
-        )
+        ) as writer:
+            for a in range(0, source.num_users, _BANK_BLOCK):
+                b = min(a + _BANK_BLOCK, source.num_users)
+                writer.append(source.keys_of(a, b), code_ids[a:b].numpy())
         seconds = time.monotonic() - started
         metrics = {
             "data": {
@@ -169,6 +184,8 @@ def fit(
                 "nll_per_weight": nll / max(weight, 1e-12),
                 "forward_equivalents": cost / source.num_users,
                 "rounds": len(records),
+                "input_wait_share": trainer.waited_s / max(trainer.swept_s, 1e-9),
+                "processes": processes.world,
             },
             "fields": {
                 name: {
@@ -184,6 +201,8 @@ def fit(
         }
         write_json(run.metrics, metrics)
         write_report(run.report, metrics, records, model.cards)
+        trainer.forget(run.checkpoints)
+    processes.barrier()
     return model
 
 
@@ -259,7 +278,7 @@ def _config(
     return config
 
 
-def _open_run(out: str | os.PathLike[str] | None) -> Run | None:
+def _open_run(out: str | os.PathLike[str] | None, sweep: bool) -> Run | None:
     if out is None:
         return None
     root = Path(out)
@@ -271,25 +290,30 @@ def _open_run(out: str | os.PathLike[str] | None) -> Run | None:
         raise ConfigError(f"out={str(root)!r} cannot be made: {e}") from e
     if not os.access(root, os.W_OK):
         raise ConfigError(f"out={str(root)!r} cannot be written to")
+    if sweep:
+        with storage_errors(root):
+            sweep_leftovers(root)
     return Run(root)
 
 
 class _JsonLines:
-    """metrics.jsonl: one record a line, flushed as it comes."""
+    """metrics.jsonl: one record a line, flushed as it comes; begun anew by every run."""
 
-    def __init__(self, path: Path | None, append: bool) -> None:
-        self.path, self.append = path, append
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
         self.file: TextIO | None = None
 
     def __enter__(self) -> _JsonLines:
         if self.path:
-            self.file = self.path.open("a" if self.append else "w", encoding="utf-8")
+            with storage_errors(self.path):
+                self.file = self.path.open("w", encoding="utf-8")
         return self
 
     def write(self, record: Mapping[str, Any]) -> None:
-        if self.file:
-            self.file.write(json.dumps({"time": time.time(), **record}) + "\n")
-            self.file.flush()
+        if self.file and self.path:
+            with storage_errors(self.path):
+                self.file.write(json.dumps(record) + "\n")
+                self.file.flush()
 
     def __exit__(self, *_: object) -> None:
         if self.file:

@@ -6,9 +6,11 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from userip_fast.config import DataConfig
 from userip_fast.data import Catalogue, Events, FeedbackScale, Interactions, Negatives, make_events
@@ -112,6 +114,37 @@ class BehaviourFormat:
         return cls(**{**values, "scale": FeedbackScale.from_dict(scale) if scale else None})
 
 
+class Source(Protocol):
+    """Behaviour of users in the order of their key hashes, a block at a time."""
+
+    @property
+    def num_users(self) -> int: ...
+
+    def hashes_of(self, start: int, stop: int) -> npt.NDArray[np.uint64]:
+        """Key hashes of users `start:stop`."""
+        ...
+
+    def users_between(self, low: int, high: int) -> tuple[int, int]:
+        """First user whose hash is at least `low`, and first whose hash is at least `high`."""
+        ...
+
+    def content_key(self) -> str:
+        """A digest of everything the LM would read."""
+        ...
+
+    def keys_of(self, start: int, stop: int) -> pa.Array:
+        """Keys of users `start:stop`."""
+        ...
+
+    def events_of(self, start: int, stop: int) -> Events:
+        """Events of users `start:stop`."""
+        ...
+
+    def block(self, tokenizer: Any, layout: Layout, start: int, stop: int) -> Behaviour:
+        """Behaviour of users `start:stop`."""
+        ...
+
+
 class BehaviourSource:
     """Behaviour of all users of a log, tokenised once per distinct event and built block by block.
 
@@ -137,6 +170,26 @@ class BehaviourSource:
     @property
     def num_users(self) -> int:
         return self.events.num_users
+
+    def hashes_of(self, start: int, stop: int) -> npt.NDArray[np.uint64]:
+        """See `Source`."""
+        return self.hashes[start:stop]
+
+    def users_between(self, low: int, high: int) -> tuple[int, int]:
+        """See `Source`."""
+        at = [
+            self.num_users if h >= 1 << 64 else int(np.searchsorted(self.hashes, np.uint64(h)))
+            for h in (low, high)
+        ]
+        return at[0], at[1]
+
+    def keys_of(self, start: int, stop: int) -> pa.Array:
+        """See `Source`."""
+        return self.events.user_keys.slice(start, stop - start)
+
+    def events_of(self, start: int, stop: int) -> Events:
+        """See `Source`."""
+        return self.events.users(start, stop)
 
     def content_key(self) -> str:
         """A digest of everything the LM would read."""

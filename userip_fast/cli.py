@@ -1,7 +1,8 @@
 """`userip`: the main job and its tools on the command line.
 
 Exit codes: 0 done; 1 `doctor` found a failure; 2 wrong use, bad input or bad
-configuration, told in one message; 130 interrupted (SIGINT or SIGTERM), with nothing half-written.
+configuration, or a disk that cannot be written to, told in one message; 130 interrupted (SIGINT or
+SIGTERM): the block of users at hand was finished and kept, nothing is half-written.
 Only a bug shows a traceback.
 """
 

@@ -32,3 +32,7 @@ class UnsupportedError(UserIPError, ValueError):
 
 class UnavailableError(UserIPError, RuntimeError):
     """An optional part asked for by name (library, compiled extension, device) is not there."""
+
+
+class StorageError(UserIPError, OSError):
+    """The disk is full, read-only or failing; what was there before is untouched."""

@@ -3,11 +3,12 @@
 `atomic_file` and `atomic_dir` write under a temporary name in the target's own folder, fsync, and
 rename. A reader therefore never sees a half-written file, and an interrupted writer leaves the
 previous state in place. `write_json` and `write_tensors` are the only formats models and
-checkpoints use.
+checkpoints use. A disk that is full, read-only or failing is a `StorageError` that says so.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -20,9 +21,11 @@ from typing import Any
 
 import torch
 
-from userip_fast.errors import FormatError
+from userip_fast.errors import FormatError, StorageError
 
 _CHUNK = 1 << 20
+_SHA256 = "sha256"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def fsync_path(path: Path) -> None:
@@ -44,52 +47,91 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is fsynced and renamed onto `path`."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(fd)
-    tmp = Path(name)
+def storage_errors(target: Path) -> Iterator[None]:
+    """Turns an `OSError` of writing `target` into a `StorageError`."""
     try:
-        yield tmp
-        os.chmod(tmp, 0o644)
-        fsync_path(tmp)
-        os.replace(tmp, target)
-        fsync_path(target.parent)
-    finally:
-        tmp.unlink(missing_ok=True)
+        yield
+    except StorageError:
+        raise
+    except OSError as e:
+        raise StorageError(
+            f"{target}: cannot be written ({e}); what was there before is untouched. Free space or "
+            "choose a folder that can be written to, then run the same command again"
+        ) from e
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is fsynced and renamed onto `path`.
+
+    Raises:
+        StorageError: Writing it failed, in the `with` block or here.
+    """
+    target = Path(path)
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        os.close(fd)
+        tmp = Path(name)
+        try:
+            yield tmp
+            os.chmod(tmp, 0o644)
+            fsync_path(tmp)
+            os.replace(tmp, target)
+            fsync_path(target.parent)
+        finally:
+            tmp.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; on success it replaces `path` (old content removed).
 
-    A folder cannot be renamed onto a non-empty one, so the old folder is first moved aside under a
-    hidden name: for that instant `path` is absent, never half-written. Readers that must never miss
-    it use generations behind a pointer file instead (see `userip_fast.bank`).
+    The two folders change places in one step, so that a kill at any moment leaves the old or the
+    new one. (Where the system cannot, on other than Linux, `path` is absent for an instant.)
+
+    Raises:
+        StorageError: Writing it failed, in the `with` block or here.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
-    try:
-        yield tmp
-        os.chmod(tmp, 0o755)
-        for entry in sorted(tmp.rglob("*")):
-            fsync_path(entry)
-        fsync_path(tmp)
-        if target.exists():
-            old = Path(
-                tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old")
-            )
-            os.rename(target, old / target.name)
-            os.rename(tmp, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(tmp, target)
-        fsync_path(target.parent)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+        try:
+            yield tmp
+            os.chmod(tmp, 0o755)
+            for entry in sorted(tmp.rglob("*")):
+                fsync_path(entry)
+            fsync_path(tmp)
+            if not target.exists():
+                os.rename(tmp, target)
+            elif not _exchange(tmp, target):
+                old = Path(
+                    tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old")
+                )
+                os.rename(target, old / target.name)
+                os.rename(tmp, target)
+                shutil.rmtree(old, ignore_errors=True)
+            fsync_path(target.parent)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Lets two paths change places atomically; False where the system or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return bool(
+        renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
+    )
+
+
+def sweep_leftovers(folder: Path) -> None:
+    """Removes what killed writers left in `folder`. Nobody may be writing there."""
+    for entry in folder.glob(".*"):
+        if entry.suffix in (".tmp", ".old"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -116,27 +158,50 @@ def write_tensors(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes tensors as safetensors, atomically."""
+    """Writes tensors as safetensors with a SHA-256 of their contents, atomically.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    plain = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
     with atomic_file(path) as tmp:
-        save_file(
-            {k: v.detach().contiguous().cpu() for k, v in tensors.items()},
-            tmp,
-            dict(metadata or {}),
-        )
+        try:
+            save_file(plain, tmp, {**(metadata or {}), _SHA256: _digest(plain)})
+        except SafetensorError as e:  # what its own I/O errors are wrapped in
+            raise OSError(str(e)) from e
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file; nothing is unpickled.
+    """Reads a safetensors file; nothing is unpickled. A SHA-256 in it is verified.
 
     Raises:
-        FormatError: The file is missing or not valid safetensors.
+        FormatError: The file is missing, not valid safetensors, or altered.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError) as e:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            expected = (file.metadata() or {}).get(_SHA256)
+    except (OSError, SafetensorError, ValueError, TypeError) as e:
         raise FormatError(f"{path}: cannot be read as safetensors ({e})") from e
+    if expected is not None and expected != _digest(tensors):
+        raise FormatError(f"{path}: altered since it was written (SHA-256 differs)")
+    return tensors
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(tensor_bytes(x))
+    return digest.hexdigest()
+
+
+def tensor_bytes(x: torch.Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, without a copy where it is contiguous."""
+    return x.detach().contiguous().flatten().view(torch.uint8).numpy().data

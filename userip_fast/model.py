@@ -33,13 +33,16 @@ from userip_fast.behaviour import BehaviourFormat, BehaviourSource
 from userip_fast.codebook import Codebook
 from userip_fast.config import Config
 from userip_fast.data import Catalogue, Interactions
-from userip_fast.em.trainer import Log, Trainer, load_codebooks, profiles_total
+from userip_fast.em.cache import DiskCache
+from userip_fast.em.checkpoints import load_codebooks
+from userip_fast.em.trainer import Log, Trainer, profiles_total
 from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
 from userip_fast.files import (
     atomic_dir,
     read_json,
     read_tensors,
     sha256_file,
+    sweep_leftovers,
     write_json,
     write_tensors,
 )
@@ -110,7 +113,8 @@ class Model:
         Args:
             data: Histories; only what is in them is used.
             out: Bank folder; an existing bank gets a new generation with exactly these users. None
-                returns the ids instead of writing them.
+                returns the ids instead of writing them. Finished blocks wait in `OUT.part`, where a
+                run that goes on after an interrupt or a kill finds them.
             max_users: Only the first so many users in hash order.
             on_bad: "error" or "skip" for users whose history truncates to nothing; None takes the
                 model's setting.
@@ -133,25 +137,20 @@ class Model:
             make_engine(self.config.em.engine, self.lm, self.layout), self.config
         )
         trainer.show = show
-        found = trainer.infer(source, self.codebooks, self.start)
         if out is None:
+            found = trainer.infer(source, self.codebooks, self.start)
             return np.concatenate([_codes(p.code_ids) for p in found])
-        with BankWriter(
-            out,
-            fields=self.bank_fields(),
-            model_fingerprint=self.fingerprint,
-            metadata={
-                "userip_fast": __version__,
-                "lm": self.lm.source,
-                "config": self.config.to_dict(),
-            },
-        ) as writer:
+        # Beside the bank and on the same disk; found again by the next run, gone once it is done.
+        cache = DiskCache(Path(f"{out}.part"), trainer.settings_key(self.start))
+        sweep_leftovers(cache.folder / "profiles")
+        with self.bank_writer(out) as writer:
             done, totals = 0, np.zeros(4)
-            for profiles in found:
+            for profiles in trainer.infer(source, self.codebooks, self.start, cache=cache):
                 users = len(profiles.nll)
-                writer.append(source.events.user_keys.slice(done, users), _codes(profiles.code_ids))
+                writer.append(source.keys_of(done, done + users), _codes(profiles.code_ids))
                 done += users
                 totals += profiles_total(profiles)
+        cache.clear()
         _, nll, weight, cost = totals.tolist()
         log(
             {
@@ -161,6 +160,19 @@ class Model:
             }
         )
         return FeatureBank.open(out)
+
+    def bank_writer(self, out: str | Path) -> BankWriter:
+        """A writer of this model's codes into the bank at `out`."""
+        return BankWriter(
+            out,
+            fields=self.bank_fields(),
+            model_fingerprint=self.fingerprint,
+            metadata={
+                "userip_fast": __version__,
+                "lm": self.lm.source,
+                "config": self.config.to_dict(),
+            },
+        )
 
     def bank_fields(self) -> list[dict[str, Any]]:
         """The fields as a bank describes them, codes named by their words."""

@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
 from userip_fast.codebook import Codebook
 from userip_fast.data import Events
+from userip_fast.em.distributed import Processes
 from userip_fast.lm.frozen import FrozenLM
 from userip_fast.packing import Int64
 from userip_fast.prompts import ProfileField
@@ -38,38 +40,74 @@ class CodeCard:
         return asdict(self)
 
 
+class ItemCounts:
+    """How often each item goes with each code, added up block by block.
+
+    Args:
+        sizes: [J] codes of each field.
+        items: Number of items.
+    """
+
+    def __init__(self, sizes: list[int], items: int) -> None:
+        self.users = [np.zeros(k, np.int64) for k in sizes]
+        self.items = [np.zeros((k, items), np.int64) for k in sizes]
+
+    def add(self, code_ids: Int64, events: Events) -> None:
+        """Adds users' events; only those with the best feedback count.
+
+        Args:
+            code_ids: [U, J], the users of `events` in its order.
+            events: The top rating word or items chosen count, or all where there is no feedback.
+                Items of that kind are among the first `items`.
+        """
+        kept = np.ones(events.num_events, bool)
+        if events.level is not None:
+            best = 0 if events.words[0] == "chosen" else len(events.words) - 1
+            kept = events.level == best
+        user = np.repeat(np.arange(events.num_users), np.diff(events.offsets))[kept]
+        item = events.item_index[kept].astype(np.int64)
+        for j, (users, items) in enumerate(zip(self.users, self.items)):
+            users += np.bincount(code_ids[:, j], minlength=len(users))
+            pair, count = np.unique(code_ids[user, j] * items.shape[1] + item, return_counts=True)
+            items.reshape(-1)[pair] += count
+
+    def merge(self, processes: Processes) -> None:
+        """Adds up the counts of all processes, in every one of them."""
+        mine = {
+            f"{n}.{j}": torch.from_numpy(x)
+            for n in ("users", "items")
+            for j, x in enumerate(getattr(self, n))
+        }
+        parts = processes.gather(mine)
+        for name in mine:
+            kind, j = name.split(".")
+            getattr(self, kind)[int(j)] = sum(p[name].numpy() for p in parts)
+
+
 def code_cards(
     lm: FrozenLM,
     fields: tuple[ProfileField, ...],
     codebooks: list[Codebook],
-    code_ids: Int64,
-    events: Events,
+    counts: ItemCounts,
+    item_text: pa.Array,
     *,
     words: int = 3,
     items: int = 3,
 ) -> dict[str, list[CodeCard]]:
-    """Cards of every field's codes, from the users' events.
+    """Cards of every field's codes.
 
     Args:
-        code_ids: [U, J], the users of `events` in its order.
-        events: Only events with the best feedback count (the top rating word, or items chosen).
+        counts: Of the users' events.
+        item_text: [I] text of each item of `counts`.
     """
-    kept = np.ones(events.num_events, bool)
-    if events.level is not None:
-        best = 0 if events.words[0] == "chosen" else len(events.words) - 1
-        kept = events.level == best
-    user = np.repeat(np.arange(events.num_users), np.diff(events.offsets))[kept]
-    item = events.item_index[kept].astype(np.int64)
-    base = np.bincount(item, minlength=len(events.item_keys)).astype(np.float64)
-    share = base / max(base.sum(), 1.0)
-
     cards: dict[str, list[CodeCard]] = {}
     for j, (f, book) in enumerate(zip(fields, codebooks)):
         near = _nearest_words(lm, f, book, words)
-        counts = np.bincount(code_ids[:, j], minlength=len(book))
+        base = counts.items[j].sum(0).astype(np.float64)
+        share = base / max(base.sum(), 1.0)
         cards[f.name] = []
         for k in range(len(book)):
-            own = np.bincount(item[code_ids[user, j] == k], minlength=len(base)).astype(np.float64)
+            own = counts.items[j][k].astype(np.float64)
             expected = share * own.sum()
             # Deviation in standard errors: a lift alone would crown items bought once.
             score = (own - expected) / np.sqrt(expected + 1e-9)
@@ -78,9 +116,9 @@ def code_cards(
             cards[f.name].append(
                 CodeCard(
                     code=k,
-                    users=int(counts[k]),
+                    users=int(counts.users[j][k]),
                     words=near[k],
-                    items=tuple(events.item_text[int(i)].as_py() for i in top),
+                    items=tuple(item_text[int(i)].as_py() for i in top),
                     lift=tuple(float(own[i] / expected[i]) for i in top),
                 )
             )

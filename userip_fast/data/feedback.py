@@ -6,7 +6,7 @@ The result is one flat `Events`, which the prompts layer turns into behaviour te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,18 @@ class Events:
     @property
     def num_events(self) -> int:
         return len(self.item_index)
+
+    def users(self, start: int, stop: int) -> Events:
+        """The events of users `start:stop`; the items stay."""
+        offsets = self.offsets[start : stop + 1]
+        here = slice(offsets[0], offsets[-1])
+        return replace(
+            self,
+            user_keys=self.user_keys.slice(start, stop - start),
+            offsets=offsets - offsets[0],
+            item_index=self.item_index[here],
+            level=None if self.level is None else self.level[here],
+        )
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from userip_fast.codebook import Codebook
 from userip_fast.config import EMConfig
+from userip_fast.em.cache import BlockCache, MemoryCache
 from userip_fast.em.steps import Block, EMState, Profiles
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import sparse_adam
 from userip_fast.packing import PackStream, iter_packs
 
-_MEMO_BYTES = 1 << 30
+_CACHE_BYTES = 1 << 30
 
 
 class GradientEStep:
@@ -31,6 +32,8 @@ class GradientEStep:
         start: [S, D] fp32, the shared start of each soft row.
         config: Steps, learning rate, stopping, commitment, pack size.
         on_step: Called after each pack with (users, mean NLL per weight), for progress.
+        cache: Keeps descents, which do not depend on the codebooks: later sweeps, and a run that
+            goes on after a kill, reuse them. None keeps 1 GiB in memory.
     """
 
     def __init__(
@@ -39,13 +42,11 @@ class GradientEStep:
         start: Tensor,
         config: EMConfig,
         on_step: Callable[[int, float], None] | None = None,
+        cache: BlockCache | None = None,
     ) -> None:
         self.engine, self.start, self.config = engine, start, config
         self.on_step = on_step
-        # The descent from the shared start does not depend on the codebooks, so later sweeps reuse
-        # it.
-        self._memo: dict[bytes, tuple[Tensor, Tensor, Tensor]] = {}
-        self._memo_bytes = 0
+        self.cache: BlockCache = MemoryCache(_CACHE_BYTES) if cache is None else cache
 
     def run(self, block: Block, codebooks: list[Codebook] | None, state: EMState) -> Profiles:
         """See `EStep.run`."""
@@ -69,15 +70,13 @@ class GradientEStep:
 
     def _from_start(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         key = block.digest()  # the same users may come again with another history
-        if key not in self._memo:
+        found = self.cache.get("descents", key)
+        if found is None:
             start = self.start.cpu().expand(block.behaviour.num_users, -1, -1)
-            found = self._descend(block, start, self.config.steps, None)
-            size = found[0].numel() * 4
-            if self._memo_bytes + size > _MEMO_BYTES:
-                return found
-            self._memo[key] = found
-            self._memo_bytes += size
-        return self._memo[key]
+            names = ("theta", "nll", "cost")
+            found = dict(zip(names, self._descend(block, start, self.config.steps, None)))
+            self.cache.put("descents", key, found)
+        return found["theta"], found["nll"], found["cost"]
 
     def _descend(
         self, block: Block, start: Tensor, steps: int, target: Tensor | None

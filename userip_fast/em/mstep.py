@@ -117,6 +117,37 @@ class Stats:
         zero = torch.zeros(len(values), dtype=torch.int64)
         sums.scalars.unsqueeze(0).index_add_(0, zero, values)
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything, by name, to cross processes."""
+        out = {
+            f"{shard}.{name}.{j}": x
+            for shard, sums in self.shards.items()
+            for name, parts in (("counts", sums.counts), ("sums", sums.sums))
+            for j, x in enumerate(parts)
+        }
+        out |= {f"{shard}.scalars.0": sums.scalars for shard, sums in self.shards.items()}
+        if self.sample_theta is not None:
+            rank = torch.from_numpy(self.sample_rank.view(np.int64))
+            out |= {"sample_rank": rank, "sample_theta": self.sample_theta}
+        return out
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], sample_size: int) -> Stats:
+        """The inverse of `to_tensors`."""
+        out = cls(sample_size)
+        shards = sorted({int(n.split(".")[0]) for n in tensors if n.endswith(".scalars.0")})
+        for shard in shards:
+            fields = sum(n.startswith(f"{shard}.counts.") for n in tensors)
+            out.shards[shard] = ShardSums(
+                [tensors[f"{shard}.counts.{j}"] for j in range(fields)],
+                [tensors[f"{shard}.sums.{j}"] for j in range(fields)],
+                tensors[f"{shard}.scalars.0"],
+            )
+        if "sample_theta" in tensors:
+            out.sample_rank = tensors["sample_rank"].numpy().view(np.uint64)
+            out.sample_theta = tensors["sample_theta"]
+        return out
+
     def _merge_sample(self, rank: npt.NDArray[np.uint64], theta: Tensor) -> None:
         if self.sample_theta is not None:
             rank = np.concatenate([self.sample_rank, rank])

@@ -7,6 +7,7 @@ addable statistics, and statistics into codebooks.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from userip_fast.codebook import Codebook
+from userip_fast.files import tensor_bytes
 from userip_fast.packing import Behaviour
 
 
@@ -56,12 +58,58 @@ class Profiles:
     theta: Tensor | None = None
     log_resp: list[Tensor] | None = None
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything but the hashes, by name, for a file."""
+        return _flatten(self, "")
+
+    @staticmethod
+    def from_tensors(tensors: dict[str, Tensor], hashes: npt.NDArray[np.uint64]) -> Profiles:
+        """The inverse of `to_tensors`."""
+        return Profiles(hashes=hashes, **_unflatten(tensors))
+
+
+def _flatten(value: Any, name: str) -> dict[str, Tensor]:
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, list):
+        parts = {str(i): x for i, x in enumerate(value)}
+    else:
+        parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    dot = f"{name}." if name else ""
+    out: dict[str, Tensor] = {}
+    for part, x in parts.items():
+        if isinstance(x, Tensor | list):
+            out |= _flatten(x, dot + part)
+    return out
+
+
+def _unflatten(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name in tensors:
+        head, dot, _ = name.partition(".")
+        if not dot:
+            out[head] = tensors[name]
+        elif head not in out:
+            count = sum(n.startswith(f"{head}.") for n in tensors)
+            out[head] = [tensors[f"{head}.{i}"] for i in range(count)]
+    return out
+
 
 @dataclass
 class EMState:
     """Where the EM loop stands; what is saved in a checkpoint beside the codebooks."""
 
     round: int = 0
+
+
+def books_digest(codebooks: list[Codebook] | None) -> bytes:
+    """Of all that an E-step reads of the codebooks."""
+    digest = hashlib.sha256()
+    for book in codebooks or ():
+        for name, tensor in sorted(book.state().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor_bytes(tensor))
+    return digest.digest()
 
 
 class EStep(Protocol):

@@ -1,15 +1,18 @@
 """The EM loop: E-step over blocks of users, addable statistics, M-step, checkpoint; then everyone's
 codes.
 
-Given the codebooks users are independent, so a block is read, inferred and dropped; memory depends
-on the block and never on the number of users.
+Given the codebooks users are independent, so a block is read ahead in a thread, inferred, kept on
+disk and dropped; memory depends on the block, and per user on nothing but the codes.
 """
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import json
+import shutil
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from userip_fast.behaviour import BehaviourSource
+from userip_fast.behaviour import Source
 from userip_fast.codebook import Codebook
 from userip_fast.config import Config
+from userip_fast.em.cache import BlockCache, DiskCache
+from userip_fast.em.checkpoints import Checkpoint, Checkpoints
+from userip_fast.em.distributed import Processes
 from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.mstep import Stats, ThetaMStep, check_codebook_sizes
 from userip_fast.em.paper import run_paper
-from userip_fast.em.steps import Block, EMState, Profiles
-from userip_fast.errors import FormatError
-from userip_fast.files import atomic_dir, read_json, read_tensors, write_json, write_tensors
+from userip_fast.em.steps import Block, EMState, EStep, Profiles, books_digest
+from userip_fast.interrupts import deferred_interrupts
 from userip_fast.lm.engine import Engine
+from userip_fast.prefetch import Prefetch
 from userip_fast.progress import Progress, progress
-
-logger = logging.getLogger("userip_fast.em")
 
 Log = Callable[[dict[str, Any]], None]
 """Receives one record per round, for metrics.jsonl."""
@@ -50,10 +54,22 @@ class Trainer:
         engine: Scores packs.
         config: Everything.
         show: Whether to show progress.
+        processes: This process among those that share the users.
+
+    Attributes:
+        swept_s, waited_s: Seconds spent in sweeps so far, and of these waiting for input.
     """
 
-    def __init__(self, engine: Engine, config: Config, show: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: Config,
+        show: bool = False,
+        processes: Processes | None = None,
+    ) -> None:
         self.engine, self.config, self.show = engine, config, show
+        self.processes = processes or Processes()
+        self.swept_s = self.waited_s = 0.0
         # What `fit` leaves for an `infer` of the same users: descents already made, or, in the
         # published recipe, the thetas that were trained with the codebooks.
         self._estep: GradientEStep | None = None
@@ -61,7 +77,7 @@ class Trainer:
 
     def fit(
         self,
-        source: BehaviourSource,
+        source: Source,
         *,
         log: Log = lambda record: None,
         checkpoints: Path | None = None,
@@ -69,14 +85,19 @@ class Trainer:
     ) -> FitResult:
         """Learns the codebooks.
 
+        An interrupt (see `deferred_interrupts`) ends it after the block at hand, which is kept.
+
         Args:
             source: The training users.
-            log: Called with a record after each round.
-            checkpoints: Folder that gets `round-NNNN/` after each round.
-            resume: Goes on after the last round found in `checkpoints`.
+            log: Called with a record after each round; first, on resuming, with those of old.
+            checkpoints: Folder that gets `round-NNNN/` after each round, and finished blocks
+                between; cleared at the start unless `resume`.
+            resume: Goes on after the last round, and the blocks since, found in `checkpoints`.
 
         Raises:
             DataError: A codebook is larger than the number of users.
+            MismatchError: `resume` finds a checkpoint of other data, LM or settings.
+            StorageError: A checkpoint cannot be written.
         """
         em = self.config.em
         check_codebook_sizes(self.config.fields, source.num_users)
@@ -88,13 +109,25 @@ class Trainer:
             log(self._record(0, profiles_total(profiles), _usage(books, profiles.code_ids), 0))
             return FitResult(books, start)
 
-        estep = GradientEStep(self.engine, start, em)
+        kept, cache = None, None
+        if checkpoints is not None:
+            kept = Checkpoints(checkpoints, self.run_key(source, start))
+            cache = DiskCache(kept.blocks, kept.run_key.encode())
+            if not resume:
+                if self.processes.rank == 0:
+                    kept.clear()
+                self.processes.barrier()
+        estep = GradientEStep(self.engine, start, em, cache=cache)
         mstep = ThetaMStep(self.config.fields, self.engine.layout.field_slices, em)
         state = EMState()
         before: Tensor | None = None
-        if resume and checkpoints is not None:
-            state.round, mstep.codebooks = _last_checkpoint(checkpoints)
-        while state.round < em.rounds:
+        records: list[dict[str, Any]] = []
+        if resume and kept is not None and (last := kept.last()):
+            state.round, mstep.codebooks = last.round, last.codebooks
+            before, records = last.codes, last.records
+            for record in records:
+                log(record)
+        while state.round < em.rounds and not _settled(records):
             stats = Stats(em.kmeans_sample)
             codes: list[Tensor] = []
             totals = np.zeros(4)
@@ -103,71 +136,153 @@ class Trainer:
                 stats = mstep.stats(profiles, stats)
                 totals += profiles_total(profiles)
                 if profiles.code_ids is not None:
-                    codes.append(profiles.code_ids)
-            now = torch.cat(codes) if codes else None
+                    codes.append(self._small(profiles.code_ids))
+            stats, totals = self._reduce(stats), self.add_up(totals)
+            now = self.gather_codes(codes) if mstep.codebooks is not None else None
             usage = _usage(mstep.codebooks, now)
             books = mstep.apply(stats)
             record = self._record(state.round, totals, usage, mstep.revived)
             if now is not None and before is not None:
                 record["changed"] = float((now != before).any(1).double().mean())
-            log(record)
+            records.append(record)
             before = now
             state.round += 1
-            if checkpoints is not None:
-                _save_checkpoint(checkpoints, state.round, books)
-            if record.get("changed") == 0.0 and not mstep.revived:
-                break
+            if kept is not None and self.processes.rank == 0:
+                kept.save(Checkpoint(state.round, books, now, records))
+            log(record)
         assert mstep.codebooks is not None
         self._estep = estep
         return FitResult(mstep.codebooks, start)
 
     def infer(
-        self, source: BehaviourSource, codebooks: list[Codebook], start: Tensor
+        self,
+        source: Source,
+        codebooks: list[Codebook],
+        start: Tensor,
+        *,
+        users: tuple[int, int] | None = None,
+        cache: BlockCache | None = None,
     ) -> Iterator[Profiles]:
-        """Profiles of all users, block by block, with the codebooks as they are."""
+        """Profiles of all users, block by block, with the codebooks as they are.
+
+        Args:
+            users: Only those from the first to before the second, in hash order.
+            cache: Keeps the profiles of finished blocks (without theta), and finds them again.
+        """
         em = self.config.em
         if em.recipe == "paper":
             if self._trained is not None:
                 content, profiles = self._trained
-                same_users = np.array_equal(profiles.hashes, source.hashes)
+                same_users = np.array_equal(profiles.hashes, source.hashes_of(0, source.num_users))
                 if same_users and content == source.content_key():
                     yield profiles
                     return
-            for a in range(0, source.num_users, em.block_users):
-                block = self._block(source, a, min(a + em.block_users, source.num_users))
+            first, last = users or (0, source.num_users)
+            for a in range(first, last, em.block_users):
+                block = self._block(source, a, min(a + em.block_users, last))
                 fields = self.config.fields
                 yield run_paper(block, self.engine, fields, em, codebooks, self.show)[1]
             return
         estep = self._estep or GradientEStep(self.engine, start, em)
-        yield from self._sweep("inferring profiles", estep, source, codebooks, EMState(em.rounds))
+        yield from self._sweep(
+            "inferring profiles", estep, source, codebooks, EMState(em.rounds), users, cache
+        )
+
+    def run_key(self, source: Source, start: Tensor) -> str:
+        """Digest of what decides the profiles of users: data, LM, prompts and settings."""
+        digest = hashlib.sha256(source.content_key().encode())
+        digest.update(self.settings_key(start))
+        return digest.hexdigest()
+
+    def settings_key(self, start: Tensor) -> bytes:
+        """The same without the data."""
+        fields = [asdict(f) for f in self.config.fields]
+        about = [self.engine.lm.fingerprint, str(self.engine.lm.dtype), fields]
+        # How many rounds and how large a block may change: what is found is the same.
+        em = {**asdict(self.config.em), "rounds": None, "block_users": None}
+        digest = hashlib.sha256(json.dumps([*about, em]).encode())
+        digest.update(start.contiguous().numpy().tobytes())
+        return digest.digest()
+
+    def gather_codes(self, codes: list[Tensor]) -> Tensor:
+        """[U, J] codes of all users in hash order, from each process's own."""
+        mine = torch.cat(codes) if codes else torch.zeros(0, len(self.config.fields)).byte()
+        parts = [p["codes"] for p in self.processes.gather({"codes": self._small(mine)})]
+        return torch.cat(parts)
+
+    def _small(self, codes: Tensor) -> Tensor:
+        """`codes` in a small type: this is what is held per user."""
+        largest = max(f.codebook_size for f in self.config.fields)
+        return codes.to(torch.uint8 if largest <= 256 else torch.int32)
+
+    def _reduce(self, stats: Stats) -> Stats:
+        if self.processes.world == 1:
+            return stats
+        parts = self.processes.gather(stats.to_tensors())
+        out = Stats(stats.sample_size)
+        for part in parts:
+            out = out + Stats.from_tensors(part, stats.sample_size)
+        return out
+
+    def add_up(self, totals: Any) -> Any:
+        """Sum over processes of an array of each."""
+        parts = self.processes.gather({"totals": torch.from_numpy(totals)})
+        return sum(p["totals"].numpy() for p in parts)
 
     def _sweep(
         self,
         what: str,
-        estep: GradientEStep,
-        source: BehaviourSource,
+        estep: EStep,
+        source: Source,
         codebooks: list[Codebook] | None,
         state: EMState,
+        users: tuple[int, int] | None = None,
+        cache: BlockCache | None = None,
     ) -> Iterator[Profiles]:
+        """Profiles of `users` (None: this process's) in hash order, block by block."""
         size = self.config.em.block_users
-        with progress(what, source.num_users, "users", self.show) as bar:
-            for a in range(0, source.num_users, size):
-                block = self._block(source, a, min(a + size, source.num_users))
+        first, last = users or self.own_users(source)
+        began = time.perf_counter()
+        with (
+            progress(what, last - first, "users", self.show) as bar,
+            Prefetch(
+                range(first, last, size), lambda a: self._block(source, a, min(a + size, last))
+            ) as blocks,
+            deferred_interrupts() as let_through,
+        ):
+            if isinstance(estep, GradientEStep):
                 estep.on_step = _Ticker(bar, self.config.em.steps + self.config.em.refine_steps)
-                profiles = estep.run(block, codebooks, state)
-                bar.done = a
-                bar.advance(len(profiles.nll), nll=float((profiles.nll / profiles.weight).mean()))
+            done = 0
+            for block in blocks:
+                profiles = _run(estep, block, codebooks, state, cache)
+                done += len(profiles.nll)
+                bar.done = done
+                bar.advance(0, nll=float((profiles.nll / profiles.weight).mean()))
                 yield profiles
+                let_through()
+            self.waited_s += blocks.waited_s
+        self.swept_s += time.perf_counter() - began
 
-    def _block(self, source: BehaviourSource, start: int, stop: int) -> Block:
+    def forget(self, checkpoints: Path) -> None:
+        """Drops the blocks that a fit, now safe elsewhere, kept in `checkpoints`."""
+        self._estep = None
+        shutil.rmtree(checkpoints / "blocks", ignore_errors=True)
+
+    def own_users(self, source: Source) -> tuple[int, int]:
+        """The range of users, in hash order, that is this process's."""
+        first, last = self.processes.owned_shards()
+        return source.users_between(first << 56, last << 56)
+
+    def _block(self, source: Source, start: int, stop: int) -> Block:
         behaviour = source.block(self.engine.lm.tokenizer, self.engine.layout, start, stop)
-        return Block(behaviour, source.hashes[start:stop])
+        return Block(behaviour, source.hashes_of(start, stop))
 
     def _record(
         self, round_: int, totals: Any, usage: list[dict[str, Any]], revived: int
     ) -> dict[str, Any]:
         users, nll, weight, cost = totals.tolist()
         return {
+            "time": time.time(),
             "round": round_,
             "users": int(users),
             "nll_per_weight": nll / max(weight, 1e-12),
@@ -175,6 +290,30 @@ class Trainer:
             "revived": revived,
             "fields": {f.name: u for f, u in zip(self.config.fields, usage)},
         }
+
+
+def _run(
+    estep: EStep,
+    block: Block,
+    codebooks: list[Codebook] | None,
+    state: EMState,
+    cache: BlockCache | None,
+) -> Profiles:
+    """What the E-step finds, or found and kept before."""
+    if cache is None:
+        return estep.run(block, codebooks, state)
+    key = block.digest() + books_digest(codebooks)
+    if (found := cache.get("profiles", key)) is not None:
+        return Profiles.from_tensors(found, block.hashes)
+    profiles = estep.run(block, codebooks, state)
+    kept = {k: v for k, v in profiles.to_tensors().items() if k != "theta"}
+    cache.put("profiles", key, kept)
+    return profiles
+
+
+def _settled(records: list[dict[str, Any]]) -> bool:
+    """Whether the last round left every code as it was."""
+    return bool(records) and records[-1].get("changed") == 0.0 and not records[-1]["revived"]
 
 
 class _Ticker:
@@ -201,7 +340,7 @@ def profiles_total(profiles: Profiles) -> Any:
     )
 
 
-def shared_start(engine: Engine, config: Config, source: BehaviourSource) -> Tensor:
+def shared_start(engine: Engine, config: Config, source: Source) -> Tensor:
     """[S, D] fp32: where all users of a field begin.
 
     The mean embedding of the field's candidate words; without candidates, of the tokens that the
@@ -229,45 +368,7 @@ def shared_start(engine: Engine, config: Config, source: BehaviourSource) -> Ten
 def _usage(books: list[Codebook] | None, codes: Tensor | None) -> list[dict[str, Any]]:
     if books is None or codes is None:
         return []
-    found = [book.usage(codes[:, j]) for j, book in enumerate(books)]
+    found = [book.usage(codes[:, j].long()) for j, book in enumerate(books)]
     return [
         {"perplexity": u.perplexity, "dead": u.dead, "counts": u.counts.tolist()} for u in found
     ]
-
-
-def _save_checkpoint(folder: Path, round_: int, books: list[Codebook]) -> None:
-    tensors = {f"{j}.{k}": v for j, book in enumerate(books) for k, v in book.state().items()}
-    with atomic_dir(folder / f"round-{round_:04d}") as tmp:
-        write_tensors(tmp / "codebooks.safetensors", tensors)
-        write_json(tmp / "state.json", {"format": 1, "round": round_, "fields": len(books)})
-
-
-def _last_checkpoint(folder: Path) -> tuple[int, list[Codebook] | None]:
-    """The newest readable checkpoint, or (0, None)."""
-    for path in sorted(folder.glob("round-[0-9]*"), reverse=True):
-        try:
-            state = read_json(path / "state.json")
-            return int(state["round"]), load_codebooks(
-                path / "codebooks.safetensors", int(state["fields"])
-            )
-        except (FormatError, KeyError, TypeError, ValueError) as e:
-            logger.warning("checkpoint %s is passed over: %s", path, e)
-    return 0, None
-
-
-def load_codebooks(path: Path, fields: int) -> list[Codebook]:
-    """Codebooks saved as `<field>.<tensor>`.
-
-    Raises:
-        FormatError: The file is torn or holds something else.
-    """
-    tensors = read_tensors(path)
-    try:
-        return [
-            Codebook.from_state(
-                {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{j}.")}
-            )
-            for j in range(fields)
-        ]
-    except (ValueError, IndexError) as e:
-        raise FormatError(f"{path}: does not hold {fields} codebooks ({e})") from e
