@@ -53,7 +53,7 @@ distclean: clean
 	@touch $@
 
 .venv/.installed: .venv/.torch pyproject.toml $(NATIVE)
-	$(PIP) install $(CONSTRAINTS) -e '.[test,nf4,triton,report]'
+	$(PIP) install $(CONSTRAINTS) -e '.[test,nf4,triton,report,ctr]'
 	@$(BIN)/python -c 'from userip_fast import _extension as e; \
 	  print("compiled extension:", e.why_not() or "usable")'
 	@touch $@

@@ -31,6 +31,8 @@ _PUBLIC = {
     "ProfileField": "userip_fast.prompts",
     "PromptTemplate": "userip_fast.prompts",
     "UserIPError": "userip_fast.errors",
+    "CTRConfig": "userip_fast.ctr",
+    "evaluate_ctr": "userip_fast.ctr",
     "fit": "userip_fast.api",
     "ops": "userip_fast",
     "read_interactions": "userip_fast.data",

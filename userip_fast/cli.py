@@ -80,6 +80,7 @@ def _panel(panel: str, help: str, *names: str) -> Any:
 
 
 _DATA, _TEXT, _FIELDS, _RUN = "Data", "Behaviour text and loss", "Profile and LM", "Run"
+_EVAL = "Evaluation"
 
 Log = Annotated[
     Path,
@@ -116,6 +117,18 @@ Lm = Annotated[
 ]
 Settings = Annotated[
     list[str] | None, _panel(_RUN, "Any setting: em.lr=0.02, lm.dtype=bfloat16, ...")
+]
+Fields = Annotated[
+    list[str] | None,
+    _panel(
+        _FIELDS,
+        "NAME:PROMPT:CODES[:TOKENS[:WORD WORD ...]], once per field, for example "
+        '"hobby:The user\'s hobby is:16:1:sports music".',
+    ),
+]
+MaxTokens = Annotated[int | None, _panel(_TEXT, "Behaviour tokens per user (256).")]
+ConfigFile = Annotated[
+    Path | None, _panel(_RUN, "YAML or JSON file of settings; flags win over it.")
 ]
 Quantization = Annotated[str | None, _panel(_FIELDS, "auto, none, nf4 or nf4-double (auto).")]
 
@@ -159,7 +172,7 @@ def fit(
     behaviour_context: Annotated[
         str | None, _panel(_TEXT, "sequence or independent (sequence).")
     ] = None,
-    max_tokens: Annotated[int | None, _panel(_TEXT, "Behaviour tokens per user (256).")] = None,
+    max_tokens: MaxTokens = None,
     negatives: Annotated[
         int | None, _panel(_TEXT, "Items passed over per event of a log without ratings (1).")
     ] = None,
@@ -167,14 +180,7 @@ def fit(
         str | None, _panel(_TEXT, "feedback, all, or weights TEXT,FEEDBACK such as 0.1,1 (auto).")
     ] = None,
     template: Template = None,
-    field: Annotated[
-        list[str] | None,
-        _panel(
-            _FIELDS,
-            "NAME:PROMPT:CODES[:TOKENS[:WORD WORD ...]], once per field, for example "
-            '"hobby:The user\'s hobby is:16:1:sports music".',
-        ),
-    ] = None,
+    field: Fields = None,
     lm: Lm = None,
     quantization: Quantization = None,
     device: Device = None,
@@ -182,9 +188,7 @@ def fit(
     rounds: Annotated[int | None, _panel(_RUN, "EM rounds, at most.")] = None,
     steps: Annotated[int | None, _panel(_RUN, "Adam steps of an E-step, at most.")] = None,
     seed: Annotated[int | None, _panel(_RUN, "A run repeats with its seed (0).")] = None,
-    config: Annotated[
-        Path | None, _panel(_RUN, "YAML or JSON file of settings; flags win over it.")
-    ] = None,
+    config: ConfigFile = None,
     set: Settings = None,
     max_users: MaxUsers = None,
     resume: Annotated[bool, _panel(_RUN, "Go on after the last checkpoint of --out.")] = False,
@@ -269,6 +273,83 @@ def infer(
             found["nll_per_weight"],
             {"bank": out},
         )
+
+
+@app.command()
+def ctr(
+    ctx: typer.Context,
+    interactions: Log,
+    out: Annotated[Path, _panel(_RUN, "Folder that gets ctr.json, and cells/ to go on from.")],
+    items: Items = None,
+    user: User = None,
+    item: Item = None,
+    rating: Rating = None,
+    time: Time = None,
+    text: ItemText = None,
+    filter: Filter = None,
+    on_bad: OnBad = None,
+    min_history: MinHistory = None,
+    max_tokens: MaxTokens = None,
+    protocol: Annotated[str, _panel(_EVAL, "new-users, cold or warm.")] = "new-users",
+    first: Annotated[int, _panel(_EVAL, "new-users: events that give a profile.")] = 10,
+    seeds: Annotated[int, _panel(_EVAL, "Trainings of codes and recommenders.")] = 3,
+    label: Annotated[str | None, _panel(_EVAL, "'rating>=Q' (above the training median).")] = None,
+    attributes: Annotated[
+        str | None, _panel(_EVAL, "Item columns A,B (few values, or separated by |).")
+    ] = None,
+    features: Annotated[str | None, _panel(_EVAL, "User features A,B,... (all).")] = None,
+    backbones: Annotated[str | None, _panel(_EVAL, "Of dcn,dcnv2,deepfm,autoint,lr (all).")] = None,
+    rows_per_user: Annotated[int, _panel(_EVAL, "Rows of a user, at most.")] = 40,
+    damage: Annotated[str, _panel(_EVAL, "To test histories: drop:P, noise:P or shuffle.")] = "",
+    period: Annotated[
+        str, _panel(_EVAL, "earlier: learn profiles on the log's earlier half.")
+    ] = "same",
+    template: Template = None,
+    field: Fields = None,
+    lm: Lm = None,
+    quantization: Quantization = None,
+    device: Device = None,
+    rounds: Annotated[int | None, _panel(_RUN, "EM rounds, at most.")] = None,
+    config: ConfigFile = None,
+    set: Settings = None,
+    max_users: Annotated[int, _panel(_EVAL, "Users, in hash order.")] = 2000,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what the IDs add to recommenders, against baselines of equal capacity.
+
+    Splits the log by the protocol, learns codes on the training side only, trains torch-rechub's
+    models with and without them, and writes AUC, log loss, intervals and paired tests to ctr.json.
+    Stopped, it goes on where it was.
+    """
+    from userip_fast.ctr import BACKBONES, FEATURES, CTRConfig, evaluate_ctr
+    from userip_fast.flags import settings_of
+
+    settings = settings_of(ctx.params)
+    ctr_settings = CTRConfig(
+        protocol=protocol,  # type: ignore[arg-type]  # checked when made
+        first=first,
+        label=label,
+        attributes=_names(attributes),
+        features=_names(features) or FEATURES,
+        backbones=_names(backbones) or BACKBONES,
+        seeds=seeds,
+        max_users=max_users,
+        rows_per_user=rows_per_user,
+        damage=damage,
+        period=period,  # type: ignore[arg-type]
+    )
+    data = _read(interactions, items, settings, None, quiet)
+    _silence_transformers()
+    from userip_fast.terminal import print_ctr
+
+    result = evaluate_ctr(data, ctr=ctr_settings, config=settings, out=out, show=not quiet)
+    if not quiet:
+        print_ctr(result)
+        print(f"{out}: ctr.json")
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(n.strip() for n in text.split(",") if n.strip())
 
 
 def _read(

@@ -45,6 +45,34 @@ def print_scores(metrics: Mapping[str, Any]) -> None:
     _print(table)
 
 
+def print_ctr(result: Mapping[str, Any]) -> None:
+    """AUC by feature and backbone, and how the IDs compare."""
+    rows = result["rows"]
+    first = f", first {result['first']}" if result["first"] else ""
+    table = Table(
+        "AUC",
+        title=f"{result['protocol']}{first}; {result['label']}; {rows['test']:,} test rows of "
+        f"{rows['test_users']:,} users, {len(result['settings']['backbones'])} recommenders, "
+        f"{result['settings']['seeds']} seeds",
+    )
+    for backbone in result["settings"]["backbones"]:
+        table.add_column(backbone, justify="right")
+    for feature, by in result["auc"].items():
+        if by is None:
+            table.add_row(feature, escape(result["reasons"][feature]))
+        else:
+            table.add_row(feature, *(f"{v['mean']:.4f} ± {v['std']:.4f}" for v in by.values()))
+    _print(table)
+    for backbone, compared in result["paired"].items():
+        for feature in dict.fromkeys(("none", compared["best_cluster"])):
+            if d := compared["against"].get(feature):
+                low, high = d["ci95"]
+                print(
+                    f"{backbone}: ids - {feature} = {d['difference']:+.4f}  "
+                    f"95% [{low:+.4f}, {high:+.4f}]  p {d['p']:.3f}"
+                )
+
+
 def print_cards(cards: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Each code of each field in words."""
     for name, codes in cards.items():

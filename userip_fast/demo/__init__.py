@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from userip_fast.api import fit, load_lm
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource
@@ -22,12 +21,13 @@ from userip_fast.codebook import Codebook
 from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
 from userip_fast.data import Catalogue, Interactions, read_interactions
 from userip_fast.demo.world import HOBBIES, LEVELS, World, make_world
+from userip_fast.em.states import mean_states
 from userip_fast.em.trainer import shared_start
 from userip_fast.errors import UnavailableError
 from userip_fast.files import write_json
 from userip_fast.lm import FrozenLM, PackedEngine
 from userip_fast.model import Model
-from userip_fast.packing import Int64, iter_packs
+from userip_fast.packing import Int64
 from userip_fast.prompts import ProfileField
 
 USERS = 384
@@ -150,20 +150,11 @@ def _codes_and_cost(model: Model, data: Interactions) -> tuple[Int64, float]:
     return np.concatenate(codes), float(cost.mean())
 
 
-@torch.no_grad()
 def _kmeans_states(model: Model, data: Interactions, seed: int) -> Int64:
     """Baseline: k-means on the mean of the LM's hidden states over a user's behaviour rows."""
-    lm, layout = model.lm, model.layout
-    engine = PackedEngine(lm, layout)
+    engine = PackedEngine(model.lm, model.layout)
     source = BehaviourSource(model.format.events(data, model.catalogue), model.format)
-    behaviour = source.block(lm.tokenizer, layout, 0, source.num_users)
-    start = shared_start(engine, model.config, source)
-    states: list[Tensor] = []
-    for pack in iter_packs(behaviour, np.arange(source.num_users), layout, lm.device, 8192):
-        hidden = engine.hidden_states(pack, start.expand(pack.num_users, -1, -1).to(lm.device))
-        for a, b in zip(pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist()):
-            states.append(hidden[a + layout.num_soft : b].float().mean(0).cpu())
-    x = torch.stack(states)
+    x = mean_states(engine, source, shared_start(engine, model.config, source))
     columns = [
         Codebook.kmeans(x, f.codebook_size, seed=seed, iterations=100).assign(x)[0]
         for f in model.config.fields

@@ -1,0 +1,95 @@
+"""Settings of a CTR evaluation."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from userip_fast.errors import ConfigError
+
+FEATURES = (
+    "none", "random", "kmeans_attributes", "kmeans_tfidf", "kmeans_states", "mf_clusters", "paper",
+    "ids",
+)  # fmt: skip
+"""What stands for the user. All but `none` are J codes of the fields' sizes K_j."""
+CLUSTERS = ("kmeans_attributes", "kmeans_tfidf", "kmeans_states", "mf_clusters")
+"""Baselines without an LM profile, of equal capacity."""
+BACKBONES = ("dcn", "dcnv2", "deepfm", "autoint", "lr")
+_DAMAGE = re.compile(r"(drop|noise):(0?\.\d+|1(?:\.0*)?)|shuffle")
+
+
+@dataclass(frozen=True)
+class CTRConfig:
+    """Protocol, rows and training of the recommenders. Everything here decides the result."""
+
+    protocol: Literal["new-users", "cold", "warm"] = "new-users"
+    first: int = 10
+    """new-users: events that give the profile; later ones are rows."""
+    label: str | None = None
+    """"rating>=Q"; None is above the median of the training ratings."""
+    attributes: tuple[str, ...] | None = None
+    """Item columns; None takes those of few values or with values separated by `|`."""
+    features: tuple[str, ...] = FEATURES
+    backbones: tuple[str, ...] = BACKBONES
+    seeds: int = 3
+    """Codes and recommenders are trained so often; the split and the LM stay the same."""
+    max_users: int = 2000
+    """Users, in hash order, on either side of the split taken together."""
+    rows_per_user: int = 40
+    """Events of a user that become rows, at most: the first ones after the profile."""
+    negatives: int = 4
+    """Sampled rows per purchase of a log without ratings."""
+    new_fraction: float = 0.3
+    """Users that are new (new-users), or cut to their first events (cold)."""
+    cold_rows: int = 5
+    warm_rows: int = 20
+    last_fraction: float = 0.2
+    """cold, warm: latest events of a user that are test rows."""
+    damage: str = ""
+    """To the histories that test profiles are read from: drop:P, noise:P or shuffle."""
+    period: Literal["same", "earlier"] = "same"
+    """"earlier": profiles are learned on the earlier half of the log, rows are of the later."""
+    split_seed: int = 0
+    embed_dim: int = 8
+    batch: int = 512
+    epochs: int = 30
+    patience: int = 3
+    lr: float = 2e-3
+    weight_decay: float = 1e-5
+    bootstrap: int = 300
+    """Resamplings of the test users, for intervals and tests."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("features", FEATURES), ("backbones", BACKBONES)):
+            chosen = getattr(self, name)
+            if not chosen or not set(chosen) <= set(known) or len(set(chosen)) != len(chosen):
+                raise ConfigError(f"ctr {name} must be some of {list(known)}, is {list(chosen)}")
+        if self.protocol not in ("new-users", "cold", "warm"):
+            raise ConfigError(f"ctr protocol must be new-users, cold or warm, is {self.protocol!r}")
+        if self.period not in ("same", "earlier"):
+            raise ConfigError(f"ctr period must be same or earlier, is {self.period!r}")
+        for name in (
+            "first", "seeds", "max_users", "rows_per_user", "negatives", "cold_rows", "embed_dim",
+            "batch", "epochs", "patience", "bootstrap",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"ctr {name} must be at least 1, is {getattr(self, name)}")
+        for name in ("new_fraction", "last_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"ctr {name} must be in (0, 1), is {getattr(self, name)}")
+        if self.damage and not _DAMAGE.fullmatch(self.damage):
+            raise ConfigError(f"ctr damage must be drop:P, noise:P or shuffle, is {self.damage!r}")
+        if self.label is not None:
+            threshold(self.label)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def threshold(label: str) -> float:
+    """Q of "rating>=Q"."""
+    found = re.fullmatch(r"\s*rating\s*>=\s*(-?\d+(?:\.\d+)?)\s*", label)
+    if not found:
+        raise ConfigError(f"ctr label must be 'rating>=Q', for example 'rating>=4', is {label!r}")
+    return float(found[1])

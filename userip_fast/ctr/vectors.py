@@ -1,0 +1,174 @@
+"""What the cluster baselines read of a user: fixed vectors from the same events that the LM reads.
+
+Every baseline sees the events with their feedback words (or items chosen and passed over) exactly
+as the behaviour text tells them, so none has information that another lacks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from userip_fast.data import Events, Interactions
+from userip_fast.data.arrow import combine
+from userip_fast.packing import Int64
+
+Float64 = NDArray[np.float64]
+FEW_VALUES = 64
+_TEXT_DIMS = 32
+_FACTORS = 8
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One item column. `values` [I, L] int64 hold the values of each item, 0 for none."""
+
+    name: str
+    size: int
+    values: Int64
+
+
+def item_attributes(data: Interactions, names: tuple[str, ...] | None) -> list[Attribute]:
+    """Columns of the items with few values, or with several separated by `|`.
+
+    Args:
+        names: The columns to take whatever they hold; None chooses.
+    """
+    columns = data.items.column_names if names is None else names
+    found = []
+    for name in columns:
+        column = combine(data.items[name])
+        if names is None and not (
+            pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        ):
+            continue
+        text = pc.fill_null(pc.cast(column, pa.large_string()), "")
+        parts = pc.split_pattern(text, "|")
+        several = pc.list_value_length(parts).to_numpy(zero_copy_only=False)
+        flat = pc.list_flatten(parts)
+        used = pc.drop_null(pc.unique(flat)).to_pylist()
+        values = sorted(v for v in used if v)
+        if names is None and not (2 <= len(values) <= FEW_VALUES):
+            continue
+        code = {v: i + 1 for i, v in enumerate(values)}
+        table = np.zeros((data.num_items, int(several.max(initial=1))), np.int64)
+        row = np.repeat(np.arange(data.num_items), several)
+        start = np.cumsum(several) - several
+        place = np.arange(len(row)) - np.repeat(start, several)
+        table[row, place] = [code.get(v, 0) for v in flat.to_pylist()]
+        found.append(Attribute(name, len(values) + 1, table))
+    return found
+
+
+def attribute_matrix(attributes: list[Attribute]) -> Float64:
+    """[I, sum of sizes] shares of each value in an item."""
+    blocks = []
+    for a in attributes:
+        block = np.zeros((len(a.values), a.size))
+        rows = np.repeat(np.arange(len(a.values)), a.values.shape[1])
+        np.add.at(block, (rows, a.values.ravel()), 1.0)
+        block = block[:, 1:]
+        blocks.append(block / np.maximum(block.sum(1, keepdims=True), 1))
+    return np.concatenate(blocks, axis=1)
+
+
+def tfidf_matrix(texts: list[str], seed: int) -> Float64:
+    """[I, 32] item texts as TF-IDF, its leading singular directions."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    x = TfidfVectorizer(min_df=2 if len(texts) > 100 else 1, sublinear_tf=True).fit_transform(texts)
+    dims = min(_TEXT_DIMS, x.shape[1] - 1, x.shape[0] - 1)
+    svd: Any = TruncatedSVD(max(dims, 1), random_state=seed)
+    return np.asarray(svd.fit_transform(x))
+
+
+def pooled(events: Events, matrix: Float64) -> Float64:
+    """[U, 2 D] mean of `matrix` [I, D] over the items of best and of worst feedback, by all events.
+
+    Items passed over were drawn, not met: they are left out, and so is the worst half then.
+    """
+    lengths = np.maximum(np.diff(events.offsets), 1)[:, None]
+    if events.level is None:
+        levels: list[NDArray[np.bool_]] = [np.ones(events.num_events, bool)]
+    elif events.words[0] == "chosen":
+        levels = [events.level == 0]
+    else:
+        levels = [events.level == len(events.words) - 1, events.level == 0]
+    user = np.repeat(np.arange(events.num_users), np.diff(events.offsets))
+    halves = []
+    for kept in levels:
+        total = np.zeros((events.num_users, matrix.shape[1]))
+        item = events.item_index[kept]
+        known = item < len(matrix)
+        np.add.at(total, user[kept][known], matrix[item[known]])
+        halves.append(total / lengths)
+    return np.concatenate(halves, axis=1)
+
+
+class Factors:
+    """Matrix factorisation by alternating ridge regressions; a new user is one more regression.
+
+    Predicts feedback, less the item's mean, from [1, item factors]. Source: "Large-scale Parallel
+    Collaborative Filtering for the Netflix Prize", AAIM 2008 (there with weighted ridges).
+    """
+
+    def __init__(self, events: Events, value: Float64, seed: int, ridge: float = 2.0) -> None:
+        self.ridge = ridge
+        items = len(events.item_keys)
+        self.keys = events.item_keys
+        item = events.item_index.astype(np.int64)
+        count = np.bincount(item, minlength=items)
+        self.mean = float(value.mean())
+        self.item_mean = np.bincount(item, value - self.mean, items) / (count + 5.0)
+        y = value - self.mean - self.item_mean[item]
+        random = np.random.default_rng(seed)
+        self.v = np.concatenate(
+            [np.ones((items, 1)), random.normal(0, 0.1, (items, _FACTORS))], axis=1
+        )
+        by_item = np.argsort(item, kind="stable")
+        item_offsets = np.concatenate([[0], np.cumsum(count)])
+        user = np.repeat(np.arange(events.num_users), np.diff(events.offsets))
+        for _ in range(8):
+            u = self._solve(self.v[item], y, events.offsets)
+            left = (y - u[user, 0])[by_item]  # a user's own mean is no item's doing
+            self.v[:, 1:] = self._solve(u[user, 1:][by_item], left, item_offsets)
+
+    def users(self, events: Events, value: Float64) -> Float64:
+        """[U, 1 + factors] of any users."""
+        index = pc.fill_null(pc.index_in(events.item_keys, value_set=self.keys), -1)
+        known = np.asarray(index)[events.item_index]
+        x = np.where((known >= 0)[:, None], self.v[known], 0.0)
+        x[:, 0] = 1
+        y = value - self.mean - np.where(known >= 0, self.item_mean[known], 0.0)
+        return self._solve(x, y, events.offsets)
+
+    def _solve(self, x: Float64, y: Float64, offsets: Int64) -> Float64:
+        """Ridge regression of each CSR segment."""
+        d = x.shape[1]
+        gram = _segment_sums((x[:, :, None] * x[:, None, :]).reshape(len(x), d * d), offsets)
+        right = _segment_sums(x * y[:, None], offsets)
+        gram = gram.reshape(-1, d, d) + self.ridge * np.eye(d)
+        return np.asarray(np.linalg.solve(gram, right[..., None])[..., 0])
+
+
+def _segment_sums(x: Float64, offsets: Int64) -> Float64:
+    """Sums of rows `offsets[i]:offsets[i + 1]`; of an empty segment zero."""
+    out = np.zeros((len(offsets) - 1, x.shape[1]))
+    filled = np.flatnonzero(np.diff(offsets))
+    if len(filled):
+        out[filled] = np.add.reduceat(x, offsets[:-1][filled], axis=0)
+    return out
+
+
+def feedback_values(events: Events) -> Float64:
+    """[N] feedback as a number: the word's place, items chosen above those passed over."""
+    if events.level is None:
+        return np.ones(events.num_events)
+    value = events.level.astype(np.float64)
+    return 1 - value if events.words[0] == "chosen" else value
