@@ -3,26 +3,29 @@
     python benchmarks/bench_em_step.py --device cpu|cuda [--threads N] [--quick]
     pytest benchmarks/bench_em_step.py --benchmark-only
 
-Case: a random Llama (hidden 512, 8 layers, vocabulary 8192; on CUDA the Llama-2-7B shape), 16 name
-tokens a field, a table of 20,000 users, 32 users a step, ragged behaviour of 30 to 300 tokens.
-`b100_j2` has 2 fields and about 100 tokens a user, `b50_j8` 8 fields and about 50 (15 to 150). A
-step is forward, backward to the soft prompts, and the optimiser.
+Case: a random Llama (hidden 512, 8 layers, vocabulary 8192; on CUDA the Llama-2-7B shape) in NF4
+with double quantisation, 16 name tokens a field, a table of 20,000 users, 32 users a step, ragged
+behaviour of 30 to 300 tokens. `b100_j2` has 2 fields and about 100 tokens a user, `b50_j8` 8 fields
+and about 50 (15 to 150). A step is forward, backward to the soft prompts, and the optimiser.
 
 - ours: packed rows, constant prefix, loss rows only, Adam on the rows of the step.
 - public: whole prompts padded, plain causal mask, logits of every position, dense AdamW over the
   whole table; padded to the longest text of the data set (as is) or, without the dense optimiser,
   of the batch.
-- peft: PEFT prompt tuning with ONE prompt of P + S rows for all users, padded to the longest of the
-  batch, same weights. It learns no user's profile: the comparison flatters it.
+- peft: PEFT prompt tuning with ONE prompt of P + S rows for all users, padded to the longest of
+  the batch. It learns no user's profile: the comparison flatters it. It runs on the dequantised
+  weights of ours; `peft_bnb` on bitsandbytes' own 4-bit layers, which dequantise in every call.
 
-Between ours and public, `split` adds one cause of cost at a time. Correctness first: ours and the
-reference engine agree on NLL and soft-prompt gradient. The last line is JSON; `ratios` are the
-other's best time over ours.
+Everyone reads the same NF4 weights, all but `peft_bnb` dequantised once. Between ours and public,
+`split` adds one cause of cost at a time. Correctness first: ours and the reference engine agree on
+NLL and soft-prompt gradient. The last line is JSON; `ratios` are the other's best time over ours,
+`memory` the tensors that one step allocates at its peak beside what it holds between steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -38,7 +41,8 @@ from _timing import add_arguments, apply_arguments, ceilings, compare, machine, 
 
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
 from userip_fast.lm.attention import register
-from userip_fast.ops import sparse_adam
+from userip_fast.nf4 import NF4Weight
+from userip_fast.ops import nf4_dequantize, sparse_adam
 from userip_fast.packing import Behaviour, Pack, make_pack
 from userip_fast.prompts import Layout
 
@@ -70,6 +74,7 @@ class Case:
 
 
 def make_lm(device: str, quick: bool) -> FrozenLM:
+    """A random Llama whose linears hold NF4 values, dequantised once."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     register()
@@ -85,7 +90,33 @@ def make_lm(device: str, quick: bool) -> FrozenLM:
     with torch.device(device):
         model = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="userip_packed"))
     torch.set_default_dtype(torch.float32)
-    return FrozenLM(model, NoTokenizer(), source="random", quantization="none")
+    for _, _, dense in layer_linears(model):
+        dense.nf4 = NF4Weight.quantize(dense.weight.data)
+        dense.weight.data = nf4_dequantize(dense.nf4)
+    return FrozenLM(model, NoTokenizer(), source="random", quantization="nf4-double")
+
+
+def layer_linears(model: Any) -> list[tuple[Any, str, torch.nn.Linear]]:
+    """(parent, name, module) of every linear of the layers."""
+    return [(parent, name, dense) for parent in model.model.layers.modules()
+            for name, dense in parent.named_children()
+            if isinstance(dense, torch.nn.Linear)]  # fmt: skip
+
+
+def on_bitsandbytes(lm: FrozenLM) -> Any | None:
+    """The same model on bitsandbytes' 4-bit layers; None where it is not installed."""
+    try:
+        from bitsandbytes.nn import Linear4bit
+    except ImportError:
+        return None
+    model = copy.deepcopy(lm.model)
+    for parent, name, dense in layer_linears(model):
+        narrow = Linear4bit(dense.in_features, dense.out_features, bias=False,
+                            compute_dtype=lm.dtype, quant_type="nf4", device="meta")  # fmt: skip
+        narrow.weight = dense.nf4.to_bnb()
+        narrow.support_avx512bf16_for_cpu = False  # would repack the weights in place
+        setattr(parent, name, narrow)
+    return model.to(lm.device).requires_grad_(False)
 
 
 def make_case(lm: FrozenLM, fields: int, mean: int) -> Case:
@@ -250,7 +281,7 @@ def padded(
     return step
 
 
-def peft(case: Case) -> Callable[[], Any] | None:
+def peft(case: Case, model: Any) -> Callable[[], Any] | None:
     """One PEFT soft prompt of P + S rows for all users, batch-padded, logits of every position."""
     try:
         from peft import PromptTuningConfig, get_peft_model
@@ -258,9 +289,9 @@ def peft(case: Case) -> Callable[[], Any] | None:
         return None
     rows = case.layout.behaviour_start
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=rows)
-    with case.lm.attention("sdpa"):
-        model = get_peft_model(case.lm.model, config).to(case.lm.device)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model.set_attn_implementation("sdpa")
+    tuned = get_peft_model(model, config).to(case.lm.device)
+    optimiser = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=0.01)
     lengths = case.behaviour.lengths
     ids = torch.zeros(USERS, int(lengths.max()), dtype=torch.int64)
     keep = torch.zeros_like(ids)
@@ -272,11 +303,10 @@ def peft(case: Case) -> Callable[[], Any] | None:
     labels = torch.where(keep.bool(), ids, -100)
 
     def step() -> None:
-        with case.lm.attention("sdpa"):
-            loss = model(input_ids=ids, attention_mask=keep, labels=labels).loss
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+        loss = tuned(input_ids=ids, attention_mask=keep, labels=labels).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
 
     return step
 
@@ -300,9 +330,9 @@ def check(case: Case) -> float:
     return max(errors)
 
 
-def contenders(case: Case, with_peft: bool) -> dict[str, Callable[[], Any]]:
-    """Ours, the public way piece by piece, and PEFT (last: it marks the model as its own)."""
-    out = {
+def contenders(case: Case) -> dict[str, Callable[[], Any]]:
+    """Ours, and the public way piece by piece."""
+    return {
         "ours": ours(case),
         "split_prefix": padded(case, width=False, all_logits=False),
         "split_padding": padded(case, all_logits=False),
@@ -310,19 +340,26 @@ def contenders(case: Case, with_peft: bool) -> dict[str, Callable[[], Any]]:
         "public_longest": padded(case, to_data_set=True),
         "public_as_is": padded(case, to_data_set=True, dense=True),
     }
-    if with_peft and (step := peft(case)):
-        out["peft"] = step
-    return out
 
 
 def measure(lm: FrozenLM, fields: int, mean: int, device: str, quick: bool) -> dict[str, Any]:
     case = make_case(lm, fields, mean)
     error = check(case)
-    steps = contenders(case, with_peft=fields == 2)
-    times = compare(steps, device, seconds=10.0 if quick else 120.0, rounds=3 if quick else 7)
+    steps = contenders(case)
+    if fields == 2:
+        for name, model in (("peft_bnb", on_bitsandbytes(lm)), ("peft", lm.model)):
+            if model is not None and (step := peft(case, model)):
+                steps[name] = step
+    if case.longest_text == case.behaviour.lengths.max():
+        steps["public_longest"] = steps["public_batch"]  # the same padding: measured once
     memory = {name: peak_mib(step, device) for name, step in steps.items()}
+    distinct = {name: step for name, step in steps.items()
+                if name != "public_longest" or step is not steps["public_batch"]}  # fmt: skip
+    times = compare(distinct, device, seconds=10.0 if quick or device == "cuda" else 60.0, rounds=7)
+    times = {name: times.get(name) or times["public_batch"] for name in steps}
     table = TABLE * case.layout.num_soft * lm.hidden_size * 4 / 2**20
-    state = {name: round(table * (4 if "as_is" in name else 1), 1) for name in steps}
+    held = {"public_as_is": 4 * table, "peft": 0.0, "peft_bnb": 0.0}  # with gradient and moments
+    state = {name: round(held.get(name, table), 1) for name in steps}
     best = times["ours"]["best_ms"]
     print(f"\n{fields} fields, behaviour {case.behaviour.lengths.mean():.0f} tokens on average "
           f"(longest {case.behaviour.lengths.max()}, of the data set {case.longest_text}); "
@@ -333,6 +370,15 @@ def measure(lm: FrozenLM, fields: int, mean: int, device: str, quick: bool) -> d
               f"{USERS / t['best_ms'] * 1e3:10.1f}{t['best_ms'] / best:9.2f}x"
               f"{memory[name]:10.1f}{state[name]:9.1f}")  # fmt: skip
     ratio = {name: round(t["best_ms"] / best, 3) for name, t in times.items()}
+    split = {
+        "prefix": ratio["split_prefix"],
+        "padding": round(ratio["split_padding"] / ratio["split_prefix"], 3),
+        "logits": round(ratio["public_batch"] / ratio["split_padding"], 3),
+        "padding_to_data_set": round(ratio["public_longest"] / ratio["public_batch"], 3),
+        "optimiser": round(ratio["public_as_is"] / ratio["public_longest"], 3),
+    }
+    print("split by cause, each on top of those before: "
+          + ", ".join(f"{name} {x:.2f}x" for name, x in split.items()))  # fmt: skip
     return {
         "ratios": ratio,
         "times": times,
@@ -340,13 +386,7 @@ def measure(lm: FrozenLM, fields: int, mean: int, device: str, quick: bool) -> d
         "state_mib": state,
         "users_per_s": round(USERS / best * 1e3, 2),
         "tokens_per_s": round(int(case.pack.cu_seqlens[-1]) / best * 1e3, 1),
-        "split": {
-            "prefix": round(ratio["split_prefix"], 3),
-            "padding": round(ratio["split_padding"] / ratio["split_prefix"], 3),
-            "logits": round(ratio["public_batch"] / ratio["split_padding"], 3),
-            "padding_to_data_set": round(ratio["public_longest"] / ratio["public_batch"], 3),
-            "optimiser": round(ratio["public_as_is"] / ratio["public_longest"], 3),
-        },
+        "split": split,
         "error": error,
     }
 
@@ -358,10 +398,12 @@ def main(argv: list[str] | None = None) -> None:
     apply_arguments(arguments)
     lm = make_lm(arguments.device, arguments.quick)
     cases = {
-        name: measure(lm, fields, mean, arguments.device, arguments.quick)
-        for name, fields, mean in (("b50_j8", 8, 50), ("b100_j2", 2, 100))
+        "b50_j8": measure(lm, 8, 50, arguments.device, arguments.quick),
+        "b100_j2": measure(lm, 2, 100, arguments.device, arguments.quick),
     }
     j2, j8 = cases["b100_j2"]["ratios"], cases["b50_j8"]["ratios"]
+    step, held = cases["b100_j2"]["peak_mib"], cases["b100_j2"]["state_mib"]
+    names = ("ours", "public_batch", "public_as_is", "peft", "peft_bnb")
     print(json.dumps({
         "benchmark": "em_step",
         "ratios": {
@@ -369,7 +411,9 @@ def main(argv: list[str] | None = None) -> None:
             "public_b50_j8": j8["public_batch"],
             "public_as_is": j2["public_as_is"],
             "peft": j2.get("peft"),
+            "peft_bnb": j2.get("peft_bnb"),
         },
+        "memory_b100_j2_mib": {n: [step[n], held[n]] for n in names if n in step},
         "cases": cases,
         "ceilings": ceilings(arguments.device),
         "machine": machine(arguments.device),
@@ -380,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
 def test_em_step(benchmark: Any, name: str) -> None:
     case = make_case(make_lm("cpu", quick=True), 2, 100)
     check(case)
-    benchmark.pedantic(contenders(case, with_peft=False)[name], rounds=2, warmup_rounds=1)
+    benchmark.pedantic(contenders(case)[name], rounds=2, warmup_rounds=1)
 
 
 if __name__ == "__main__":

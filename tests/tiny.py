@@ -50,9 +50,13 @@ def config(family: str) -> Any:
         "llama_tied": lambda: tf.LlamaConfig(**grouped, tie_word_embeddings=True),
         "mistral": lambda: tf.MistralConfig(**grouped, sliding_window=8, head_dim=8),
         "qwen2": lambda: tf.Qwen2Config(**grouped),
+        "qwen2_window": lambda: tf.Qwen2Config(
+            **grouped, use_sliding_window=True, sliding_window=8, max_window_layers=1,
+        ),
         "qwen3": lambda: tf.Qwen3Config(**grouped, head_dim=8),
         "gemma2": lambda: tf.Gemma2Config(
             **grouped, head_dim=8, sliding_window=8, query_pre_attn_scalar=8,
+            attn_logit_softcapping=4.0, final_logit_softcapping=8.0,
         ),
         "gemma3": lambda: tf.Gemma3TextConfig(
             **{**grouped, "num_hidden_layers": 3}, head_dim=8, sliding_window=8,

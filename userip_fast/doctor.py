@@ -138,7 +138,7 @@ def _against_oracle(
     theta: Tensor,
     context: Context,
 ) -> list[Check]:
-    packed = PackedEngine(lm, layout)
+    packed = PackedEngine(lm, layout, probe=False)
     everyone = np.arange(behaviour.num_users)
     oracle = _one_by_one(ReferenceEngine(exact, layout), behaviour, theta)
     plain = _one_by_one(ReferenceEngine(lm, layout), behaviour, theta)
@@ -174,7 +174,7 @@ def _leaks(
     lm: FrozenLM, layout: Layout, behaviour: Behaviour, theta: Tensor, context: Context
 ) -> list[Check]:
     """What must not matter, changed; whatever else moves by a single bit is a leak."""
-    engine = PackedEngine(lm, layout)
+    engine = PackedEngine(lm, layout, probe=False)
     everyone = np.arange(behaviour.num_users)
 
     # Another user's tokens and soft prompt.

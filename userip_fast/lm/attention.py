@@ -27,6 +27,9 @@ class PackContext:
         prefix_segment, prefix_position: [P] int32.
         prefix: Per layer (keys, values) [P, Hkv, d] after RoPE.
         capture: When a list, each layer appends its (keys, values) [T, Hkv, d] to it.
+        windows: When a list, each layer appends its sliding window to it (0 for none).
+        stop: The function raises `Attended` instead of returning.
+        attended: [R, H, d], what the function returns instead of looking at its arguments.
     """
 
     segment: Tensor
@@ -38,7 +41,22 @@ class PackContext:
     prefix_position: Tensor
     prefix: list[tuple[Tensor, Tensor]] | None = None
     capture: list[tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
+    windows: list[int] | None = None
+    stop: bool = False
+    attended: Tensor | None = None
     impl: str = "auto"
+
+
+class Attended(Exception):  # noqa: N818 - a way out, not an error
+    """Carries the attention output [T, H, d] out of a layer that goes no further."""
+
+    def __init__(self, out: Tensor) -> None:
+        super().__init__()
+        self.out = out
+
+
+# What models pass on beside what the function reads, and what changes nothing here.
+_HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions"}
 
 
 def packed_attention(
@@ -52,7 +70,8 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     userip: PackContext | None = None,
-    **_: Any,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """query [1, H, T, d], key and value [1, Hkv, T, d], RoPE applied; returns [1, T, H, d]."""
     if userip is None:
@@ -65,9 +84,19 @@ def packed_attention(
             f"{type(module).__name__} brings its own attention mask or dropout ({dropout}), which "
             "the packed engine does not support; use em.engine=reference"
         )
+    unknown = [name for name, x in others.items() if x is not None and name not in _HARMLESS]
+    if unknown or is_causal is False:
+        raise UnsupportedError(
+            f"{type(module).__name__} asks attention for {unknown[0] if unknown else 'no mask'!r}, "
+            "which the packed engine does not support; use em.engine=reference"
+        )
+    if userip.attended is not None:
+        return userip.attended.unsqueeze(0), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d], strided
     if userip.capture is not None:
         userip.capture.append((k.detach().contiguous(), v.detach().contiguous()))
+    if userip.windows is not None:
+        userip.windows.append(int(sliding_window or 0))
     if userip.prefix is None:
         prefix_k = prefix_v = k.new_empty(0, k.shape[1], k.shape[2])
     else:
@@ -90,6 +119,8 @@ def packed_attention(
         max_seqlen=userip.max_seqlen,
         impl=userip.impl,
     )
+    if userip.stop:
+        raise Attended(out)
     return out.unsqueeze(0), None
 
 

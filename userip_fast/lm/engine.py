@@ -7,20 +7,25 @@ on padded, whole prompts; it is the oracle and the profile's baseline.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from userip_fast.errors import MismatchError
+from userip_fast.errors import MismatchError, UnsupportedError
 from userip_fast.lm import attention
 from userip_fast.lm.attention import PackContext
 from userip_fast.lm.frozen import FrozenLM
+from userip_fast.lm.last_layer import last_layer, rows_behind_attention
 from userip_fast.ops import linear_cross_entropy, prepend_soft_prompts
 from userip_fast.packing import Pack
 from userip_fast.prompts import Layout
+
+_FEW = 0.75  # loss rows over rows up to which the last layer's second look at them pays
 
 
 class Engine(Protocol):
@@ -51,17 +56,35 @@ def check_positions(lm: FrozenLM, layout: Layout, tokens: int) -> None:
 
 
 class PackedEngine:
-    """Packed rows, constant prefix keys and values, loss rows only."""
+    """Packed rows, constant prefix keys and values, loss rows only.
 
-    def __init__(self, lm: FrozenLM, layout: Layout, impl: str = "auto") -> None:
+    Args:
+        lm, layout: The frozen LM and the prompt.
+        impl: Implementation of attention.
+        probe: Whether to try the model on a small pack first.
+
+    Raises:
+        UnsupportedError: The model does something on packed rows that it does not do on one user's,
+            or masks in a way that attention is not told of; the text names it.
+    """
+
+    def __init__(
+        self, lm: FrozenLM, layout: Layout, impl: str = "auto", *, probe: bool = True
+    ) -> None:
         self.lm, self.layout, self.impl = lm, layout, impl
         self.prefix_segment = _tensor(layout.prefix_segment, lm.device)
         self.prefix_position = _tensor(layout.prefix_position, lm.device)
+        self.last_layer = last_layer(lm.model)
+        if probe:
+            self._probe()
         self.prefix = self._prefix_keys_values()
 
     def nll(self, pack: Pack, soft_rows: Tensor) -> Tensor:
         """See `Engine.nll`."""
-        hidden = self.hidden_states(pack, soft_rows)
+        rows: Tensor | None = pack.loss_rows
+        if self.last_layer is None or not 0 < len(pack.loss_rows) <= _FEW * pack.num_tokens:
+            rows = None
+        hidden = self.hidden_states(pack, soft_rows, rows)
         return linear_cross_entropy(
             hidden[pack.loss_rows],
             self.lm.head_weight,
@@ -72,8 +95,8 @@ class PackedEngine:
             softcap=self.lm.softcap,
         )
 
-    def hidden_states(self, pack: Pack, soft_rows: Tensor) -> Tensor:
-        """[T, D] final hidden states of every row of the pack."""
+    def hidden_states(self, pack: Pack, soft_rows: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[T, D] final hidden states of the pack; with `rows` [R] given, of these rows alone."""
         x = prepend_soft_prompts(
             self.lm.token_embedding,
             soft_rows.reshape(-1, self.lm.hidden_size).to(self.lm.dtype),
@@ -91,10 +114,16 @@ class PackedEngine:
             prefix=self.prefix,
             impl=self.impl,
         )
-        return self._forward(x, pack.position, context)
+        return self._forward(x, pack.position, context, rows)
 
-    def _forward(self, x: Tensor, position: Tensor, context: PackContext) -> Tensor:
-        with self.lm.attention(attention.NAME):
+    def _forward(
+        self, x: Tensor, position: Tensor, context: PackContext, rows: Tensor | None = None
+    ) -> Tensor:
+        with ExitStack() as stack:
+            stack.enter_context(self.lm.attention(attention.NAME))
+            if rows is not None:
+                assert self.last_layer is not None
+                stack.enter_context(rows_behind_attention(self.last_layer, rows, len(x)))
             out: Any = self.lm.model.base_model(
                 inputs_embeds=x.unsqueeze(0),
                 position_ids=position.long().unsqueeze(0),
@@ -103,34 +132,69 @@ class PackedEngine:
             )
         return out.last_hidden_state[0]
 
+    def _plain(self, lengths: list[int], **options: Any) -> PackContext:
+        """Users of so many rows each, all of them behaviour, without a prefix."""
+        rows, device = sum(lengths), self.lm.device
+        return PackContext(
+            torch.full((rows,), self.layout.num_fields, dtype=torch.int32, device=device),
+            torch.cat([torch.arange(n, dtype=torch.int32, device=device) for n in lengths]),
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+            max(lengths),
+            self.layout.num_fields,
+            self.prefix_segment[:0],
+            self.prefix_position[:0],
+            impl=self.impl,
+            **options,
+        )
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Two small users packed against the second alone; and the windows of all layers."""
+        name, lm = type(self.lm.model).__name__, self.lm
+        vocabulary = lm.token_embedding.shape[0]
+        x = lm.embed(torch.arange(3, 13, device=lm.device) % vocabulary)
+        windows: list[int] = []
+        context = self._plain([5, 5], windows=windows)
+        want_windows = layer_windows(lm.model.config.get_text_config())
+        whole = self._forward(x, context.position, context)[5:]
+        if windows != want_windows:
+            raise UnsupportedError(
+                f"{name} tells attention of sliding windows {windows}, its config says "
+                f"{want_windows}; use em.engine=reference"
+            )
+        rows = torch.tensor([6, 9], device=lm.device)
+        picked = self._forward(x, context.position, self._plain([5, 5]), rows)[rows]
+        with lm.attention("eager"):
+            alone = lm.model.base_model(inputs_embeds=x[None, 5:], use_cache=False)
+        want = alone.last_hidden_state[0]
+        limit = torch.finfo(lm.dtype).eps ** 0.5 * float(want.abs().max())
+        for got, expected in ((whole, want), (picked, want[[1, 4]])):
+            if not float((got - expected).abs().max()) <= limit:
+                raise UnsupportedError(
+                    f"{name} reads packed users in another way than a user alone; "
+                    "use em.engine=reference"
+                )
+
     @torch.no_grad()
     def _prefix_keys_values(self) -> list[tuple[Tensor, Tensor]]:
         """Runs the prefix alone, as if it were one user, under the same mask rule."""
         rows = len(self.layout.prefix_ids)
         captured: list[tuple[Tensor, Tensor]] = []
-        if rows == 0:
-            config = self.lm.model.config.get_text_config()
-            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            width = (
-                getattr(config, "head_dim", None)
-                or config.hidden_size // config.num_attention_heads
-            )
-            empty = torch.empty(0, heads, width, dtype=self.lm.dtype, device=self.lm.device)
-            return [(empty, empty)] * config.num_hidden_layers
-        context = PackContext(
-            self.prefix_segment,
-            self.prefix_position,
-            torch.tensor([0, rows], dtype=torch.int32, device=self.lm.device),
-            rows,
-            self.layout.num_fields,
-            self.prefix_segment[:0],
-            self.prefix_position[:0],
-            capture=captured,
-            impl=self.impl,
-        )
-        ids = _tensor(self.layout.prefix_ids, self.lm.device).long()
-        self._forward(self.lm.embed(ids), self.prefix_position, context)
-        return captured
+        context = self._plain([max(rows, 1)], capture=captured)
+        if rows:
+            context = replace(context, segment=self.prefix_segment, position=self.prefix_position)
+        ids = _tensor(self.layout.prefix_ids, self.lm.device).long() if rows else context.position
+        self._forward(self.lm.embed(ids.long()), context.position, context)
+        return [(k[:rows], v[:rows]) for k, v in captured]
+
+
+def layer_windows(config: Any) -> list[int]:
+    """The sliding window of each layer as a text config has it, 0 for none."""
+    count, window = config.num_hidden_layers, getattr(config, "sliding_window", None) or 0
+    if not getattr(config, "use_sliding_window", True):
+        window = 0
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * count
+    return [window if kind == "sliding_attention" else 0 for kind in kinds]
 
 
 class ReferenceEngine:
@@ -197,18 +261,14 @@ class ReferenceEngine:
         )
         sees = (sees & causal) | torch.eye(segment.shape[1], device=segment.device).bool()
         config = self.lm.model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or [])
-        window = getattr(config, "sliding_window", None)
-        if not getattr(config, "use_sliding_window", True):
-            window = None
         full = _additive(sees, self.lm.dtype)
-        if window is None:
-            return {kind: full for kind in kinds} if kinds - {"full_attention"} else full
+        window = max(layer_windows(config))
         near = sees & (position[:, None, :] > position[:, :, None] - window)
-        sliding = _additive(near, self.lm.dtype)
-        if not kinds:
-            return sliding
-        return {"full_attention": full, "sliding_attention": sliding}
+        sliding = _additive(near, self.lm.dtype) if window else full
+        kinds = getattr(config, "layer_types", None)
+        if kinds and set(kinds) != {"full_attention"}:
+            return {"full_attention": full, "sliding_attention": sliding}
+        return sliding
 
 
 def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:

@@ -195,6 +195,9 @@ class FrozenLM:
             raise UnsupportedError(
                 f"{name} uses rope type {kind!r}, whose angles depend on the batch"
             )
+        kinds = set(getattr(text_config, "layer_types", None) or [])
+        if strange := sorted(kinds - {"full_attention", "sliding_attention"}):
+            raise UnsupportedError(f"{name} has layers of type {strange[0]!r}")
         ids = torch.arange(2, device=self.device)
         scaled = self.token_embedding[ids] * torch.tensor(self.embedding_scale, dtype=self.dtype)
         if not torch.equal(self.embed(ids), scaled):
