@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from userip_fast.testing import peak_bytes
+
 Run = Callable[[], Any]
 
 
@@ -93,24 +95,7 @@ def compare(
 
 def peak_mib(run: Run, device: str) -> float:
     """Tensor memory in MiB that one call holds at its peak, its result included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = run()
-        torch.cuda.synchronize()
-        del kept
-        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return round(peak / 2**20, 2)
+    return round(peak_bytes(run, device) / 2**20, 2)
 
 
 def ceilings(device: str) -> dict[str, float]:

@@ -53,14 +53,13 @@ def _nf4_dequantize_kernel(
 
 
 def dequantize(
-    tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], dtype: torch.dtype
-) -> Tensor:
-    """[rows, cols] in `dtype`, in one launch."""
+    tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], out: Tensor
+) -> None:
+    """Writes the weight to `out` [rows, cols], in one launch."""
     rows, cols, blocksize = sizes
     packed, absmax, nested_absmax, nested_map, offset = (
         None if t is None else t.contiguous() for t in tensors
     )
-    out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
     tile_blocks = max(1, _TILE // blocksize)
     _nf4_dequantize_kernel[(triton.cdiv(absmax.shape[0], tile_blocks),)](
         packed,
@@ -79,7 +78,6 @@ def dequantize(
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return out
 
 
 _LEVELS: dict[torch.device, Tensor] = {}

@@ -24,6 +24,7 @@ from userip_fast.errors import ConfigError, DataError
 from userip_fast.files import storage_errors, sweep_leftovers, write_json
 from userip_fast.lm import FrozenLM
 from userip_fast.lm.embedded import SlotIds, embedded_lm
+from userip_fast.lm.trace import Workload
 from userip_fast.model import Model, behaviour_source, make_trainer, truncated_users
 from userip_fast.names import ItemCounts, code_cards
 from userip_fast.packing import Behaviour
@@ -235,7 +236,7 @@ def load_lm(
         slot_ids: What stands in the soft rows meanwhile; see `userip_fast.lm.embedded`.
     """
     if config.lm.path != "default":
-        return FrozenLM.load(config.lm.path, config.lm)
+        return FrozenLM.load(config.lm.path, config.lm, Workload.of(config))
 
     def behaviour_of(tokenizer: Any, layout: Layout) -> Behaviour:
         truncated_users(source, tokenizer, config.data.on_bad)  # before a minute of training
@@ -251,7 +252,7 @@ def load_lm(
         seed=config.em.seed,
         show=show,
     )
-    lm = FrozenLM.load(str(folder), config.lm)
+    lm = FrozenLM.load(str(folder), config.lm, Workload.of(config))
     lm.embedded = True
     return lm
 

@@ -93,10 +93,16 @@ class LMConfig:
     path: str = "default"
     """"default" pre-trains a small Llama on the training users' text; else a folder or hub id."""
     quantization: Literal["auto", "none", "nf4", "nf4-double"] = "auto"
-    """"auto" is nf4-double where bitsandbytes is installed, else none (and says so)."""
+    """"auto" is nf4-double. bitsandbytes quantises where it is installed, else we do: same bits."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; "auto" is float32 on a CPU, bfloat16 on a GPU."""
     device: str = "auto"
+    residency: Literal["auto", "resident", "streamed", "fp8"] = "auto"
+    """How the weights lie in memory; "auto" is resident where it fits, else streamed."""
+    recompute: Literal["auto", "on", "off"] = "auto"
+    """Recompute activations in backward; "auto" only where the step does not fit otherwise."""
+    memory_gib: float | None = None
+    """What weights and step may take together; None is what is free on the device."""
     trust_remote_code: bool = False
     embedded_hidden: int = 128
     embedded_layers: int = 3
@@ -111,6 +117,12 @@ class LMConfig:
             "lm.embedded_hidden",
             "a multiple of 2 * lm.embedded_heads",
             self.embedded_hidden,
+        )
+        _require(
+            self.memory_gib is None or self.memory_gib > 0,
+            "lm.memory_gib",
+            "positive",
+            self.memory_gib,
         )
         for name in ("embedded_layers", "embedded_tokens"):
             _require(getattr(self, name) >= 1, f"lm.{name}", "at least 1", getattr(self, name))
@@ -152,7 +164,8 @@ class EMConfig:
     """Users (lowest salted hash) whose theta starts the codebooks."""
     block_users: int = 4_096
     pack_tokens: int = 8_192
-    """Rows of a pack, at most; on a GPU exactly so many, rounded down to a multiple of 128."""
+    """Rows of a pack, at most; on a GPU exactly so many, rounded down to a multiple of 128. Fewer
+    where memory does not suffice, which the log says."""
     engine: Literal["packed", "reference"] = "packed"
     seed: int = 0
     paper_epochs: int = 60

@@ -21,7 +21,7 @@ from userip_fast.data import read_interactions
 from userip_fast.demo.world import make_world
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
 from userip_fast.lm.engine import Engine, check_positions
-from userip_fast.lm.frozen import make_resident
+from userip_fast.lm.residency import make_resident
 from userip_fast.packing import Behaviour, build_behaviour, make_pack
 from userip_fast.prompts import Layout, ProfileField, PromptTemplate, TokenTable
 

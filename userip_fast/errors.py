@@ -36,3 +36,7 @@ class UnavailableError(UserIPError, RuntimeError):
 
 class StorageError(UserIPError, OSError):
     """The disk is full, read-only or failing; what was there before is untouched."""
+
+
+class OutOfMemoryError(UserIPError, MemoryError):
+    """A step ran out of memory, and no smaller pack can help."""

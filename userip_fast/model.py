@@ -48,6 +48,7 @@ from userip_fast.files import (
 )
 from userip_fast.lm import FrozenLM, make_engine
 from userip_fast.lm.engine import check_positions
+from userip_fast.lm.trace import Workload
 from userip_fast.packing import Int64
 from userip_fast.prompts import Layout, PromptTemplate
 
@@ -133,9 +134,7 @@ class Model:
         source = behaviour_source(
             data, self.format, self.catalogue, self.lm.tokenizer, on_bad or self.config.data.on_bad
         )
-        trainer = self.trainer or Trainer(
-            make_engine(self.config.em.engine, self.lm, self.layout), self.config
-        )
+        trainer = self.trainer or make_trainer(self.config, self.lm, show)
         trainer.show = show
         if out is None:
             found = trainer.infer(source, self.codebooks, self.start)
@@ -266,7 +265,7 @@ class Model:
                 else config.lm.quantization,
                 device=device or config.lm.device,
             )
-            model_lm = FrozenLM.load(str(source), lm_config)
+            model_lm = FrozenLM.load(str(source), lm_config, Workload.of(config))
             model_lm.embedded = bool(about["embedded"])
         except (KeyError, TypeError) as e:
             raise FormatError(f"{root}: the manifest lacks or garbles {e}") from e
@@ -332,9 +331,12 @@ def truncated_users(source: BehaviourSource, tokenizer: Any, on_bad: str) -> Int
 
 
 def make_trainer(config: Config, lm: FrozenLM, show: bool) -> Trainer:
-    """The EM loop for a loaded LM, the prompt checked against its context."""
+    """The EM loop for a loaded LM: prompts checked against its context, packs cut to its memory."""
     layout = PromptTemplate(config.fields).layout(lm.tokenizer)
     check_positions(lm, layout, min(config.data.max_tokens, config.data.chunk_tokens))
+    if lm.plan is not None:
+        tokens = min(config.em.pack_tokens, lm.plan.pack_tokens)
+        config = replace(config, em=replace(config.em, pack_tokens=tokens))
     return Trainer(make_engine(config.em.engine, lm, layout), config, show)
 
 

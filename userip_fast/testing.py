@@ -5,7 +5,7 @@ Shipped, so that a user can check a kernel on a machine of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,3 +81,26 @@ def poisoned_memory() -> Iterator[None]:
     """Within it, freshly allocated tensors are full of NaN instead of whatever lay there."""
     with _Poison():  # type: ignore[no-untyped-call]
         yield
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device | str) -> int:
+    """Tensor memory that one call holds at its worst moment, its result included."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        kept = run()
+        torch.cuda.synchronize(device)
+        del kept
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

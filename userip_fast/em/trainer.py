@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from userip_fast.em.paper import run_paper
 from userip_fast.em.steps import Block, EMState, EStep, Profiles, books_digest
 from userip_fast.interrupts import deferred_interrupts
 from userip_fast.lm.engine import Engine
+from userip_fast.lm.memory import is_out_of_memory, smaller_pack
 from userip_fast.prefetch import Prefetch
 from userip_fast.progress import Progress, progress
 
@@ -301,14 +302,31 @@ def _run(
 ) -> Profiles:
     """What the E-step finds, or found and kept before."""
     if cache is None:
-        return estep.run(block, codebooks, state)
+        return _run_in_memory(estep, block, codebooks, state)
     key = block.digest() + books_digest(codebooks)
     if (found := cache.get("profiles", key)) is not None:
         return Profiles.from_tensors(found, block.hashes)
-    profiles = estep.run(block, codebooks, state)
+    profiles = _run_in_memory(estep, block, codebooks, state)
     kept = {k: v for k, v in profiles.to_tensors().items() if k != "theta"}
     cache.put("profiles", key, kept)
     return profiles
+
+
+def _run_in_memory(
+    estep: Any, block: Block, codebooks: list[Codebook] | None, state: EMState
+) -> Profiles:
+    """The E-step; where memory runs out, again with smaller packs."""
+    while True:
+        try:
+            profiles: Profiles = estep.run(block, codebooks, state)
+            return profiles
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+        # Out of the handler: the failed step's tensors are gone with its traceback.
+        longest = int(block.behaviour.pack_rows(estep.engine.layout.num_soft).max())
+        tokens = smaller_pack(estep.engine.lm, estep.config.pack_tokens, longest)
+        estep.config = replace(estep.config, pack_tokens=tokens)
 
 
 def _settled(records: list[dict[str, Any]]) -> bool:

@@ -6,6 +6,8 @@ from the segment ids in the `PackContext` that travels as a keyword argument of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,3 +131,16 @@ def register() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
+
+
+@contextmanager
+def running(model: Any, implementation: str) -> Iterator[None]:
+    """The model runs with another attention implementation inside it."""
+    before = model.config.get_text_config()._attn_implementation
+    if before != implementation:
+        model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        if before != implementation:
+            model.set_attn_implementation(before)

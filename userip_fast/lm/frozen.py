@@ -11,8 +11,9 @@ import hashlib
 import importlib.util
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,13 @@ from torch import Tensor
 from userip_fast.config import LMConfig
 from userip_fast.errors import MismatchError, UnavailableError, UnsupportedError
 from userip_fast.lm import attention
+from userip_fast.lm.memory import Plan, choose, free_bytes
+from userip_fast.lm.nf4 import quantize_linears
+from userip_fast.lm.residency import set_recompute, settle
+from userip_fast.lm.trace import Architecture, Workload
+
+if TYPE_CHECKING:
+    from userip_fast.lm.fp8 import GateReport
 
 logger = logging.getLogger("userip_fast.lm")
 
@@ -40,7 +48,13 @@ class FrozenLM:
         head_weight, head_bias, softcap: The frozen head, for `ops.linear_cross_entropy`.
         token_embedding, embedding_scale: Token t enters the model as `embedding_scale * row t`.
         embedding_rms: Root mean square of an entry of an embedded token; the unit of `em.lr`.
+        plan: How `load` decided to keep and run it; None for a model handed over as it is.
+        fp8_report: What the FP8 gate found, in that residency.
     """
+
+    plan: Plan | None = None
+    architecture: Architecture | None = None
+    fp8_report: GateReport | None = None
 
     def __init__(
         self,
@@ -83,17 +97,22 @@ class FrozenLM:
         self._probe()
 
     @classmethod
-    def load(cls, path: str, config: LMConfig | None = None) -> FrozenLM:
-        """Loads a model folder or hub id.
+    def load(
+        cls, path: str, config: LMConfig | None = None, work: Workload | None = None
+    ) -> FrozenLM:
+        """Loads a model folder or hub id, and settles how its weights are kept.
 
         Args:
             path: A folder in Hugging Face format, or a hub id.
-            config: Quantisation, dtype, device.
+            config: Quantisation, dtype, device, residency.
+            work: What an E-step will ask of it; decides what fits into memory.
 
         Raises:
+            ConfigError: It does not fit, in any way allowed.
             UnsupportedError: The model is not a causal LM that can be read through embeddings and
-                the attention interface; the text names the property.
-            UnavailableError: NF4 was asked for and bitsandbytes is not installed.
+                the attention interface, or its weights do not allow the residency asked for, or FP8
+                changes what it says; the text names the property.
+            UnavailableError: The GPU lacks FP8, or a 4-bit checkpoint needs bitsandbytes.
         """
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -108,9 +127,15 @@ class FrozenLM:
         except (OSError, ValueError, KeyError) as e:
             raise UnsupportedError(f"LM {path!r} cannot be loaded: {e}") from e
         stored = getattr(hf_config, "quantization_config", None)
-        quantization = "stored" if stored else resolve_quantization(config.quantization)
+        quantization = "stored" if stored else config.quantization.replace("auto", "nf4-double")
         kwargs: dict[str, Any] = {"attn_implementation": attention.NAME, "dtype": dtype, **remote}
-        if quantization.startswith("nf4"):
+        bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
+        if stored and not bitsandbytes:
+            raise UnavailableError(
+                f"LM {path!r} is stored in 4 bits, which transformers reads through bitsandbytes: "
+                "pip install 'userip-fast[nf4]'"
+            )
+        if quantization.startswith("nf4") and bitsandbytes:
             kwargs["quantization_config"] = _bnb_config(quantization, dtype)
         if device.type == "cuda":
             kwargs["device_map"] = {"": device}
@@ -125,8 +150,12 @@ class FrozenLM:
                 f"LM {path!r} is no causal LM of class {type(model).__name__}: its files lack "
                 f"{missing[0]} and {len(missing) - 1} other weights"
             )
-        if device.type == "cpu":
-            make_resident(model, dtype)
+        for module in model.modules():
+            if type(module).__name__ == "Linear4bit":
+                # On AVX512-BF16 its first forward pass would repack the weight, with other values.
+                module.support_avx512bf16_for_cpu = False
+        if quantization.startswith("nf4") and not bitsandbytes:
+            quantize_linears(model, nested=quantization == "nf4-double")
         if stored:
             quantization = str(_get(stored, "bnb_4bit_quant_type", "stored"))
             if _get(stored, "bnb_4bit_use_double_quant", False):
@@ -138,16 +167,43 @@ class FrozenLM:
             quantization=quantization,
             fingerprint=_digest(tokenizer, _stored_tensors(_folder(path))),
         )
+        lm._settle(config, work or Workload())
         logger.info(
-            "LM %s: %s, %s, %s, D=%d, attention %s",
+            "LM %s: %s, %s, %s, D=%d; %s",
             path,
             quantization,
             lm.dtype,
             lm.device,
             lm.hidden_size,
-            attention.NAME,
+            lm.plan,
         )
         return lm
+
+    def _settle(self, config: LMConfig, work: Workload) -> None:
+        """Decides residency, recomputation and pack size from memory, and carries it out."""
+        four_bit = self.quantization.startswith("nf4")
+        self.architecture = Architecture(
+            self.model.config, self.dtype, self.device.type, four_bit=four_bit
+        )
+        budget = int((config.memory_gib or 0) * 2**30)
+        if not budget:
+            kept = (*self.model.parameters(), *self.model.buffers())
+            held = {t.data_ptr(): t.nbytes for t in kept}
+            budget = free_bytes(self.device) + sum(held.values())
+        self.plan = choose(
+            self.architecture,
+            budget,
+            work,
+            residency=config.residency,
+            recompute=config.recompute,
+        )
+        if self.plan.residency == "fp8":
+            from userip_fast.lm.fp8 import settle_gated
+
+            self.fp8_report = settle_gated(self)
+        else:
+            settle(self.model, self.plan.residency, self.dtype)
+        set_recompute(self.model, self.plan.recompute)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] to input embeddings [..., D], as the model itself does it."""
@@ -221,23 +277,9 @@ class FrozenLM:
                 "head with a soft cap"
             )
 
-    def attention(self, implementation: str) -> _Attention:
+    def attention(self, implementation: str) -> AbstractContextManager[None]:
         """Context manager: the model runs with another attention implementation inside it."""
-        return _Attention(self.model, implementation)
-
-
-class _Attention:
-    def __init__(self, model: Any, implementation: str) -> None:
-        self.model, self.implementation = model, implementation
-
-    def __enter__(self) -> None:
-        self.before = self.model.config.get_text_config()._attn_implementation
-        if self.before != self.implementation:
-            self.model.set_attn_implementation(self.implementation)
-
-    def __exit__(self, *_: object) -> None:
-        if self.before != self.implementation:
-            self.model.set_attn_implementation(self.before)
+        return attention.running(self.model, implementation)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -248,20 +290,6 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnavailableError(f"lm.device={name!r}: torch sees no CUDA device; use cpu or auto")
     return device
-
-
-def resolve_quantization(name: str) -> str:
-    """ "auto" is NF4 with double quantisation where bitsandbytes is installed, else none."""
-    installed = importlib.util.find_spec("bitsandbytes") is not None
-    if name == "auto":
-        if not installed:
-            logger.info("lm.quantization=none (bitsandbytes is not installed)")
-        return "nf4-double" if installed else "none"
-    if name != "none" and not installed:
-        raise UnavailableError(
-            f"lm.quantization={name!r} needs bitsandbytes: pip install 'userip-fast[nf4]'"
-        )
-    return name
 
 
 def _resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -280,31 +308,6 @@ def _bnb_config(quantization: str, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=quantization == "nf4-double",
         bnb_4bit_compute_dtype=dtype,
     )
-
-
-def make_resident(model: Any, dtype: torch.dtype) -> None:
-    """Replaces each 4-bit linear by a dense one that holds its dequantised weight, bit for bit.
-
-    On a CPU this turns a dequantisation per call into one per load; the values are the same.
-    """
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            weight = getattr(child, "weight", None)
-            state = getattr(weight, "quant_state", None)
-            if type(child).__name__ != "Linear4bit" or state is None:
-                continue
-            import bitsandbytes.functional as bnb
-
-            assert weight is not None
-            dense = torch.nn.Linear(
-                child.in_features, child.out_features, bias=child.bias is not None, device="meta"
-            )
-            dense.weight = torch.nn.Parameter(
-                bnb.dequantize_4bit(weight.data, state).to(dtype), requires_grad=False
-            )
-            if child.bias is not None:
-                dense.bias = torch.nn.Parameter(child.bias.data.to(dtype), requires_grad=False)
-            setattr(parent, name, dense)
 
 
 def _get(mapping: Any, key: str, default: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from userip_fast.nf4 import NF4Weight
-from userip_fast.ops import nf4_linear
+from userip_fast.ops import nf4_dequantize, nf4_linear
 
 _TENSORS = ("packed", "absmax", "nested_absmax", "nested_map", "offset")
 
@@ -74,6 +74,10 @@ class NF4Linear(nn.Module):
         inner = x if self.compute_dtype is None else x.to(self.compute_dtype)
         return nf4_linear(inner, self.nf4_weight, self.bias, impl=self.impl).to(x.dtype)
 
+    def dense_weight(self) -> Tensor:
+        """[N, K], dequantised to the dtype computed in (the weight's own where that is open)."""
+        return nf4_dequantize(self.nf4_weight, dtype=self.compute_dtype)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         # Devices change, dtypes must not: `.to(torch.bfloat16)` would round the fp32 scales.
         if self.bias is not None:
@@ -118,7 +122,9 @@ def replace_linear4bit(model: nn.Module) -> int:
         UnsupportedError: A layer is FP4, not quantised yet, or repacked for AVX512-BF16; the model
             is then unchanged.
     """
-    return _swap(model, lambda name, m: type(m).__name__ == "Linear4bit", NF4Linear.from_linear4bit)
+    return swap_modules(
+        model, lambda name, m: type(m).__name__ == "Linear4bit", NF4Linear.from_linear4bit
+    )
 
 
 def quantize_linears(
@@ -140,7 +146,7 @@ def quantize_linears(
         How many layers were swapped.
     """
     skipped = set(skip)
-    return _swap(
+    return swap_modules(
         model,
         lambda name, m: (
             (type(m) is nn.Linear or type(m).__name__ == "Conv1D")
@@ -150,10 +156,10 @@ def quantize_linears(
     )
 
 
-def _swap(
+def swap_modules(
     model: nn.Module,
     wanted: Callable[[str, nn.Module], bool],
-    make: Callable[[nn.Module], NF4Linear],
+    make: Callable[[Any], nn.Module],
 ) -> int:
     """Makes all new modules before it puts in the first, so that an error leaves `model` whole."""
     new = {name: make(m) for name, m in model.named_modules() if wanted(name, m)}

@@ -60,12 +60,11 @@ class _Weight:
 
 
 def dequantize(
-    tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], dtype: torch.dtype
-) -> Tensor:
-    """[rows, cols] in `dtype`."""
+    tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], out: Tensor
+) -> None:
+    """Writes the whole weight to `out` [rows, cols]."""
     rows, cols, _ = sizes
-    out = torch.empty(rows * cols, dtype=dtype)
-    return _Weight(tensors, sizes).block(0, rows, 0, cols, out, dtype)
+    _Weight(tensors, sizes).block(0, rows, 0, cols, out.view(-1), out.dtype)
 
 
 def linear(

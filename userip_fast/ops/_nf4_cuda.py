@@ -25,23 +25,20 @@ def why_not(*tensors: Tensor | None) -> str | None:
 
 
 def dequantize(
-    tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], dtype: torch.dtype
-) -> Tensor:
-    """[rows, cols] in `dtype`, in one launch on the current stream."""
-    rows, cols, _ = sizes
+    tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], out: Tensor
+) -> None:
+    """Writes the weight to `out` [rows, cols], in one launch on the current stream."""
     kept = [None if t is None else t.contiguous() for t in tensors]
     packed = kept[0]
     assert packed is not None
     if packed.data_ptr() % 4:  # a view into a file's bytes may start anywhere
         kept[0] = packed = packed.clone()
-    out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
     module: Any = _extension.load()
     module.nf4_dequantize_cuda(
         [0 if t is None else t.data_ptr() for t in kept],
         sizes,
         out.data_ptr(),
-        _DTYPE[dtype],
+        _DTYPE[out.dtype],
         packed.device.index,
         torch.cuda.current_stream(packed.device).cuda_stream,
     )
-    return out

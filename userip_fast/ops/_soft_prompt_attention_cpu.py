@@ -164,3 +164,26 @@ def backward(
         block.write(dk, torch.bmm(ds[..., prefix:].mT, rows))
         block.write(dq, torch.bmm(ds, columns).mul_(pack.factor))
     return dq[:-1], dk[:-1], dv[:-1]
+
+
+def scratch_bytes(
+    q: Tensor, k: Tensor, prefix: int, users: int, longest: int, *, softcap: float, backward: bool
+) -> int:
+    """Memory of the largest block beside the results, for `userip_fast.lm.memory`.
+
+    Args:
+        q, k: As for the op; only shapes and dtype count.
+        prefix: P.
+        users: U, all taken to be as long as the longest.
+        longest: Most rows of a user.
+        softcap: 0 for none.
+        backward: Of the backward pass.
+    """
+    size = torch.promote_types(q.dtype, torch.float32).itemsize
+    one = longest * (longest + prefix) * size  # scores of a user and head
+    block = max(1, min(users, _BLOCK_BYTES // max(1, one * q.shape[1])))
+    scores, bias = block * one * q.shape[1], block * one
+    rows = block * longest * q.shape[1] * q.shape[2] * size
+    columns = block * (longest + prefix) * k.shape[1] * q.shape[2] * size
+    held = (4 * rows + 3 * columns) if backward else 2 * (rows + columns)
+    return bias + (3 if softcap > 0.0 else 2) * scores + held

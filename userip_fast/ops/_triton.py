@@ -18,11 +18,11 @@ def why_not(*tensors: Tensor | None) -> str | None:
     """None where a Triton kernel can run on such tensors, else the reason.
 
     CPU tensors need Triton's interpreter. Ops list "triton" after "reference" for them, so that
-    "auto" never takes it.
+    "auto" never takes it. Tensors on `meta` stand for any device.
     """
     if not _installed():
         return "triton is not installed"
-    if any(t is not None and t.device.type != "cuda" for t in tensors):
+    if any(t is not None and t.device.type not in ("cuda", "meta") for t in tensors):
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
         return "a tensor is not on a CUDA device and TRITON_INTERPRET=1 is not set"

@@ -114,6 +114,15 @@ def _chunked(
     return torch.segment_reduce(token_nll, "sum", offsets=cu_rows), d_hidden
 
 
+def scratch_bytes(device_type: str, hidden: Tensor, weight: Tensor, *, need_grad: bool) -> int:
+    """Memory that `_chunked` uses at most beside its results, for `userip_fast.lm.memory`."""
+    (rows, dim), vocab = hidden.shape, weight.shape[0]
+    size = 4 if device_type == "cpu" else hidden.dtype.itemsize
+    step = max(1, min(rows, _CHUNK_BYTES // (size * vocab)))
+    widened = 0 if weight.dtype.itemsize == size else min(_CHUNK_BYTES // 4, 4 * vocab * dim)
+    return step * (vocab + dim * need_grad) * size + widened
+
+
 @torch.library.custom_op("userip_fast::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
     hidden: Tensor,

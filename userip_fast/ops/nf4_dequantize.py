@@ -59,25 +59,36 @@ def run(
         sizes: (rows, cols, blocksize).
         dtype: Of the result.
     """
-    if impl == "cpu":
-        from userip_fast.ops import _nf4_cpu
-
-        return _nf4_cpu.dequantize(tensors, sizes, dtype)
-    if impl == "cuda":
-        from userip_fast.ops import _nf4_cuda
-
-        return _nf4_cuda.dequantize(tensors, sizes, dtype)
-    if impl == "triton":
-        from userip_fast.kernels import nf4
-
-        return nf4.dequantize(tensors, sizes, dtype)
-    assert impl == "reference", impl
     packed, absmax, nested_absmax, nested_map, offset = tensors
     assert packed is not None
     assert absmax is not None
-    return nf4_dequantize_reference(
-        packed, absmax, nested_absmax, nested_map, offset, *sizes, dtype
-    )
+    if impl == "reference":
+        return nf4_dequantize_reference(
+            packed, absmax, nested_absmax, nested_map, offset, *sizes, dtype
+        )
+    out = torch.empty(sizes[:2], dtype=dtype, device=packed.device)
+    run_into(impl, tensors, sizes, out)
+    return out
+
+
+def run_into(
+    impl: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], out: Tensor
+) -> None:
+    """`run`, written to `out` [rows, cols]."""
+    if impl == "cpu":
+        from userip_fast.ops import _nf4_cpu
+
+        _nf4_cpu.dequantize(tensors, sizes, out)
+    elif impl == "cuda":
+        from userip_fast.ops import _nf4_cuda
+
+        _nf4_cuda.dequantize(tensors, sizes, out)
+    elif impl == "triton":
+        from userip_fast.kernels import nf4
+
+        nf4.dequantize(tensors, sizes, out)
+    else:
+        out.copy_(run(impl, tensors, sizes, out.dtype))
 
 
 @torch.library.custom_op("userip_fast::nf4_dequantize", mutates_args=())
@@ -144,3 +155,28 @@ def nf4_dequantize(
         raise ValueError(f"nf4_dequantize: dtype must be one of {DTYPES}, got {dtype}")
     chosen = resolve("nf4_dequantize", impl, candidates(weight.packed))
     return _nf4_dequantize(*weight.tensors(), *weight.shape, weight.blocksize, dtype, chosen)
+
+
+def nf4_dequantize_into(weight: NF4Weight, out: Tensor, *, impl: str = "auto") -> None:
+    """As `nf4_dequantize`, into memory of the caller; for weights that are streamed.
+
+    Args:
+        weight: The NF4 weight.
+        out: [N, K] contiguous, float32, bfloat16 or float16, on the weight's device.
+        impl: As for `nf4_dequantize`.
+
+    Raises:
+        ValueError: `out` is not such a tensor.
+    """
+    if (
+        tuple(out.shape) != weight.shape
+        or out.dtype not in DTYPES
+        or out.device != weight.packed.device
+        or not out.is_contiguous()
+    ):
+        raise ValueError(
+            f"nf4_dequantize_into: out must be contiguous {weight.shape}, one of {DTYPES}, on "
+            f"{weight.packed.device}; got {out.dtype} {tuple(out.shape)} on {out.device}"
+        )
+    chosen = resolve("nf4_dequantize", impl, candidates(weight.packed))
+    run_into(chosen, weight.tensors(), (*weight.shape, weight.blocksize), out)

@@ -364,8 +364,10 @@ def soft_prompt_attention(
             f"num_fields={num_fields}, window={window}, softcap={softcap}, scale={scale}"
         )
     on_cpu = q.device.type == "cpu"
-    why_not = {
-        "cpu": lambda: None if on_cpu else f"it is for CPU tensors, these are on {q.device}",
+    why_not = {  # tensors on `meta` stand for any device
+        "cpu": lambda: (
+            None if on_cpu or q.is_meta else f"it is for CPU tensors, these are on {q.device}"
+        ),
         "triton": lambda: _why_not_triton(q),
         "reference": lambda: None,
         "varlen": lambda: _why_not_varlen(q),
