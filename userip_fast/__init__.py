@@ -26,6 +26,7 @@ if not _os.path.isdir(_os.path.join(_here, "kernels")) and _os.path.isdir(
 _PUBLIC = {
     "Config": "userip_fast.config",
     "FeatureBank": "userip_fast.bank",
+    "InteractionStream": "userip_fast.data",
     "Interactions": "userip_fast.data",
     "Model": "userip_fast.model",
     "ProfileField": "userip_fast.prompts",
@@ -36,6 +37,7 @@ _PUBLIC = {
     "fit": "userip_fast.api",
     "ops": "userip_fast",
     "read_interactions": "userip_fast.data",
+    "stream_interactions": "userip_fast.data",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -15,8 +15,9 @@ import numpy as np
 
 from userip_fast.bank import BankWriter
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.behaviour_stream import StreamSource
 from userip_fast.config import Config
-from userip_fast.data import Catalogue, Interactions
+from userip_fast.data import Catalogue, InteractionStream
 from userip_fast.em.distributed import start_processes
 from userip_fast.em.mstep import check_codebook_sizes
 from userip_fast.em.trainer import profiles_total
@@ -25,7 +26,7 @@ from userip_fast.files import storage_errors, sweep_leftovers, write_json
 from userip_fast.lm import FrozenLM
 from userip_fast.lm.embedded import SlotIds, embedded_lm
 from userip_fast.lm.trace import Workload
-from userip_fast.model import Model, behaviour_source, make_trainer, truncated_users
+from userip_fast.model import Data, Model, behaviour_source, make_trainer, truncated_users
 from userip_fast.names import ItemCounts, code_cards
 from userip_fast.packing import Behaviour
 from userip_fast.prompts import Layout, ProfileField, PromptTemplate
@@ -33,6 +34,7 @@ from userip_fast.report import write_report
 
 logger = logging.getLogger("userip_fast")
 
+_LM_USERS = 100_000  # of a stream, those whose behaviour the embedded LM is trained on
 _BANK_BLOCK = 1 << 18  # users handed to the bank's writer at once
 
 
@@ -68,7 +70,7 @@ class Run:
 
 
 def fit(
-    data: Interactions,
+    data: Data,
     lm: str | FrozenLM | None = None,
     fields: Sequence[ProfileField] | None = None,
     config: Config | Mapping[str, Any] | None = None,
@@ -81,7 +83,8 @@ def fit(
     """Learns codebooks on the users of `data`, and writes model, bank, metrics and report.
 
     Args:
-        data: Training histories, from `read_interactions` or a split of it.
+        data: Training histories, from `read_interactions` or a split of it; or, where they do not
+            fit into memory, from `stream_interactions`.
         lm: "default" for the embedded LM, a folder or hub id, or a loaded LM; None takes the
             config's.
         fields: Profile fields; None takes the config's.
@@ -167,7 +170,7 @@ def fit(
                 "users": source.num_users,
                 "items": data.num_items,
                 "events": data.num_events,
-                "rated": data.rating is not None,
+                "rated": data.rated,
                 "time_ordered": data.ordered,
                 "dropped": data.report.to_dict(),
             },
@@ -208,8 +211,8 @@ def fit(
 
 
 def prepare(
-    data: Interactions, config: Config, *, lm: FrozenLM | None = None, show: bool = False
-) -> tuple[Model, BehaviourSource]:
+    data: Data, config: Config, *, lm: FrozenLM | None = None, show: bool = False
+) -> tuple[Model, BehaviourSource | StreamSource]:
     """Everything before EM: behaviour format, LM (trained if it is the embedded one), engine.
 
     Returns:
@@ -221,7 +224,8 @@ def prepare(
     fmt = BehaviourFormat.fit(config.data, data, config.em.seed)
     catalogue = Catalogue.from_interactions(data)
     if lm is None:
-        lm = load_lm(BehaviourSource(fmt.events(data, catalogue), fmt), config, show=show)
+        some = data.head_users(_LM_USERS) if isinstance(data, InteractionStream) else data
+        lm = load_lm(BehaviourSource(fmt.events(some, catalogue), fmt), config, show=show)
     trainer = make_trainer(config, lm, show)
     source = behaviour_source(data, fmt, catalogue, lm.tokenizer, config.data.on_bad)
     return Model(config, fmt, lm, [], _tensor(np.zeros((0, 0))), catalogue, {}, trainer), source

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,10 @@ from userip_fast.errors import DataError
 from userip_fast.keys import hash_keys
 from userip_fast.packing import Behaviour, Int64, build_behaviour
 from userip_fast.prompts import Layout, TokenTable, tokenize_events
+
+if TYPE_CHECKING:
+    from userip_fast.behaviour_stream import EventTokens
+    from userip_fast.data import InteractionStream
 
 
 @dataclass(frozen=True)
@@ -44,19 +48,22 @@ class BehaviourFormat:
     seed: int
 
     @classmethod
-    def fit(cls, config: DataConfig, data: Interactions, seed: int) -> BehaviourFormat:
+    def fit(
+        cls, config: DataConfig, data: Interactions | InteractionStream, seed: int
+    ) -> BehaviourFormat:
         """Chooses what the config leaves open, from the training data.
 
         Raises:
             DataError: The config asks for feedback that the data cannot give.
         """
         words = config.feedback_words
-        if data.rating is None:
+        ratings = data.rating_counts()
+        if ratings is None:
             scale = None
         elif config.feedback_thresholds is not None:
             scale = FeedbackScale(words, config.feedback_thresholds)
         else:
-            scale = FeedbackScale.fit(data.rating, words)
+            scale = FeedbackScale.fit_counts(*ratings, words)
         negatives = 0
         if scale is None:
             negatives = 1 if config.negatives is None else config.negatives
@@ -151,17 +158,21 @@ class BehaviourSource:
     Attributes:
         events: What happened.
         hashes: [U] uint64 key hashes; users are in this order.
+
+    Args:
+        tokens: Tokens shared with other sources of the same tokenizer and format.
     """
 
-    def __init__(self, events: Events, fmt: BehaviourFormat) -> None:
-        self.events, self.format = events, fmt
+    def __init__(
+        self, events: Events, fmt: BehaviourFormat, tokens: EventTokens | None = None
+    ) -> None:
+        self.events, self.format, self._shared = events, fmt, tokens
         self.hashes = hash_keys(events.user_keys)
         words = max(1, len(events.words))
         level = np.zeros(events.num_events, np.int64) if events.level is None else events.level
         pairs = events.item_index.astype(np.int64) * words + level
         distinct, self.kinds = np.unique(pairs, return_inverse=True)
-        text = events.item_text.to_pylist()
-        self.texts = [text[i] for i in (distinct // words).tolist()]
+        self.texts: list[str] = events.item_text.take(pa.array(distinct // words)).to_pylist()
         self.feedback = (
             None if events.level is None else [events.words[i] for i in (distinct % words).tolist()]
         )
@@ -239,6 +250,8 @@ class BehaviourSource:
             yield start, stop, self.block(tokenizer, layout, start, stop)
 
     def _table(self, tokenizer: Any) -> TokenTable:
+        if self._shared is not None:
+            return self._shared.table(self.texts, self.feedback)
         key = f"{id(tokenizer)}"
         if key not in self._tokens:
             self._tokens = {

@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, overload
 
 import typer
 from typer.core import TyperGroup
@@ -23,7 +24,7 @@ from userip_fast.errors import UserIPError
 
 if TYPE_CHECKING:
     from userip_fast.config import Config
-    from userip_fast.data import Interactions
+    from userip_fast.data import Interactions, InteractionStream
 
 
 class _Group(TyperGroup):
@@ -102,6 +103,13 @@ ItemText = Annotated[
 Filter = Annotated[str | None, _panel(_DATA, "Rows to keep, for example 'not cancelled'.")]
 OnBad = Annotated[str | None, _panel(_DATA, "Bad rows: error (refuse and list them) or skip.")]
 MinHistory = Annotated[int | None, _panel(_DATA, "Fewest events of a user (1).")]
+Stream = Annotated[
+    Path | None,
+    _panel(
+        _DATA,
+        "For a Parquet log larger than memory: folder to sort it in first, about as large; kept.",
+    ),
+]
 MaxUsers = Annotated[int | None, _panel(_RUN, "Only so many users, in hash order.")]
 Quiet = Annotated[bool, _panel(_RUN, "No progress and no table.", "--quiet", "-q")]
 Device = Annotated[str | None, _panel(_FIELDS, "auto, cpu, cuda, cuda:1, ... (auto).")]
@@ -165,6 +173,7 @@ def fit(
     filter: Filter = None,
     on_bad: OnBad = None,
     min_history: MinHistory = None,
+    stream: Stream = None,
     behaviour: Annotated[
         str | None, _panel(_TEXT, "One event, say '{text}: {feedback}' (auto).")
     ] = None,
@@ -198,7 +207,7 @@ def fit(
     from userip_fast.flags import settings_of
 
     settings = settings_of(ctx.params)
-    data = _read(interactions, items, settings, max_users, quiet)
+    data = _read(interactions, items, settings, max_users, quiet, stream)
     _silence_transformers()
     from userip_fast.api import Run
     from userip_fast.api import fit as run_fit
@@ -237,12 +246,21 @@ def infer(
     filter: Filter = None,
     on_bad: OnBad = None,
     min_history: MinHistory = None,
+    stream: Stream = None,
+    shard: Annotated[
+        str | None,
+        _panel(_RUN, "I/N: only this share of the users, as a file in the folder --out."),
+    ] = None,
+    update: Annotated[
+        bool, _panel(_RUN, "Keep the bank's other users instead of replacing all.")
+    ] = False,
     device: Device = None,
     max_users: MaxUsers = None,
     quiet: Quiet = False,
 ) -> None:
     """Read users' codes with a fitted model; write a bank of exactly these users.
 
+    After an interrupt or a kill the same command goes on after the last finished block of users.
     Column names, text, filter and rules default to those the model was fitted with.
     """
     _silence_transformers()
@@ -253,13 +271,21 @@ def infer(
 
     fitted = Model.load(model, device=device)
     settings = fitted.config.override(flag_values(ctx.params))
-    data = _read(interactions, items, settings, max_users, quiet)
+    data = _read(interactions, items, settings, max_users, quiet, stream)
+    if shard is not None:
+        from userip_fast.shards import infer_shard, parse_shard
+
+        rule = settings.data.on_bad
+        file = infer_shard(fitted, data, *parse_shard(shard), out, on_bad=rule, show=not quiet)
+        print(f"{file}: done")
+        return
     found: dict[str, Any] = {}
     started = monotonic()
     fitted.infer(
         data,
         out,
         on_bad=settings.data.on_bad,
+        update=update,
         show=not quiet,
         log=found.update,
     )
@@ -338,7 +364,7 @@ def ctr(
         damage=damage,
         period=period,  # type: ignore[arg-type]
     )
-    data = _read(interactions, items, settings, None, quiet)
+    data = _read(interactions, items, settings, None, quiet, None)
     _silence_transformers()
     from userip_fast.terminal import print_ctr
 
@@ -352,13 +378,41 @@ def _names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(n.strip() for n in text.split(",") if n.strip())
 
 
+@overload
 def _read(
-    interactions: Path, items: Path | None, settings: Config, max_users: int | None, quiet: bool
-) -> Interactions:
-    from userip_fast.data import read_interactions
+    interactions: Path,
+    items: Path | None,
+    settings: Config,
+    max_users: int | None,
+    quiet: bool,
+    stream: None,
+) -> Interactions: ...
+
+
+@overload
+def _read(
+    interactions: Path,
+    items: Path | None,
+    settings: Config,
+    max_users: int | None,
+    quiet: bool,
+    stream: Path | None,
+) -> Interactions | InteractionStream: ...
+
+
+def _read(
+    interactions: Path,
+    items: Path | None,
+    settings: Config,
+    max_users: int | None,
+    quiet: bool,
+    stream: Path | None,
+) -> Interactions | InteractionStream:
+    from userip_fast.data import read_interactions, stream_interactions
 
     d = settings.data
-    data = read_interactions(
+    read = read_interactions if stream is None else partial(stream_interactions, work=stream)
+    data = read(
         interactions,
         items,
         user=d.user,
@@ -437,6 +491,18 @@ def export(
     opened = FeatureBank.open(bank)
     opened.to_parquet(out)
     print(f"{out}: {len(opened):,} users, fields {[f['name'] for f in opened.fields]}")
+
+
+@bank_app.command()
+def merge(
+    shards: Annotated[Path, typer.Argument(help="Folder that `infer --shard` wrote to.")],
+    bank: Annotated[Path, typer.Argument(help="Bank folder.")],
+    update: Annotated[bool, typer.Option(help="Keep the bank's other users.")] = False,
+) -> None:
+    """Merge the files of all shards into one bank."""
+    from userip_fast.shards import merge_shards
+
+    print(f"{bank}: {len(merge_shards(shards, bank, update)):,} users")
 
 
 @bank_app.command()

@@ -30,9 +30,10 @@ from torch import Tensor
 from userip_fast._version import __version__
 from userip_fast.bank import BankWriter, FeatureBank
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.behaviour_stream import StreamSource
 from userip_fast.codebook import Codebook
 from userip_fast.config import Config
-from userip_fast.data import Catalogue, Interactions
+from userip_fast.data import Catalogue, Interactions, InteractionStream
 from userip_fast.em.cache import DiskCache
 from userip_fast.em.checkpoints import load_codebooks
 from userip_fast.em.trainer import Log, Trainer, profiles_total
@@ -62,6 +63,9 @@ _FILES = (
     "catalogue.parquet",
     "codes.json",
 )
+
+Data = Interactions | InteractionStream
+"""Histories in memory, or on disk where they do not fit."""
 
 
 @dataclass
@@ -101,11 +105,12 @@ class Model:
 
     def infer(
         self,
-        data: Interactions,
+        data: Data,
         out: str | Path | None = None,
         *,
         max_users: int | None = None,
         on_bad: str | None = None,
+        update: bool = False,
         show: bool = False,
         log: Log = lambda record: None,
     ) -> FeatureBank | Int64:
@@ -119,6 +124,7 @@ class Model:
             max_users: Only the first so many users in hash order.
             on_bad: "error" or "skip" for users whose history truncates to nothing; None takes the
                 model's setting.
+            update: Users of an existing bank who are not in `data` stay as they are.
             show: Whether to show progress.
             log: Called once the bank is written, with `users`, `nll_per_weight` and
                 `forward_equivalents` per user.
@@ -128,21 +134,20 @@ class Model:
 
         Raises:
             DataError: No user has behaviour, or the data lacks the ratings the model was fitted on.
+            MismatchError: `update` and the bank is of another model.
+            StorageError: The bank's disk is full or read-only; the bank stays what it was.
         """
         if max_users is not None:
             data = data.head_users(max_users)
-        source = behaviour_source(
-            data, self.format, self.catalogue, self.lm.tokenizer, on_bad or self.config.data.on_bad
-        )
-        trainer = self.trainer or make_trainer(self.config, self.lm, show)
-        trainer.show = show
+        source = self.source(data, on_bad)
+        trainer = self.ready_trainer(show)
         if out is None:
             found = trainer.infer(source, self.codebooks, self.start)
             return np.concatenate([_codes(p.code_ids) for p in found])
         # Beside the bank and on the same disk; found again by the next run, gone once it is done.
         cache = DiskCache(Path(f"{out}.part"), trainer.settings_key(self.start))
         sweep_leftovers(cache.folder / "profiles")
-        with self.bank_writer(out) as writer:
+        with self.bank_writer(out, update) as writer:
             done, totals = 0, np.zeros(4)
             for profiles in trainer.infer(source, self.codebooks, self.start, cache=cache):
                 users = len(profiles.nll)
@@ -160,10 +165,22 @@ class Model:
         )
         return FeatureBank.open(out)
 
-    def bank_writer(self, out: str | Path) -> BankWriter:
-        """A writer of this model's codes into the bank at `out`."""
+    def source(self, data: Data, on_bad: str | None = None) -> BehaviourSource | StreamSource:
+        """Behaviour of the users of `data` as this model reads it; see `behaviour_source`."""
+        rule = on_bad or self.config.data.on_bad
+        return behaviour_source(data, self.format, self.catalogue, self.lm.tokenizer, rule)
+
+    def ready_trainer(self, show: bool = False) -> Trainer:
+        """The trainer that `fit` left, or one for inferring."""
+        trainer = self.trainer or make_trainer(self.config, self.lm, show)
+        trainer.show = show
+        return trainer
+
+    def bank_writer(self, out: str | Path, update: bool = False) -> BankWriter:
+        """A writer of this model's codes into the bank at `out`; see `infer`."""
         return BankWriter(
             out,
+            keep_others=update,
             fields=self.bank_fields(),
             model_fingerprint=self.fingerprint,
             metadata={
@@ -291,14 +308,19 @@ class Model:
 
 
 def behaviour_source(
-    data: Interactions, fmt: BehaviourFormat, catalogue: Catalogue, tokenizer: Any, on_bad: str
-) -> BehaviourSource:
+    data: Data, fmt: BehaviourFormat, catalogue: Catalogue, tokenizer: Any, on_bad: str
+) -> BehaviourSource | StreamSource:
     """Behaviour of the users of `data`, those whose history truncates to nothing refused or
     dropped.
 
     Raises:
         DataError: Such users exist and `on_bad` is "error", or nobody is left.
     """
+    if isinstance(data, InteractionStream):
+        stream = StreamSource(data, fmt, catalogue, tokenizer)
+        names = [data.users(u, u + 1).user_keys[0].as_py() for u in stream.empty[:10].tolist()]
+        _check_truncated(len(stream.empty), names, data.num_users, fmt, on_bad)
+        return stream
     source = BehaviourSource(fmt.events(data, catalogue), fmt)
     empty = truncated_users(source, tokenizer, on_bad)
     if not len(empty):
@@ -310,24 +332,28 @@ def behaviour_source(
 def truncated_users(source: BehaviourSource, tokenizer: Any, on_bad: str) -> Int64:
     """Users whose history truncates to nothing; DataError as `behaviour_source` says."""
     empty = source.empty_users(tokenizer)
-    if len(empty):
-        names = [source.events.user_keys[int(u)].as_py() for u in empty[:10]]
-        fmt = source.format
+    names = [source.events.user_keys[int(u)].as_py() for u in empty[:10]]
+    _check_truncated(len(empty), names, source.num_users, source.format, on_bad)
+    return empty
+
+
+def _check_truncated(
+    count: int, names: list[Any], users: int, fmt: BehaviourFormat, on_bad: str
+) -> None:
+    if count:
         name = "chunk_tokens" if fmt.chunk_tokens < fmt.max_tokens else "max_tokens"
         limit = f"data.{name}={fmt.chunk_tokens}"
         why = (
-            f"{len(empty)} users have a history that truncates to nothing: their latest event "
-            f"alone has more than {limit} tokens; first users: "
-            f"{names}"
+            f"{count} users have a history that truncates to nothing: their latest event "
+            f"alone has more than {limit} tokens; first users: {names}"
         )
         if on_bad == "error":
             raise DataError(
                 f"{why}; raise data.{name}, shorten the text, or skip them (on_bad=skip)"
             )
-        if len(empty) == source.num_users:
+        if count == users:
             raise DataError(f"{why}; nobody is left")
         logger.warning("%s; skipped", why)
-    return empty
 
 
 def make_trainer(config: Config, lm: FrozenLM, show: bool) -> Trainer:

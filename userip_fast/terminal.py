@@ -13,7 +13,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from userip_fast.bank import FeatureBank
-    from userip_fast.data import Interactions
+    from userip_fast.data import Interactions, InteractionStream
     from userip_fast.doctor import Check
     from userip_fast.model import Model
 
@@ -85,7 +85,7 @@ def print_cards(cards: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
 
 def print_results(
     title: str,
-    data: Interactions,
+    data: Interactions | InteractionStream,
     model: Model,
     bank: FeatureBank,
     seconds: float,

@@ -185,31 +185,20 @@ class FeatureBank:
                 probabilities are missing, or not wanted.
         """
         keys = self._as_keys("user_keys", user_keys)
-        if len(self) and (probabilities is None) != (self.probabilities is None):
-            has = "has no" if self.probabilities is None else "has"
-            raise MismatchError(f"probabilities: the bank {self.path} {has} probabilities")
         with BankWriter(
             self.path,
             fields=self.fields,
             model_fingerprint=self.model_fingerprint,
             metadata=self.metadata,
             lock_timeout_s=lock_timeout_s,
+            keep_others=True,
         ) as writer:
-            current = FeatureBank.open(self.path)
-            if current._identity() != self._identity():
+            if FeatureBank.open(self.path)._identity() != self._identity():
                 raise MismatchError(
                     f"{self.path}: was rewritten with another model, fields, key type or metadata "
                     "since it was opened; open it again"
                 )
             writer.append(keys, code_ids, probabilities)
-            stays = np.ones(len(current), np.bool_)
-            rows = current._generation.index.find(keys)
-            stays[rows[rows >= 0]] = False
-            writer.append(
-                current.keys().filter(pa.array(stays)),
-                current.codes()[stays],
-                None if current.probabilities is None else current.probabilities[stays],
-            )
         return FeatureBank.open(self.path)
 
     def verify(self) -> None:

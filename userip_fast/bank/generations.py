@@ -61,8 +61,13 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
         previous = current_generation(path)[0].name
     except FormatError:
         previous = ""
-    taken = [int(m[1]) for m in map(_GENERATION.fullmatch, os.listdir(path)) if m]
-    folder = path / f"gen-{max(taken, default=0) + 1:06d}"
+    if not (path / CURRENT).exists() or previous:
+        # A later generation was never current, so nobody reads it: its writer was killed.
+        number = int(previous.removeprefix("gen-") or 0) + 1
+    else:
+        taken = [int(m[1]) for m in map(_GENERATION.fullmatch, os.listdir(path)) if m]
+        number = max(taken, default=0) + 1
+    folder = path / f"gen-{number:06d}"
     with atomic_dir(folder) as tmp:
         write(tmp)
     pointer = {"generation": folder.name, "manifest_sha256": sha256_file(folder / MANIFEST)}

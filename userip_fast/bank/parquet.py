@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from userip_fast.bank.layout import FORMAT, VERSION, check_fields, check_metadata
+from userip_fast.bank.layout import FORMAT, VERSION, Field, check_fields, check_metadata
 from userip_fast.errors import FormatError, UserIPError
 from userip_fast.files import atomic_file
 
@@ -22,22 +24,42 @@ _SCHEMA_KEY = FORMAT.encode()
 
 def write_parquet(bank: FeatureBank, path: str | os.PathLike[str]) -> None:
     """See `FeatureBank.to_parquet`; the file's metadata holds fields, fingerprint and metadata."""
-    columns = {"user_id": bank.keys()}
-    for j, field in enumerate(bank.fields):
-        columns[field["name"]] = pa.array(np.ascontiguousarray(bank.codes()[:, j]))
-    if bank.probabilities is not None:
-        for j, field in enumerate(bank.fields):
-            p = np.ascontiguousarray(bank.probabilities[:, j])
+    table = bank_table(
+        bank.keys(),
+        bank.codes(),
+        bank.probabilities,
+        fields=bank.fields,
+        model_fingerprint=bank.model_fingerprint,
+        metadata=bank.metadata,
+    )
+    with atomic_file(path) as tmp:
+        pq.write_table(table, tmp, compression="zstd")
+
+
+def bank_table(
+    keys: pa.Array,
+    codes: NDArray[Any],
+    probabilities: NDArray[np.float32] | None = None,
+    *,
+    fields: Sequence[Field],
+    model_fingerprint: str,
+    metadata: Mapping[str, Any],
+) -> pa.Table:
+    """Users of a bank as a table that `read_parquet` understands once it is written."""
+    columns = {"user_id": keys}
+    for j, field in enumerate(fields):
+        columns[field["name"]] = pa.array(np.ascontiguousarray(codes[:, j]))
+    if probabilities is not None:
+        for j, field in enumerate(fields):
+            p = np.ascontiguousarray(probabilities[:, j])
             columns[f"{field['name']}_probability"] = pa.array(p)
     about = {
         "version": VERSION,
-        "fields": bank.fields,
-        "model_fingerprint": bank.model_fingerprint,
-        "metadata": bank.metadata,
+        "fields": fields,
+        "model_fingerprint": model_fingerprint,
+        "metadata": metadata,
     }
-    table = pa.table(columns).replace_schema_metadata({_SCHEMA_KEY: json.dumps(about)})
-    with atomic_file(path) as tmp:
-        pq.write_table(table, tmp, compression="zstd")
+    return pa.table(columns).replace_schema_metadata({_SCHEMA_KEY: json.dumps(about)})
 
 
 def read_parquet(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from userip_fast.bank.generations import publish, write_lock
+from userip_fast.bank.generations import CURRENT, current_generation, publish, write_lock
 from userip_fast.bank.index import as_keys, in_hash_order, key_type
 from userip_fast.bank.layout import (
+    Generation,
     check_codes,
     check_fields,
     check_metadata,
@@ -48,6 +49,8 @@ class BankWriter:
         model_fingerprint: Which model the codes come from.
         metadata: Anything JSON can hold, such as the config that made the codes.
         lock_timeout_s: Seconds to wait for another writer.
+        keep_others: Users of the current generation who are not appended stay as they are; it must
+            be of the same model and fields.
 
     Raises:
         ConfigError: Bad fields, fingerprint or metadata.
@@ -63,6 +66,7 @@ class BankWriter:
         model_fingerprint: str,
         metadata: Mapping[str, Any] | None = None,
         lock_timeout_s: float = LOCK_TIMEOUT_S,
+        keep_others: bool = False,
     ) -> None:
         if not isinstance(model_fingerprint, str) or not model_fingerprint:
             raise ConfigError(
@@ -72,6 +76,7 @@ class BankWriter:
         self._fields = check_fields(fields)
         self._fingerprint = model_fingerprint
         self._metadata = check_metadata(metadata)
+        self._keep_others = keep_others
         self._blocks: list[
             tuple[pa.Array, NDArray[np.uint64], NDArray[Any], NDArray[np.float32] | None]
         ] = []
@@ -115,6 +120,8 @@ class BankWriter:
 
         Raises:
             DataError: A user was appended more than once; nothing is published.
+            MismatchError: With `keep_others`: the current generation is of another model, fields or
+                key type, or has probabilities where the blocks have none or the other way round.
         """
         if self._closed:
             return
@@ -135,6 +142,8 @@ class BankWriter:
             self._blocks.append(
                 (keys, hash_keys(keys), check_codes(self._fields, keys, codes), None)
             )
+        if self._keep_others and (self.path / CURRENT).is_file():
+            self._append_others(Generation.open(*current_generation(self.path)))
         columns = list(zip(*self._blocks, strict=True))
         keys, hashes, order = in_hash_order(
             "user_keys", pa.concat_arrays(columns[0]), np.concatenate(columns[1])
@@ -150,6 +159,37 @@ class BankWriter:
             metadata=self._metadata,
         )
         publish(self.path, write)
+
+    def _append_others(self, current: Generation) -> None:
+        """Users of `current` whom no block holds."""
+        stored = current.index.keys()
+        appended = pa.concat_arrays([block[0] for block in self._blocks])
+        if current.model_fingerprint != self._fingerprint or current.fields != self._fields:
+            raise MismatchError(
+                f"{self.path}: holds codes of model {current.model_fingerprint[:12]}, these are "
+                f"of {self._fingerprint[:12]}; only codes of one model and its fields can be added "
+                "to one another. Write all users, or choose another path"
+            )
+        if len(stored) == 0:
+            return
+        if len(appended) == 0:
+            self._blocks.clear()
+        elif stored.type != appended.type:
+            raise MismatchError(
+                f"user_keys: {key_type(appended)} keys, the bank {self.path} has {key_type(stored)}"
+            )
+        stays = np.ones(len(stored), np.bool_)
+        if len(appended):
+            p = self._blocks[0][3]
+            if (p is None) != (current.probabilities is None):
+                has = "has no" if current.probabilities is None else "has"
+                raise MismatchError(f"probabilities: the bank {self.path} {has} probabilities")
+            rows = current.index.find(appended)
+            stays[rows[rows >= 0]] = False
+        keys = stored.filter(pa.array(stays))
+        if len(keys):
+            p = None if current.probabilities is None else current.probabilities[stays]
+            self._blocks.append((keys, hash_keys(keys), current.codes[stays], p))
 
     def __enter__(self) -> BankWriter:
         return self

@@ -12,6 +12,7 @@ from userip_fast.data.nete import read_nete
 from userip_fast.data.read import read_interactions
 from userip_fast.data.report import BadRow, BadRows
 from userip_fast.data.splits import split_by_time, split_last, split_users
+from userip_fast.data.stream import InteractionStream, stream_interactions
 from userip_fast.data.text import TextTemplate
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Catalogue",
     "Events",
     "FeedbackScale",
+    "InteractionStream",
     "Interactions",
     "Negatives",
     "TextTemplate",
@@ -29,4 +31,5 @@ __all__ = [
     "split_by_time",
     "split_last",
     "split_users",
+    "stream_interactions",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,9 @@ from userip_fast.data.arrow import combine, to_numpy
 from userip_fast.data.interactions import Interactions
 from userip_fast.errors import DataError, MismatchError
 from userip_fast.keys import canonical_keys, hash_keys, key_order, mix64, seeded
+
+if TYPE_CHECKING:
+    from userip_fast.data.stream import InteractionStream
 
 RATING_WORDS = ("disliked", "okay", "liked")
 NEGATIVE_WORDS = ("chosen", "passed over")
@@ -101,6 +104,16 @@ class FeedbackScale:
             DataError: There are fewer than two words or distinct finite ratings.
         """
         values, counts = np.unique(np.asarray(ratings, np.float64), return_counts=True)
+        return cls.fit_counts(values, counts, words)
+
+    @classmethod
+    def fit_counts(
+        cls,
+        values: NDArray[np.float64],
+        counts: NDArray[np.int64],
+        words: Sequence[str] = RATING_WORDS,
+    ) -> FeedbackScale:
+        """`fit` from distinct ratings, ascending, and how often each occurs."""
         if not np.isfinite(values).all():
             raise DataError("feedback scale: ratings must be finite")
         if len(words) < 2 or len(values) < 2:
@@ -158,9 +171,9 @@ class Catalogue:
     counts: NDArray[np.int64]
 
     @classmethod
-    def from_interactions(cls, data: Interactions) -> Catalogue:
+    def from_interactions(cls, data: Interactions | InteractionStream) -> Catalogue:
         """The items that occur, in an order that does not depend on any file."""
-        counts = np.bincount(data.item_index, minlength=data.num_items)
+        counts = data.item_counts()
         used = np.flatnonzero(counts)
         keys = data.item_keys.take(used)
         used = used[key_order(keys, hash_keys(keys))]

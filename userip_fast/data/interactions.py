@@ -125,6 +125,52 @@ class Interactions:
         """The first `n` users in hash order: a sample that does not depend on the file."""
         return self.select_users(np.arange(min(_natural("head_users", n), self.num_users)))
 
+    def users(self, start: int, stop: int) -> Interactions:
+        """Users `start:stop`, without a copy."""
+        offsets = self.offsets[start : stop + 1]
+        here = slice(int(offsets[0]), int(offsets[-1]))
+        return replace(
+            self,
+            user_keys=self.user_keys.slice(start, stop - start),
+            offsets=offsets - offsets[0],
+            item_index=self.item_index[here],
+            rating=None if self.rating is None else self.rating[here],
+            time=None if self.time is None else self.time[here],
+        )
+
+    @staticmethod
+    def concat(parts: list[Interactions]) -> Interactions:
+        """Parts of the same data, users one after another as they come."""
+        if len(parts) == 1:
+            return parts[0]
+        lengths = np.concatenate([p.history_lengths for p in parts])
+        ratings = [p.rating for p in parts if p.rating is not None]
+        times = [p.time for p in parts if p.time is not None]
+        return replace(
+            parts[0],
+            user_keys=pa.concat_arrays([p.user_keys for p in parts]),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            item_index=np.concatenate([p.item_index for p in parts]),
+            rating=np.concatenate(ratings) if ratings else None,
+            time=np.concatenate(times) if times else None,
+        )
+
+    @property
+    def rated(self) -> bool:
+        """Whether there are ratings that vary."""
+        return self.rating is not None
+
+    def rating_counts(self) -> tuple[NDArray[np.float64], NDArray[np.int64]] | None:
+        """Distinct ratings, ascending, and how often each occurs; None without ratings."""
+        if self.rating is None:
+            return None
+        values, counts = np.unique(self.rating.astype(np.float64), return_counts=True)
+        return values, counts
+
+    def item_counts(self) -> NDArray[np.int64]:
+        """[I] events of each item."""
+        return np.bincount(self.item_index, minlength=self.num_items)
+
     def first_events(self, n: int) -> Interactions:
         """At most the first `n` events of every user."""
         keep = np.minimum(self.history_lengths, _natural("first_events", n))

@@ -159,39 +159,19 @@ def build_interactions(
     kept_users, kept_items = users.take(rows), item_column.take(rows)
 
     if catalogue is None:
-        items = _items_of_log(log, item_column, rows, template)
+        items = items_of_log(log, item_column, rows, template)
     else:
-        items = _items_of_catalogue(catalogue, columns.item, template, checks)
-        kept_items, items = _one_key_type(log, catalogue, columns.item, kept_items, items)
-    found = pc.index_in(kept_items, value_set=items.keys)
-    place = to_numpy(pc.fill_null(found, -1))
-
-    checks.start(log, rows)
-    checks.add("null key", columns.user, to_numpy(pc.is_null(kept_users)), kept_users)
-    checks.add("null key", columns.item, to_numpy(pc.is_null(kept_items)), kept_items)
-    checks.add("unknown item", columns.item, place < 0, kept_items)
-    empty = np.append(items.empty, False)[place]
-    checks.add("empty text", columns.item, empty, kept_items)
-    ratings = times = None
-    if columns.rating is not None:
-        ratings, values = _ratings(log, columns.rating, rows)
-        checks.add("rating is not a number", columns.rating, ~np.isfinite(ratings), values)
-    if columns.time is not None:
-        times, invalid, values = _times(log, columns.time, rows)
-        checks.add("time is not valid", columns.time, invalid, values)
+        items = items_of_catalogue(catalogue, columns.item, template, checks)
+        kept_items, items = one_key_type(log, catalogue, columns.item, kept_items, items)
+    checked = check_rows(log, rows, columns, kept_users, kept_items, items, checks)
     if checks.counts and on_bad == "error":
         raise checks.error()
 
     # Users: all that were read, so that those with every row gone are listed.
     good = np.flatnonzero(~checks.bad)
     seen = pc.unique(users.take(read)).drop_null()
-    hashes = hash_keys(seen)
-    order = key_order(seen, hashes)
-    seen, hashes = seen.take(order), hashes[order]
-    event_user = to_numpy(pc.index_in(kept_users.take(good), value_set=seen))
-    lengths = np.bincount(event_user, minlength=len(seen))
-    enough = lengths >= min_history
-    short = seen.filter(pa.array(~enough))
+    own = kept_users.take(good), checked.take(good)
+    whole, short = histories(seen, *own, items, min_history, seed)
     report = BadRows(
         rows_read=len(read),
         rows_filtered=len(read) - len(rows),
@@ -201,44 +181,123 @@ def build_interactions(
         short_examples=tuple(short[:NUM_EXAMPLES].to_pylist()),
         min_history=min_history,
     )
-    if not enough.any():
-        raise DataError(
-            f"{log.name}: no user with behaviour is left (at least {min_history} event(s) each)\n"
-            f"{report.table()}"
-        )
-
-    # Events: by user, then by time, or in an order that the keys alone fix; ties as in the file.
-    stay = enough[event_user]
-    good, event_user = good[stay], event_user[stay]
-    within: NDArray[Any]
-    if times is not None:
-        within = times[good]
-    else:
-        within = mix64(seeded(hashes, seed)[event_user] ^ hash_keys(items.keys)[place[good]])
-    good = good[np.lexsort((within, event_user))]
-    ratings = None if ratings is None else ratings[good]
-    constant = None
+    if whole.num_users == 0:
+        raise nobody_left(log.name, report)
+    ratings = whole.rating
     if ratings is not None and ratings.min() == ratings.max():
-        constant, ratings = float(ratings[0]), None
-    kept = ~items.empty
-    new_place = np.cumsum(kept, dtype=np.int32) - np.int32(1)
-    return Interactions(
-        user_keys=seen.filter(pa.array(enough)),
-        item_keys=items.keys.filter(pa.array(kept)),
-        item_text=items.text.filter(pa.array(kept)),
-        items=items.table.filter(pa.array(kept)),
-        offsets=np.concatenate([[0], np.cumsum(lengths[enough])]).astype(np.int64),
-        item_index=new_place[place[good]],
-        rating=ratings,
-        time=None if times is None else times[good],
-        ordered=times is not None,
-        constant_rating=constant,
-        report=report,
+        whole = replace(whole, rating=None, constant_rating=float(ratings[0]))
+    return replace(whole, report=report)
+
+
+def nobody_left(name: str, report: BadRows) -> DataError:
+    """What to raise where no user has enough events."""
+    return DataError(
+        f"{name}: no user with behaviour is left (at least {report.min_history} event(s) each)\n"
+        f"{report.table()}"
     )
 
 
 @dataclass(frozen=True)
-class _Items:
+class Rows:
+    """What the checks found in the rows of a log, [n] each.
+
+    Attributes:
+        place: Rows of the items, -1 for one that is not there.
+        rating, time: As in `Interactions`; invalid where the row is bad.
+    """
+
+    place: NDArray[np.int32]
+    rating: NDArray[np.float32] | None
+    time: NDArray[np.int64] | None
+
+    def take(self, rows: NDArray[np.int64]) -> Rows:
+        return Rows(
+            self.place[rows],
+            None if self.rating is None else self.rating[rows],
+            None if self.time is None else self.time[rows],
+        )
+
+
+def check_rows(
+    log: Source,
+    rows: NDArray[np.int64],
+    columns: Columns,
+    users: pa.Array,
+    item_keys: pa.Array,
+    items: Items,
+    checks: RowChecks,
+) -> Rows:
+    """Finds each row's item, rating and time, and notes in `checks` which rows are bad.
+
+    Args:
+        users, item_keys: [n] keys of `rows`.
+    """
+    place = to_numpy(pc.fill_null(pc.index_in(item_keys, value_set=items.keys), -1))
+    checks.start(log, rows)
+    checks.add("null key", columns.user, to_numpy(pc.is_null(users)), users)
+    checks.add("null key", columns.item, to_numpy(pc.is_null(item_keys)), item_keys)
+    checks.add("unknown item", columns.item, place < 0, item_keys)
+    empty = np.append(items.empty, False)[place]
+    checks.add("empty text", columns.item, empty, item_keys)
+    ratings = times = None
+    if columns.rating is not None:
+        ratings, values = _ratings(log, columns.rating, rows)
+        checks.add("rating is not a number", columns.rating, ~np.isfinite(ratings), values)
+    if columns.time is not None:
+        times, invalid, values = _times(log, columns.time, rows)
+        checks.add("time is not valid", columns.time, invalid, values)
+    return Rows(place, ratings, times)
+
+
+def histories(
+    seen: pa.Array,
+    users: pa.Array,
+    rows: Rows,
+    items: Items,
+    min_history: int,
+    seed: int,
+) -> tuple[Interactions, pa.Array]:
+    """Good rows sorted into histories, and the keys of users with too few of them.
+
+    Args:
+        seen: Distinct keys of all users that were read.
+        users: [n] the user of each row, in the order of the files.
+        rows: [n] the rows.
+    """
+    hashes = hash_keys(seen)
+    order = key_order(seen, hashes)
+    seen, hashes = seen.take(order), hashes[order]
+    event_user = to_numpy(pc.index_in(users, value_set=seen))
+    lengths = np.bincount(event_user, minlength=len(seen))
+    enough = lengths >= min_history
+
+    # Events: by user, then by time, or in an order that the keys alone fix; ties as in the file.
+    good = np.flatnonzero(enough[event_user])
+    event_user, rows = event_user[good], rows.take(good)
+    within: NDArray[Any]
+    if rows.time is not None:
+        within = rows.time
+    else:
+        within = mix64(seeded(hashes, seed)[event_user] ^ hash_keys(items.keys)[rows.place])
+    rows = rows.take(np.lexsort((within, event_user)))
+    kept = pa.array(~items.empty)
+    new_place = np.cumsum(~items.empty, dtype=np.int32) - np.int32(1)
+    found = Interactions(
+        user_keys=seen.filter(pa.array(enough)),
+        item_keys=items.keys.filter(kept),
+        item_text=items.text.filter(kept),
+        items=items.table.filter(kept),
+        offsets=np.concatenate([[0], np.cumsum(lengths[enough])]).astype(np.int64),
+        item_index=new_place[rows.place],
+        rating=rows.rating,
+        time=rows.time,
+        ordered=rows.time is not None,
+    )
+    return found, seen.filter(pa.array(~enough))
+
+
+@dataclass(frozen=True)
+class Items:
     """Items with distinct keys, [I] each."""
 
     keys: pa.Array
@@ -247,45 +306,45 @@ class _Items:
     table: pa.Table
 
 
-def _items_of_catalogue(
+def items_of_catalogue(
     catalogue: Source, item: str, template: TextTemplate, checks: RowChecks
-) -> _Items:
+) -> Items:
     keys = catalogue.keys(item)
     checks.start(catalogue, np.arange(len(keys)))
     checks.add("null key", item, to_numpy(pc.is_null(keys)), keys)
     first = np.zeros(len(keys), bool)
-    first[_first_rows(keys)] = True
+    first[first_rows(keys)] = True
     checks.add("duplicate item", item, ~first, keys)
     kept = np.flatnonzero(~checks.bad)
     table = catalogue.table.take(kept)
     text = template.render(table)
-    return _Items(keys.take(kept), text, to_numpy(pc.equal(text, "")), table)
+    return Items(keys.take(kept), text, to_numpy(pc.equal(text, "")), table)
 
 
-def _items_of_log(
+def items_of_log(
     log: Source, keys: pa.Array, rows: NDArray[np.int64], template: TextTemplate
-) -> _Items:
+) -> Items:
     """Each item by the first of its rows that has a text, or its first row."""
     text = template.render(log.table.take(rows))
     keys = keys.take(rows)
     filled = np.flatnonzero(to_numpy(pc.not_equal(text, "")))
     candidates = np.concatenate([filled, np.arange(len(rows))])
-    kept = candidates[_first_rows(keys.take(candidates))]
+    kept = candidates[first_rows(keys.take(candidates))]
     text = text.take(kept)
     table = log.table.select(template.columns).take(rows[kept])
-    return _Items(keys.take(kept), text, to_numpy(pc.equal(text, "")), table)
+    return Items(keys.take(kept), text, to_numpy(pc.equal(text, "")), table)
 
 
-def _first_rows(keys: pa.Array) -> NDArray[np.int64]:
+def first_rows(keys: pa.Array) -> NDArray[np.int64]:
     """Rows at which each non-null key is seen for the first time, ascending."""
     codes = keys.dictionary_encode().indices
     _, first = np.unique(to_numpy(codes.drop_null()), return_index=True)
     return np.sort(np.flatnonzero(to_numpy(codes.is_valid()))[first])
 
 
-def _one_key_type(
-    log: Source, catalogue: Source, item: str, keys: pa.Array, items: _Items
-) -> tuple[pa.Array, _Items]:
+def one_key_type(
+    log: Source, catalogue: Source, item: str, keys: pa.Array, items: Items
+) -> tuple[pa.Array, Items]:
     """Lets digits read from a CSV file meet item keys that the other table holds as text."""
     if keys.type == items.keys.type:
         return keys, items

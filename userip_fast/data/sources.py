@@ -49,7 +49,7 @@ class Source:
 
     def require(self, *columns: str) -> None:
         """Raises a DataError that names a column which is not there, and those that are."""
-        _check_columns(columns, self.table.column_names, self.name)
+        refuse_columns(columns, self.table.column_names, self.name)
 
     def column(self, name: str) -> pa.Array:
         """A column in one piece."""
@@ -107,11 +107,11 @@ def read_source(
     """
     if isinstance(source, pa.Table):
         name = f"the {what} table"
-        _check_columns(columns, source.column_names, name)
+        refuse_columns(columns, source.column_names, name)
         table = source if columns is None else source.select(columns)
-        return _validated(Source(name, table, ((name, 0),), True))
+        return validated(Source(name, table, ((name, 0),), True))
     path = Path(source)
-    files = _files(path, what)
+    files = list_files(path, what)
     reader = _READERS[files[0].suffix.lower()]
     tables, parts, rows = [], [], 0
     for file in files:
@@ -126,10 +126,10 @@ def read_source(
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as e:
         raise DataError(f"{what}: the files in {path} do not fit together: {e}") from e
-    return _validated(Source(str(path), table, tuple(parts), reader is not _read_csv))
+    return validated(Source(str(path), table, tuple(parts), reader is not _read_csv))
 
 
-def _validated(source: Source) -> Source:
+def validated(source: Source) -> Source:
     """Refuses text that is not UTF-8, which only CSV and JSON readers check."""
     try:
         source.table.validate(full=True)
@@ -138,7 +138,12 @@ def _validated(source: Source) -> Source:
     return source
 
 
-def _files(path: Path, what: str) -> list[Path]:
+def list_files(path: Path, what: str) -> list[Path]:
+    """The file, or the files of a folder in the order of their names.
+
+    Raises:
+        DataError: See `read_source`.
+    """
     if path.is_dir():
         files = sorted(
             file
@@ -158,7 +163,8 @@ def _files(path: Path, what: str) -> list[Path]:
     return [path]
 
 
-def _check_columns(columns: Sequence[str] | None, names: list[str], name: object) -> None:
+def refuse_columns(columns: Sequence[str] | None, names: list[str], name: object) -> None:
+    """Raises a DataError where a column of `columns` is not among `names`, or more than once."""
     for column in names if columns is None else columns:
         if column not in names:
             raise DataError(f"{name} has no column {column!r}; it has {names}")
@@ -174,7 +180,7 @@ def _read_csv(
         delimiter="\t" if file.suffix.lower() == ".tsv" else ",", newlines_in_values=True
     )
     with pacsv.open_csv(file, read, parse) as head:
-        _check_columns(columns, head.schema.names, file)
+        refuse_columns(columns, head.schema.names, file)
     convert = pacsv.ConvertOptions(
         include_columns=columns, column_types={name: pa.large_string() for name in as_text}
     )
@@ -185,7 +191,7 @@ def _read_json(
     file: Path, _root: Path, columns: Sequence[str] | None, _as_text: Collection[str]
 ) -> pa.Table:
     table = pajson.read_json(file, pajson.ReadOptions(block_size=_BLOCK))
-    _check_columns(columns, table.column_names, file)
+    refuse_columns(columns, table.column_names, file)
     return table if columns is None else table.select(columns)
 
 
@@ -194,7 +200,7 @@ def _read_parquet(
 ) -> pa.Table:
     base = str(root if root.is_dir() else root.parent)
     data = ds.dataset(str(file), partitioning="hive", partition_base_dir=base)
-    _check_columns(columns, data.schema.names, file)
+    refuse_columns(columns, data.schema.names, file)
     return data.to_table(columns=columns)
 
 

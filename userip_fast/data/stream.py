@@ -1,0 +1,512 @@
+"""Logs larger than memory: Parquet sorted into histories on disk, then read a block at a time.
+
+Two passes, each of bounded memory. The first checks rows batch by batch and deals them out into
+parts, by the top bits of the user key's hash. The second sorts each part into histories. Parts
+follow each other in hash order, so users `start:stop` of a stream are those of `read_interactions`.
+
+    WORK/histories/
+      manifest.json     what was read (files, sizes, times of change; arguments) and what was found
+      items.parquet     the items, which are held in memory
+      part-NNNN.arrow   per user: key, items, ratings, times
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from userip_fast.data.arrow import to_numpy
+from userip_fast.data.filters import RowFilter
+from userip_fast.data.interactions import Interactions
+from userip_fast.data.read import (
+    DEFAULT_TEXT,
+    Columns,
+    Items,
+    Rows,
+    check_rows,
+    first_rows,
+    histories,
+    items_of_catalogue,
+    items_of_log,
+    nobody_left,
+    one_key_type,
+)
+from userip_fast.data.report import NUM_EXAMPLES, BadRow, BadRows, RowChecks
+from userip_fast.data.sources import Source, list_files, read_source, refuse_columns, validated
+from userip_fast.data.text import TextTemplate
+from userip_fast.errors import DataError, FormatError
+from userip_fast.files import atomic_dir, read_json, sha256_file, write_json
+from userip_fast.keys import hash_keys
+
+_VERSION = 1
+_BATCH_ROWS = 1 << 17
+_PART_ROWS = 1 << 18  # rows of a part, on average at most
+_MAX_BITS = 12
+_WAITING_ROWS = 1 << 21  # dealt out in memory before they are appended to the parts' files
+
+
+class InteractionStream:
+    """Histories on disk; stands in for `Interactions` in `fit` and `Model.infer`.
+
+    Only items and, per part, a number are in memory. Make it with `stream_interactions`.
+
+    Attributes:
+        num_users, num_items, num_events, item_keys, item_text, items, ordered, constant_rating,
+        report: As in `Interactions`.
+        digest: Of all histories.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        manifest = read_json(folder / "manifest.json")
+        try:
+            self._read_manifest(folder, manifest)
+        except (KeyError, TypeError, ValueError, OSError, pa.ArrowException) as e:
+            raise FormatError(f"{folder}: is damaged ({e!r}); delete it to read anew") from e
+
+    def _read_manifest(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.key: str = manifest["key"]
+        self.num_events: int = manifest["events"]
+        self.ordered: bool = manifest["ordered"]
+        report = dict(manifest["report"])
+        report["examples"] = tuple(BadRow(**row) for row in report["examples"])
+        report["short_examples"] = tuple(report["short_examples"])
+        self.report = BadRows(**report)
+        self._parts: list[dict[str, Any]] = manifest["parts"]
+        self._first = [0, *accumulate(part["users"] for part in self._parts)]
+        self.digest = hashlib.sha256(
+            "".join([manifest["items_sha256"], *(p["sha256"] for p in self._parts)]).encode()
+        ).hexdigest()
+        if sha256_file(folder / "items.parquet") != manifest["items_sha256"]:
+            raise FormatError(f"{folder / 'items.parquet'}: altered; delete {folder}")
+        self.items = pq.read_table(folder / "items.parquet")
+        self.item_keys = self.items["__key"].combine_chunks()
+        self.item_text = self.items["__text"].combine_chunks()
+        self._item_counts: NDArray[np.int64] = self.items["__count"].to_numpy()
+        self.items = self.items.drop_columns(["__key", "__text", "__count"])
+        values, counts = manifest["ratings"] or ([], [])
+        self.constant_rating: float | None = values[0] if len(values) == 1 else None
+        self._ratings = np.array(values, np.float64), np.array(counts, np.int64)
+        self._opened: dict[int, Interactions] = {}
+
+    @property
+    def num_users(self) -> int:
+        return int(self._first[-1])
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_keys)
+
+    @property
+    def rated(self) -> bool:
+        """Whether there are ratings that vary."""
+        return len(self._ratings[0]) > 1
+
+    @property
+    def rating_note(self) -> str | None:
+        """See `Interactions`."""
+        if self.constant_rating is None:
+            return None
+        return f"every rating is {self.constant_rating:g}: a constant rating counts as no rating"
+
+    def rating_counts(self) -> tuple[NDArray[np.float64], NDArray[np.int64]] | None:
+        """See `Interactions`."""
+        return self._ratings if self.rated else None
+
+    def item_counts(self) -> NDArray[np.int64]:
+        """See `Interactions`."""
+        return self._item_counts
+
+    def users(self, start: int, stop: int) -> Interactions:
+        """Histories of users `start:stop`, in memory."""
+        pieces = []
+        at = max(bisect_right(self._first, start) - 1, 0)
+        while at < len(self._parts) and self._first[at] < stop:
+            first = self._first[at]
+            part = self._part(at)
+            pieces.append(part.users(max(start - first, 0), min(stop - first, part.num_users)))
+            at += 1
+        return Interactions.concat(pieces) if pieces else self._part(0).users(0, 0)
+
+    def head_users(self, n: int) -> Interactions:
+        """The first `n` users in hash order, in memory."""
+        return self.users(0, min(n, self.num_users))
+
+    def first_at(self, hash_: int) -> int:
+        """The first user, in hash order, whose key hash is at least `hash_`."""
+        bits = (len(self._parts) - 1).bit_length()
+        at = hash_ >> (64 - bits) if bits else 0
+        if at >= len(self._parts) or hash_ >= 1 << 64:
+            return self.num_users
+        hashes = hash_keys(self._part(at).user_keys)
+        return int(self._first[at]) + int(np.searchsorted(hashes, np.uint64(hash_)))
+
+    def _part(self, at: int) -> Interactions:
+        """A part, verified; the last few stay in memory."""
+        if (found := self._opened.get(at)) is not None:
+            return found
+        path = self.folder / f"part-{at:04d}.arrow"
+        try:
+            if sha256_file(path) != self._parts[at]["sha256"]:
+                raise FormatError(f"{path}: altered; delete {self.folder} to read the log anew")
+            with pa.OSFile(str(path)) as file:
+                table = pa.ipc.open_file(file).read_all()
+        except (OSError, pa.ArrowException) as e:
+            raise FormatError(f"{path}: cannot be read ({e}); delete {self.folder}") from e
+        columns = {name: _one(table[name]) for name in table.column_names}
+        lengths = columns["events"].to_numpy()
+        item, rating, time = (
+            _values(columns[name]) if name in columns else None
+            for name in ("item", "rating", "time")
+        )
+        assert item is not None
+        found = Interactions(
+            user_keys=columns["user"],
+            item_keys=self.item_keys,
+            item_text=self.item_text,
+            items=self.items,
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            item_index=item,
+            rating=rating if self.rated else None,
+            time=time,
+            ordered=self.ordered,
+            constant_rating=self.constant_rating,
+            report=self.report,
+        )
+        while len(self._opened) > 2:
+            self._opened.pop(next(iter(self._opened)), None)
+        self._opened[at] = found
+        return found
+
+    def __repr__(self) -> str:
+        return (
+            f"InteractionStream({str(self.folder)!r}, {self.num_users:,} users, "
+            f"{self.num_items:,} items, {self.num_events:,} events)"
+        )
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    array = column.combine_chunks()
+    return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
+
+
+def _values(lists: pa.Array) -> NDArray[Any]:
+    return to_numpy(lists.flatten())
+
+
+def stream_interactions(
+    interactions: str | Path,
+    items: str | Path | None = None,
+    *,
+    work: str | Path,
+    user: str = "user_id",
+    item: str = "item_id",
+    rating: str | None = None,
+    time: str | None = None,
+    text: str = DEFAULT_TEXT,
+    filter: str | None = None,
+    on_bad: str = "error",
+    min_history: int = 1,
+    seed: int = 0,
+) -> InteractionStream:
+    """`read_interactions` for a log larger than memory: the same users, histories and checks.
+
+    Args:
+        interactions: A Parquet file or a folder of such.
+        items: As for `read_interactions`; items are held in memory.
+        work: Folder for the sorted histories, about the size of the log. Files and arguments that
+            were read into it before, and have not changed since, are not read again; processes that
+            share the folder wait for the first.
+
+    The other arguments and what is raised are those of `read_interactions`; also:
+
+    Raises:
+        StorageError: `work` cannot be written.
+    """
+    files = list_files(Path(interactions), "interactions")
+    if files[0].suffix.lower() != ".parquet":
+        raise DataError(
+            f"interactions: {interactions} is not Parquet; only Parquet is read as a stream. "
+            "Convert it, or read it into memory"
+        )
+    arguments = {
+        "columns": asdict(Columns(user, item, rating, time)),
+        "rules": [text, filter, on_bad, min_history, seed],
+    }
+    sources = [*files, *(list_files(Path(items), "items") if items is not None else [])]
+    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in sources]
+    key = hashlib.sha256(json.dumps([_VERSION, arguments, stats]).encode()).hexdigest()
+    target = Path(work) / "histories"
+    Path(work).mkdir(parents=True, exist_ok=True)
+    with open(Path(work) / "LOCK", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            found = InteractionStream(target)
+            if found.key == key:
+                return found
+        except FormatError:
+            pass  # not there, or not whole
+        columns = Columns(user, item, rating, time)
+        sorter = _Sorter(files, Path(interactions), items, columns, text, filter, on_bad)
+        with atomic_dir(target) as tmp:
+            sorter.write(tmp, key, min_history, seed)
+        return InteractionStream(target)
+
+
+class _Sorter:
+    """The two passes."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        root: Path,
+        items: str | Path | None,
+        columns: Columns,
+        text: str,
+        filter: str | None,
+        on_bad: str,
+    ) -> None:
+        if on_bad not in ("error", "skip"):
+            raise DataError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
+        self.files, self.root, self.columns, self.on_bad = files, root, columns, on_bad
+        self.template = TextTemplate(text)
+        self.predicate = RowFilter(filter) if filter is not None else None
+        self.filter_columns = self.predicate.columns if self.predicate else ()
+        self.checks = RowChecks()
+        if items is None:
+            self.catalogue: Source | None = None
+            self.items = self._items_of_log()
+        else:
+            as_text = {columns.item, *self.template.columns}
+            self.catalogue = read_source(items, None, what="items", as_text=as_text)
+            self.catalogue.require(columns.item)
+            self.template.check(self.catalogue.table.column_names, self.catalogue.name)
+            self.items = items_of_catalogue(
+                self.catalogue, columns.item, self.template, self.checks
+            )
+        self.rows_read = self.rows_filtered = 0
+        self.rows = self._count_rows()
+        self.bits = max(0, min(_MAX_BITS, (self.rows // _PART_ROWS).bit_length()))
+        self.waiting: list[list[pa.RecordBatch]] = [[] for _ in range(1 << self.bits)]
+
+    def _count_rows(self) -> int:
+        try:
+            return sum(pq.read_metadata(file).num_rows for file in self.files)
+        except (OSError, pa.ArrowException) as e:
+            raise DataError(f"interactions: {self.root} cannot be read: {e}") from e
+
+    def _batches(self, names: Sequence[str]) -> Iterator[Source]:
+        """The log in batches, each row traceable to its file."""
+        base = str(self.root if self.root.is_dir() else self.root.parent)
+        for file in self.files:
+            try:
+                data = ds.dataset(str(file), partitioning="hive", partition_base_dir=base)
+                refuse_columns(names, data.schema.names, file)
+                done = 0
+                for batch in data.to_batches(
+                    columns=list(names),
+                    batch_size=_BATCH_ROWS,
+                    batch_readahead=2,
+                    fragment_readahead=1,
+                    use_threads=False,
+                ):
+                    table = pa.Table.from_batches([batch])
+                    yield validated(Source(str(self.root), table, ((str(file), -done),), True))
+                    done += batch.num_rows
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+                raise DataError(f"interactions: {file} cannot be read: {e}") from e
+
+    def _kept(self, log: Source) -> NDArray[np.int64]:
+        if self.predicate is None:
+            return np.arange(log.table.num_rows)
+        return np.flatnonzero(self.predicate.mask(log.table))
+
+    def _items_of_log(self) -> Items:
+        """Each item by the first of its rows that has a text, or its first row."""
+        names = [self.columns.item, *self.template.columns, *self.filter_columns]
+        found = []
+        for log in self._batches(list(dict.fromkeys(names))):
+            keys = log.keys(self.columns.item)
+            found.append(items_of_log(log, keys, self._kept(log), self.template))
+            if len(found) == 64:
+                found = [_combine(found)]
+        return _combine(found)
+
+    def write(self, folder: Path, key: str, min_history: int, seed: int) -> None:
+        if min_history < 1:
+            raise DataError(f"min_history must be at least 1, got {min_history}")
+        c = self.columns
+        wanted = [c.user, c.item, *(x for x in (c.rating, c.time) if x), *self.filter_columns]
+        waiting = 0
+        for log in self._batches(list(dict.fromkeys(wanted))):
+            waiting += self._deal(log)
+            if waiting >= _WAITING_ROWS:
+                self._append(folder)
+                waiting = 0
+        self._append(folder)
+        if self.checks.counts and self.on_bad == "error":
+            raise self.checks.error()
+        parts: list[dict[str, Any]] = []
+        counts = np.zeros(len(self.items.keys), np.int64)[~self.items.empty]
+        ratings: dict[float, int] = {}
+        short: list[Any] = []
+        short_users = 0
+        for at in range(1 << self.bits):
+            found, few = self._sort(folder / f"part-{at:04d}.rows", min_history, seed)
+            path = folder / f"part-{at:04d}.arrow"
+            _write_part(path, found)
+            parts.append({"users": found.num_users, "sha256": sha256_file(path)})
+            counts += np.bincount(found.item_index, minlength=len(counts))
+            if found.rating is not None:
+                for value, count in zip(*np.unique(found.rating, return_counts=True)):
+                    ratings[float(value)] = ratings.get(float(value), 0) + int(count)
+            short += few[: max(0, NUM_EXAMPLES - len(short))].to_pylist()
+            short_users += len(few)
+        report = BadRows(
+            rows_read=self.rows_read,
+            rows_filtered=self.rows_filtered,
+            counts=self.checks.counts,
+            examples=self.checks.examples(),
+            short_users=short_users,
+            short_examples=tuple(short),
+            min_history=min_history,
+        )
+        if sum(part["users"] for part in parts) == 0:
+            raise nobody_left(str(self.root), report)
+        there = pa.array(~self.items.empty)
+        table = self.items.table.filter(there)
+        for name, column in (
+            ("__key", self.items.keys.filter(there)),
+            ("__text", self.items.text.filter(there)),
+            ("__count", pa.array(counts)),
+        ):
+            table = table.append_column(name, column)
+        pq.write_table(table, folder / "items.parquet")
+        write_json(
+            folder / "manifest.json",
+            {
+                "key": key,
+                "events": int(counts.sum()),
+                "ordered": c.time is not None,
+                "ratings": [sorted(ratings), [ratings[v] for v in sorted(ratings)]],
+                "report": asdict(report),
+                "items_sha256": sha256_file(folder / "items.parquet"),
+                "parts": parts,
+            },
+        )
+
+    def _deal(self, log: Source) -> int:
+        """Checks a batch and puts its rows with the part of their user; place -1 marks bad ones."""
+        c = self.columns
+        rows = self._kept(log)
+        self.rows_read += log.table.num_rows
+        self.rows_filtered += log.table.num_rows - len(rows)
+        users, item_keys = log.keys(c.user), log.keys(c.item).take(rows)
+        if self.catalogue is not None:
+            item_keys, self.items = one_key_type(log, self.catalogue, c.item, item_keys, self.items)
+        checked = check_rows(log, rows, c, users.take(rows), item_keys, self.items, self.checks)
+        place = np.full(log.table.num_rows, -1, np.int32)
+        place[rows] = np.where(self.checks.bad, -1, checked.place)
+        columns: dict[str, Any] = {"user": users, "place": place}
+        for name, values in (("rating", checked.rating), ("time", checked.time)):
+            if values is not None:
+                columns[name] = np.zeros(len(place), values.dtype)
+                columns[name][rows] = values
+        valid = to_numpy(pc.is_valid(users))
+        table = pa.table(columns).filter(pa.array(valid))
+        part = np.zeros(table.num_rows, np.int64)
+        if self.bits:
+            hashes = hash_keys(table["user"])
+            part = (hashes >> np.uint64(64 - self.bits)).astype(np.int64)
+        order = np.argsort(part, kind="stable")
+        table = table.take(order)
+        bounds = np.searchsorted(part[order], np.arange((1 << self.bits) + 1))
+        for at in np.flatnonzero(np.diff(bounds)).tolist():
+            own = table.slice(bounds[at], bounds[at + 1] - bounds[at]).combine_chunks()
+            self.waiting[at] += own.to_batches()
+        return int(table.num_rows)
+
+    def _append(self, folder: Path) -> None:
+        for at, batches in enumerate(self.waiting):
+            if batches:
+                whole = pa.Table.from_batches(batches).combine_chunks()
+                with (
+                    open(folder / f"part-{at:04d}.rows", "ab") as file,
+                    pa.ipc.new_stream(file, whole.schema) as writer,
+                ):
+                    writer.write_table(whole)
+                batches.clear()
+
+    def _sort(self, path: Path, min_history: int, seed: int) -> tuple[Interactions, pa.Array]:
+        tables = []
+        if path.exists():
+            with pa.OSFile(str(path)) as file:
+                while file.tell() < file.size():
+                    tables.append(pa.ipc.open_stream(file).read_all())
+            path.unlink()
+        if tables:
+            table = pa.concat_tables(tables, promote_options="permissive")
+        else:
+            table = pa.table({"user": pa.array([], pa.int64()), "place": pa.array([], pa.int32())})
+        users = _one(table["user"])
+        place = table["place"].to_numpy()
+        good = np.flatnonzero(place >= 0)
+        c = self.columns
+
+        def column(name: str, wanted: str | None, kind: Any) -> NDArray[Any] | None:
+            if wanted is None:
+                return None
+            return table[name].to_numpy()[good] if tables else np.zeros(0, kind)
+
+        rows = Rows(
+            place[good],
+            column("rating", c.rating, np.float32),
+            column("time", c.time, np.int64),
+        )
+        return histories(users.unique(), users.take(good), rows, self.items, min_history, seed)
+
+
+def _combine(found: list[Items]) -> Items:
+    """The items of several batches as one: the first that has a text, else the first."""
+    if len(found) == 1:
+        return found[0]
+    keys = pa.concat_arrays([f.keys for f in found])
+    text = pa.concat_arrays([f.text for f in found])
+    filled = np.flatnonzero(to_numpy(pc.not_equal(text, "")))
+    candidates = np.concatenate([filled, np.arange(len(keys))])
+    kept = candidates[first_rows(keys.take(candidates))]
+    text = text.take(kept)
+    table = pa.concat_tables([f.table for f in found]).take(kept)
+    return Items(keys.take(kept), text, to_numpy(pc.equal(text, "")), table)
+
+
+def _write_part(path: Path, found: Interactions) -> None:
+    offsets = pa.array(found.offsets, pa.int64())
+    columns = {
+        "user": found.user_keys,
+        "events": pa.array(found.history_lengths),
+        "item": pa.LargeListArray.from_arrays(offsets, pa.array(found.item_index)),
+    }
+    for name, values in (("rating", found.rating), ("time", found.time)):
+        if values is not None:
+            columns[name] = pa.LargeListArray.from_arrays(offsets, pa.array(values))
+    table = pa.table(columns)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+__all__ = ["InteractionStream", "stream_interactions"]
