@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,10 +73,6 @@ def evaluate_ctr(
     task = make_task(data, ctr)
     profiles = Profiles(task.learn, config, ctr.attributes, folder, show)
     store = Cells(folder)
-    known: dict[str, Any] = {  # decides the codes
-        "learn": data_digest(task.learn), "config": config.to_dict(), "attributes": ctr.attributes,
-        "version": 1,
-    }  # fmt: skip
     scores: dict[str, dict[str, Scores]] = {}
     reasons: dict[str, str] = {}
     total = len(ctr.features) * ctr.seeds * len(ctr.backbones)
@@ -85,14 +82,14 @@ def evaluate_ctr(
             scores[feature] = {b: [] for b in ctr.backbones}
             for seed in range(ctr.seeds):
                 try:
-                    codes = _codes(feature, seed, task, profiles, store, known)
+                    codes = _codes(feature, seed, task, profiles, store)
                 except ImpossibleError as why:
                     reasons[feature] = str(why)
                     del scores[feature]
                     bar.advance((ctr.seeds - seed) * len(ctr.backbones))
                     break
                 for backbone in ctr.backbones:
-                    found = _scores(feature, backbone, seed, codes, task, ctr, store, known)
+                    found = _scores(feature, backbone, seed, codes, task, ctr, store)
                     scores[feature][backbone].append(found)
                     bar.advance(1)
     result = _result(scores, reasons, task, ctr, config)
@@ -101,9 +98,7 @@ def evaluate_ctr(
     return result
 
 
-def _codes(
-    feature: str, seed: int, task: Task, profiles: Profiles, store: Cells, known: dict[str, Any]
-) -> list[Int64]:
+def _codes(feature: str, seed: int, task: Task, profiles: Profiles, store: Cells) -> list[Int64]:
     """Per view [U, J] codes of the task's users; K_j for those the view does not hold."""
     if feature == "none":
         return []
@@ -111,10 +106,9 @@ def _codes(
     for view in task.views:
         key = {
             "kind": "codes",
-            "feature": feature,
             "seed": seed,
             "view": data_digest(view),
-            **known,
+            **profiles.key(feature),
         }
 
         def compute(view: Interactions = view) -> dict[str, NDArray[Any]]:
@@ -135,16 +129,14 @@ def _scores(
     task: Task,
     ctr: CTRConfig,
     store: Cells,
-    known: dict[str, Any],
 ) -> NDArray[np.float32]:
     settings = ctr.to_dict()
     for other in ("features", "backbones", "seeds", "bootstrap"):
         del settings[other]
-    if not codes:
-        known = {}  # nothing that decides codes matters without codes
     key = {
         "kind": "scores", "feature": feature, "backbone": backbone, "seed": seed, "ctr": settings,
-        "data": data_digest(task.data), "views": [data_digest(v) for v in task.views], **known,
+        "data": data_digest(task.data),
+        "codes": [hashlib.sha256(c.tobytes()).hexdigest() for c in codes],
     }  # fmt: skip
 
     def compute() -> dict[str, NDArray[Any]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,6 @@ from userip_fast.ctr.vectors import (
 from userip_fast.data import Catalogue, Events, Interactions
 from userip_fast.em.states import mean_states
 from userip_fast.em.trainer import shared_start
-from userip_fast.files import read_json
 from userip_fast.keys import hash_keys, seeded
 from userip_fast.lm import PackedEngine
 from userip_fast.model import Model
@@ -89,6 +89,23 @@ class Profiles:
         x = torch.from_numpy(vectors(view)).float()
         return book.assign(x)[0].numpy()
 
+    def key(self, feature: str) -> dict[str, Any]:
+        """What decides a feature's codes, beside seed and view; ready for JSON."""
+        config = self.config.to_dict()
+        em = config.pop("em")
+        key: dict[str, Any] = {"feature": feature, "sizes": self.sizes, "version": 1}
+        if feature == "random":
+            return key
+        key |= {"learn": data_digest(self.learn), "data": config["data"]}
+        if feature in ("kmeans_attributes", "kmeans_tfidf", "mf_clusters"):
+            return key | {"restarts": em["kmeans_restarts"], "attributes": self.attributes}
+        key |= {"lm": config["lm"], "fields": config["fields"], "lm_seed": em.pop("seed")}
+        if feature == "kmeans_states":
+            return key | {"restarts": em["kmeans_restarts"]}
+        if feature == "paper":
+            em = {k: v for k, v in em.items() if k.startswith("paper_")}
+        return key | {"em": em}
+
     def model(self, feature: str, seed: int) -> Model:
         """The fitted model behind `ids` or `paper`, kept on disk."""
         if (feature, seed) not in self._fitted:
@@ -96,11 +113,7 @@ class Profiles:
                 self.config.em, seed=seed, recipe="paper" if feature == "paper" else "userip"
             )
             config = replace(self.config, em=em)
-            key = {
-                "kind": "model", "feature": feature, "seed": seed, "config": config.to_dict(),
-                "lm": self.lm_model.lm.fingerprint, "learn": data_digest(self.learn),
-            }  # fmt: skip
-            run = self.models.path(key)
+            run = self.models.path({"kind": "model", "seed": seed, **self.key(feature)})
             if (run / "model" / "manifest.json").is_file():
                 model = Model.load(run / "model")
             else:
@@ -110,12 +123,6 @@ class Profiles:
                 )  # fmt: skip
             self._fitted[feature, seed] = model
         return self._fitted[feature, seed]
-
-    def forward_equivalents(self, feature: str, seed: int) -> float:
-        """Passes through the LM per user, as the fit of the model measured them."""
-        self.model(feature, seed)
-        runs = sorted(self.models.folder.glob(f"model-{feature}-{seed}-*/metrics.json"))  # type: ignore[union-attr]
-        return float(read_json(runs[-1])["fit"]["forward_equivalents"])
 
     @cached_property
     def lm_model(self) -> Model:
