@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import torch
 
 from userip_fast.bank import BankWriter
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource
@@ -26,7 +27,14 @@ from userip_fast.files import storage_errors, sweep_leftovers, write_json
 from userip_fast.lm import FrozenLM
 from userip_fast.lm.embedded import SlotIds, embedded_lm
 from userip_fast.lm.trace import Workload
-from userip_fast.model import Data, Model, behaviour_source, make_trainer, truncated_users
+from userip_fast.model import (
+    Data,
+    Model,
+    behaviour_source,
+    check_probabilities,
+    make_trainer,
+    truncated_users,
+)
 from userip_fast.names import ItemCounts, code_cards
 from userip_fast.packing import Behaviour
 from userip_fast.prompts import Layout, ProfileField, PromptTemplate
@@ -78,6 +86,7 @@ def fit(
     *,
     max_users: int | None = None,
     resume: bool = False,
+    probabilities: bool = False,
     show: bool = False,
 ) -> Model:
     """Learns codebooks on the users of `data`, and writes model, bank, metrics and report.
@@ -94,6 +103,7 @@ def fit(
             Model and bank appear whole, at the end; None writes nothing.
         max_users: Only the first so many users in hash order.
         resume: Goes on after the last checkpoint of `out`.
+        probabilities: Whether the bank keeps each code's probability given the behaviour.
         show: Whether to show progress.
 
     Raises:
@@ -103,6 +113,7 @@ def fit(
     """
     loaded = lm if isinstance(lm, FrozenLM) else None
     config = _config(config, loaded.source if loaded else lm, fields)
+    check_probabilities(config, probabilities)
     if resume and out is None:
         raise ConfigError("resume=True needs `out`, the run folder to go on in")
     if max_users is not None:
@@ -130,7 +141,7 @@ def fit(
     model.codebooks = result.codebooks
     model.start = result.start
     counts = ItemCounts([f.codebook_size for f in config.fields], data.num_items)
-    found = []
+    found, sure = [], [torch.zeros(0, len(config.fields))]
     totals = np.zeros(4)
     done = trainer.own_users(source)[0]
     for profiles in trainer.infer(source, result.codebooks, result.start):
@@ -138,9 +149,12 @@ def fit(
         users = len(profiles.nll)
         counts.add(profiles.code_ids.numpy(), source.events_of(done, done + users))
         found.append(profiles.code_ids)
+        if probabilities and (own := profiles.probabilities()) is not None:
+            sure.append(own)
         done += users
         totals += profiles_total(profiles)
     code_ids = trainer.gather_codes(found)
+    sureness = trainer.gather_users(torch.cat(sure)) if probabilities else None
     _, nll, weight, cost = trainer.add_up(totals).tolist()
     counts.merge(processes)
     model.cards = {
@@ -163,7 +177,8 @@ def fit(
         ) as writer:
             for a in range(0, source.num_users, _BANK_BLOCK):
                 b = min(a + _BANK_BLOCK, source.num_users)
-                writer.append(source.keys_of(a, b), code_ids[a:b].numpy())
+                p = None if sureness is None else sureness[a:b].numpy()
+                writer.append(source.keys_of(a, b), code_ids[a:b].numpy(), p)
         seconds = time.monotonic() - started
         metrics = {
             "data": {
@@ -262,8 +277,6 @@ def load_lm(
 
 
 def _tensor(x: Any) -> Any:
-    import torch
-
     return torch.from_numpy(np.ascontiguousarray(x))
 
 

@@ -138,6 +138,9 @@ MaxTokens = Annotated[int | None, _panel(_TEXT, "Behaviour tokens per user (256)
 ConfigFile = Annotated[
     Path | None, _panel(_RUN, "YAML or JSON file of settings; flags win over it.")
 ]
+Probabilities = Annotated[
+    bool, _panel(_RUN, "The bank keeps the probability of each code (posterior E-step).")
+]
 Quantization = Annotated[str | None, _panel(_FIELDS, "auto, none, nf4 or nf4-double (auto).")]
 
 
@@ -193,6 +196,7 @@ def fit(
     lm: Lm = None,
     quantization: Quantization = None,
     device: Device = None,
+    estep: Annotated[str | None, _panel(_RUN, "gradient, or posterior (gradient).")] = None,
     recipe: Annotated[str | None, _panel(_RUN, "userip, or paper, as published (userip).")] = None,
     rounds: Annotated[int | None, _panel(_RUN, "EM rounds, at most.")] = None,
     steps: Annotated[int | None, _panel(_RUN, "Adam steps of an E-step, at most.")] = None,
@@ -200,6 +204,7 @@ def fit(
     config: ConfigFile = None,
     set: Settings = None,
     max_users: MaxUsers = None,
+    probabilities: Probabilities = False,
     resume: Annotated[bool, _panel(_RUN, "Go on after the last checkpoint of --out.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -215,7 +220,9 @@ def fit(
     from userip_fast.files import read_json
     from userip_fast.terminal import print_results
 
-    model = run_fit(data, config=settings, out=out, resume=resume, show=not quiet)
+    model = run_fit(
+        data, config=settings, out=out, resume=resume, probabilities=probabilities, show=not quiet
+    )
     if not quiet:
         run = Run(out)
         metrics = read_json(run.metrics)
@@ -256,6 +263,7 @@ def infer(
     ] = False,
     device: Device = None,
     max_users: MaxUsers = None,
+    probabilities: Probabilities = False,
     quiet: Quiet = False,
 ) -> None:
     """Read users' codes with a fitted model; write a bank of exactly these users.
@@ -273,6 +281,8 @@ def infer(
     settings = fitted.config.override(flag_values(ctx.params))
     data = _read(interactions, items, settings, max_users, quiet, stream)
     if shard is not None:
+        if probabilities:
+            _die("--probabilities is not kept by --shard files; infer without --shard", 2)
         from userip_fast.shards import infer_shard, parse_shard
 
         rule = settings.data.on_bad
@@ -286,6 +296,7 @@ def infer(
         out,
         on_bad=settings.data.on_bad,
         update=update,
+        probabilities=probabilities,
         show=not quiet,
         log=found.update,
     )

@@ -39,6 +39,9 @@ class Codebook:
 
     Args:
         codewords: [K, D] fp32, finite; copied.
+
+    Attributes:
+        log_prior: [K] fp32, log share of users who have each code, once it was learned.
     """
 
     def __init__(self, codewords: Tensor) -> None:
@@ -52,6 +55,7 @@ class Codebook:
         self.codewords = codewords.detach().clone()
         self.ema_counts: Tensor | None = None  # [K] fp32
         self.ema_sums: Tensor | None = None  # [K, D] fp32
+        self.log_prior: Tensor | None = None
 
     def __len__(self) -> int:
         return self.codewords.shape[0]
@@ -169,6 +173,8 @@ class Codebook:
         out = {"codewords": self.codewords}
         if self.ema_counts is not None and self.ema_sums is not None:
             out |= {"ema_counts": self.ema_counts, "ema_sums": self.ema_sums}
+        if self.log_prior is not None:
+            out["log_prior"] = self.log_prior
         return out
 
     @classmethod
@@ -178,10 +184,11 @@ class Codebook:
         Raises:
             MismatchError: A tensor is missing, unknown, or does not fit the others.
         """
-        if set(state) not in ({"codewords"}, {"codewords", "ema_counts", "ema_sums"}):
+        names = set(state) - {"log_prior"}
+        if names not in ({"codewords"}, {"codewords", "ema_counts", "ema_sums"}):
             raise MismatchError(
-                f"Codebook.from_state: wants codewords, and optionally ema_counts with ema_sums, "
-                f"got {sorted(state)}"
+                "Codebook.from_state: wants codewords, and optionally log_prior, and ema_counts "
+                f"with ema_sums; got {sorted(state)}"
             )
         book = cls(state["codewords"])
         if "ema_counts" in state:
@@ -192,6 +199,13 @@ class Codebook:
                     f"{tuple(sums.shape)} do not fit codewords {tuple(book.codewords.shape)}"
                 )
             book.ema_counts, book.ema_sums = counts.float().clone(), sums.float().clone()
+        if "log_prior" in state:
+            if state["log_prior"].shape != (len(book),):
+                raise MismatchError(
+                    f"Codebook.from_state: log_prior {tuple(state['log_prior'].shape)} does not "
+                    f"fit codewords {tuple(book.codewords.shape)}"
+                )
+            book.log_prior = state["log_prior"].float().clone()
         return book
 
     def _move_to_far(

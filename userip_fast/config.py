@@ -140,9 +140,11 @@ class EMConfig:
 
     recipe: Literal["userip", "paper"] = "userip"
     """"paper" is the public code's algorithm: random starts, one joint loss, dense AdamW."""
-    estep: Literal["gradient"] = "gradient"
-    rounds: int = 2
-    """E-step + M-step sweeps; the first starts all users of a field at one shared point."""
+    estep: Literal["gradient", "posterior"] = "gradient"
+    """"gradient": soft prompts by descent, then the nearest codeword. "posterior": p(code |
+    behaviour) from the LM's likelihoods under codewords."""
+    rounds: int | None = None
+    """E-step + M-step sweeps, at most; None is 2 (gradient) or 8 (posterior)."""
     steps: int = 6
     """Adam steps of an E-step, at most; users that stop improving leave earlier."""
     lr: float = 0.04
@@ -152,6 +154,33 @@ class EMConfig:
     patience: int = 3
     refine_steps: int = 0
     """Further Adam steps from the codeword of the nearest code, once there are codebooks."""
+    posterior: Literal["auto", "exact", "ascent"] = "auto"
+    """Posterior: score all combinations of codes, or one field after another; "auto" is exact up to
+    4,096 combinations, if they are at most twice as many as codes."""
+    sweeps: int = 6
+    """Posterior: sweeps of coordinate ascent over the fields, at most."""
+    prune_share: float = 0.34
+    """Posterior: candidates are first scored on this share of the behaviour; 0 is off."""
+    prune_nats: float = 8.0
+    """Posterior: candidates that far behind the best, in log probability, are dropped there."""
+    start: Literal["auto", "words", "kmeans++", "random"] = "auto"
+    """Posterior: first codewords. Candidate words, k-means++ on the thetas of the gradient E-step,
+    or random ones around the shared start; "auto" is words where a field has them, else random."""
+    start_spread: float = 0.5
+    """Posterior: standard deviation of random codewords, in units of the embedding RMS."""
+    restarts: int = 1
+    """Posterior: random or k-means++ starts tried for two rounds; the likeliest goes on."""
+    fit_users: int = 1_024
+    """Posterior: the codewords are learned on the first so many users in hash order."""
+    held_out: float = 0.2
+    """Posterior: share of them who judge each round instead of training (from 50 users on)."""
+    codeword_steps: int = 4
+    """Posterior: gradient steps on the codewords per round."""
+    codeword_lr: float = 0.1
+    """Posterior: their size, in units of the embedding RMS; halved after a round in vain."""
+    gain: float = 5e-4
+    """Posterior: a round that raises the objective by less than this share of it is the last; so is
+    one in vain after its steps were halved twice."""
     commitment: float = 0.0
     """beta of beta * ||theta - C[z]||^2 / (D rms^2), in the refining steps."""
     codebook_update: Literal["kmeans", "ema", "mse"] = "kmeans"
@@ -174,9 +203,13 @@ class EMConfig:
     paper_vq_weight: float = 0.5
 
     def __post_init__(self) -> None:
+        if self.rounds is not None:
+            _require(self.rounds >= 1, "em.rounds", "at least 1", self.rounds)
         for name in (
-            "rounds",
             "steps",
+            "restarts",
+            "fit_users",
+            "codeword_steps",
             "patience",
             "kmeans_restarts",
             "kmeans_sample",
@@ -186,7 +219,7 @@ class EMConfig:
             "paper_batch",
         ):
             _require(getattr(self, name) >= 1, f"em.{name}", "at least 1", getattr(self, name))
-        for name in ("lr", "paper_lr", "mse_lr"):
+        for name in ("lr", "paper_lr", "mse_lr", "codeword_lr", "start_spread", "prune_nats"):
             _require(getattr(self, name) > 0, f"em.{name}", "positive", getattr(self, name))
         for name in (
             "tolerance",
@@ -194,9 +227,19 @@ class EMConfig:
             "commitment",
             "dead_code_threshold",
             "paper_vq_weight",
+            "gain",
         ):
             _require(getattr(self, name) >= 0, f"em.{name}", "0 or more", getattr(self, name))
         _require(0 <= self.ema_decay < 1, "em.ema_decay", "in [0, 1)", self.ema_decay)
+        _require(0 <= self.prune_share < 1, "em.prune_share", "in [0, 1)", self.prune_share)
+        _require(0 <= self.held_out <= 0.5, "em.held_out", "in [0, 0.5]", self.held_out)
+        # The first sweep scores a field while others are not known yet.
+        _require(self.sweeps >= 2, "em.sweeps", "at least 2", self.sweeps)
+
+    @property
+    def max_rounds(self) -> int:
+        """`rounds`, or what None stands for."""
+        return self.rounds or (2 if self.estep == "gradient" else 8)
 
 
 @dataclass(frozen=True)

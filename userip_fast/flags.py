@@ -30,6 +30,7 @@ FLAGS: Mapping[str, str] = {
     "quantization": "lm.quantization",
     "device": "lm.device",
     "recipe": "em.recipe",
+    "estep": "em.estep",
     "rounds": "em.rounds",
     "steps": "em.steps",
     "seed": "em.seed",

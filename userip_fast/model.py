@@ -99,7 +99,8 @@ class Model:
         digest = hashlib.sha256(self.lm.fingerprint.encode())
         fields = [(f.name, f.prompt, f.num_virtual_tokens) for f in self.config.fields]
         digest.update(json.dumps([fields, self.format.to_dict()], sort_keys=True).encode())
-        for tensor in (self.start, *(book.codewords for book in self.codebooks)):
+        learned = [x for b in self.codebooks for x in (b.codewords, b.log_prior) if x is not None]
+        for tensor in (self.start, *learned):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -111,6 +112,7 @@ class Model:
         max_users: int | None = None,
         on_bad: str | None = None,
         update: bool = False,
+        probabilities: bool = False,
         show: bool = False,
         log: Log = lambda record: None,
     ) -> FeatureBank | Int64:
@@ -125,6 +127,7 @@ class Model:
             on_bad: "error" or "skip" for users whose history truncates to nothing; None takes the
                 model's setting.
             update: Users of an existing bank who are not in `data` stay as they are.
+            probabilities: Whether the bank keeps each code's probability given the behaviour.
             show: Whether to show progress.
             log: Called once the bank is written, with `users`, `nll_per_weight` and
                 `forward_equivalents` per user.
@@ -136,7 +139,9 @@ class Model:
             DataError: No user has behaviour, or the data lacks the ratings the model was fitted on.
             MismatchError: `update` and the bank is of another model.
             StorageError: The bank's disk is full or read-only; the bank stays what it was.
+            ConfigError: Probabilities of an E-step that has none.
         """
+        check_probabilities(self.config, probabilities)
         if max_users is not None:
             data = data.head_users(max_users)
         source = self.source(data, on_bad)
@@ -151,7 +156,10 @@ class Model:
             done, totals = 0, np.zeros(4)
             for profiles in trainer.infer(source, self.codebooks, self.start, cache=cache):
                 users = len(profiles.nll)
-                writer.append(source.keys_of(done, done + users), _codes(profiles.code_ids))
+                keys, p = source.keys_of(done, done + users), None
+                if probabilities and (sure := profiles.probabilities()) is not None:
+                    p = sure.numpy()
+                writer.append(keys, _codes(profiles.code_ids), p)
                 done += users
                 totals += profiles_total(profiles)
         cache.clear()
@@ -364,6 +372,12 @@ def make_trainer(config: Config, lm: FrozenLM, show: bool) -> Trainer:
         tokens = min(config.em.pack_tokens, lm.plan.pack_tokens)
         config = replace(config, em=replace(config.em, pack_tokens=tokens))
     return Trainer(make_engine(config.em.engine, lm, layout), config, show)
+
+
+def check_probabilities(config: Config, wanted: bool) -> None:
+    """Raises ConfigError when codes have no probabilities to keep."""
+    if wanted and (config.em.estep == "gradient" or config.em.recipe == "paper"):
+        raise ConfigError("probabilities: a nearest codeword has none; choose em.estep=posterior")
 
 
 def _verify(root: Path, files: dict[str, str]) -> None:

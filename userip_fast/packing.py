@@ -91,6 +91,23 @@ class Behaviour:
         user = np.repeat(np.arange(self.num_users), np.diff(of_user))
         return replace(self, offsets=first, events=self.events[user], cuts=self.cuts[:0]), user
 
+    def head(self, tokens: Int64) -> Behaviour:
+        """The first `tokens` [U] behaviour tokens of each user (`events` stay those of all)."""
+        rows = ragged_arange(self.offsets[:-1], tokens)
+        offsets = _offsets(tokens)
+        user = np.searchsorted(self.offsets, self.cuts, side="right") - 1
+        cuts = self.cuts - self.offsets[user]
+        kept = cuts < tokens[user]
+        return Behaviour(
+            self.ids[rows],
+            self.segment[rows],
+            self.position[rows],
+            self.weight[rows],
+            offsets,
+            self.events,
+            (cuts + offsets[user])[kept],
+        )
+
 
 def ragged_arange(starts: Int64, lengths: Int64) -> Int64:
     """Concatenation of `arange(start, start + length)`."""

@@ -1,7 +1,9 @@
 """EM on the likelihood of users' real behaviour: E-steps, M-steps, and the loop."""
 
 from userip_fast.em.gradient import GradientEStep
+from userip_fast.em.mixture import Mixture, MixtureMStep
 from userip_fast.em.mstep import Stats, ThetaMStep
+from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.steps import Block, EMState, EStep, MStep, Profiles
 from userip_fast.em.trainer import FitResult, Trainer
 
@@ -12,6 +14,9 @@ __all__ = [
     "FitResult",
     "GradientEStep",
     "MStep",
+    "Mixture",
+    "MixtureMStep",
+    "PosteriorEStep",
     "Profiles",
     "Stats",
     "ThetaMStep",

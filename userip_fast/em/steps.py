@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from userip_fast.codebook import Codebook
@@ -28,11 +29,31 @@ class Block:
     behaviour: Behaviour
     hashes: npt.NDArray[np.uint64]
 
+    def select(self, users: npt.NDArray[np.int64]) -> Block:
+        """Some of the users, in ascending order."""
+        return Block(self.behaviour.select(users), self.hashes[users])
+
     def digest(self) -> bytes:
         """Of the users and of everything the LM would read of them."""
         b = self.behaviour
         parts = (self.hashes, b.ids, b.segment, b.position, b.weight, b.offsets)
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Profiles that users may have, for an M-step. N of them, users ascending.
+
+    Attributes:
+        users: [N] int64 rows of the block.
+        codes: [N, J] int64.
+        weight: [N] fp64 responsibilities; those of a user sum to one, but for negligible ones left
+            out.
+    """
+
+    users: Tensor
+    codes: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,6 +69,8 @@ class Profiles:
             since a frozen LM's backward is as much work as its forward.
         theta: [U, S, D] fp32 soft prompts, or None.
         log_resp: Per field [U, K_j] fp32 log responsibilities, or None.
+        elbo: [U] fp64 objective of a posterior E-step, in nats, or None.
+        candidates: What an M-step for a mixture of soft prompts needs, or None.
     """
 
     hashes: npt.NDArray[np.uint64]
@@ -57,6 +80,15 @@ class Profiles:
     forward_equivalents: Tensor
     theta: Tensor | None = None
     log_resp: list[Tensor] | None = None
+    elbo: Tensor | None = None
+    candidates: Candidates | None = None
+
+    def probabilities(self) -> Tensor | None:
+        """[U, J] fp32, p(code_ids | behaviour) of each field; None without responsibilities."""
+        if self.log_resp is None or self.code_ids is None:
+            return None
+        chosen = [r.gather(1, z[:, None]) for r, z in zip(self.log_resp, self.code_ids.T)]
+        return torch.cat(chosen, dim=1).exp().clamp(max=1.0)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything but the hashes, by name, for a file."""

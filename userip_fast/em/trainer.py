@@ -22,19 +22,23 @@ from torch import Tensor
 
 from userip_fast.behaviour import Source
 from userip_fast.codebook import Codebook
-from userip_fast.config import Config
+from userip_fast.config import Config, EMConfig
 from userip_fast.em.cache import BlockCache, DiskCache
 from userip_fast.em.checkpoints import Checkpoint, Checkpoints
 from userip_fast.em.distributed import Processes
 from userip_fast.em.gradient import GradientEStep
+from userip_fast.em.mixture import Mixture
 from userip_fast.em.mstep import Stats, ThetaMStep, check_codebook_sizes
 from userip_fast.em.paper import run_paper
+from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.steps import Block, EMState, EStep, Profiles, books_digest
 from userip_fast.interrupts import deferred_interrupts
 from userip_fast.lm.engine import Engine
 from userip_fast.lm.memory import is_out_of_memory, smaller_pack
 from userip_fast.prefetch import Prefetch
 from userip_fast.progress import Progress, progress
+
+_PROGRESS_USERS = 256
 
 Log = Callable[[dict[str, Any]], None]
 """Receives one record per round, for metrics.jsonl."""
@@ -73,7 +77,7 @@ class Trainer:
         self.swept_s = self.waited_s = 0.0
         # What `fit` leaves for an `infer` of the same users: descents already made, or, in the
         # published recipe, the thetas that were trained with the codebooks.
-        self._estep: GradientEStep | None = None
+        self._estep: EStep | None = None
         self._trained: tuple[str, Profiles] | None = None
 
     def fit(
@@ -118,6 +122,8 @@ class Trainer:
                 if self.processes.rank == 0:
                     kept.clear()
                 self.processes.barrier()
+        if em.estep == "posterior":
+            return FitResult(self._fit_mixture(source, start, kept, resume, log), start)
         estep = GradientEStep(self.engine, start, em, cache=cache)
         mstep = ThetaMStep(self.config.fields, self.engine.layout.field_slices, em)
         state = EMState()
@@ -128,11 +134,11 @@ class Trainer:
             before, records = last.codes, last.records
             for record in records:
                 log(record)
-        while state.round < em.rounds and not _settled(records):
+        while state.round < em.max_rounds and not _settled(records):
             stats = Stats(em.kmeans_sample)
             codes: list[Tensor] = []
             totals = np.zeros(4)
-            what = f"EM round {state.round + 1} of {em.rounds}"
+            what = f"EM round {state.round + 1} of {em.max_rounds}"
             for profiles in self._sweep(what, estep, source, mstep.codebooks, state):
                 stats = mstep.stats(profiles, stats)
                 totals += profiles_total(profiles)
@@ -184,10 +190,60 @@ class Trainer:
                 fields = self.config.fields
                 yield run_paper(block, self.engine, fields, em, codebooks, self.show)[1]
             return
-        estep = self._estep or GradientEStep(self.engine, start, em)
+        estep = self._estep
+        if em.estep == "posterior":
+            estep = PosteriorEStep(self.engine, em)
+        elif estep is None:
+            estep = GradientEStep(self.engine, start, em)
         yield from self._sweep(
-            "inferring profiles", estep, source, codebooks, EMState(em.rounds), users, cache
+            "inferring profiles", estep, source, codebooks, EMState(em.max_rounds), users, cache
         )
+
+    def _fit_mixture(
+        self, source: Source, start: Tensor, kept: Checkpoints | None, resume: bool, log: Log
+    ) -> list[Codebook]:
+        """Codebooks of a mixture of soft prompts, from the first `fit_users` users.
+
+        Each process learns them for itself: they see the same users and find the same.
+        """
+        em = self.config.em
+        users = self._block(source, 0, min(em.fit_users, source.num_users))
+        mixture = Mixture(users, self.engine, em)
+        records: list[dict[str, Any]] = []
+        if resume and kept is not None and (last := kept.last()):
+            books, records = last.codebooks, last.records
+            for record in records:
+                log(record)
+            if _is_last(records[-1], em):
+                return books
+        else:
+            books = mixture.best_start(self.config.fields, start)
+        rounds = mixture.rounds(books, records[-1]["lr"] if records else None)
+        if records:
+            next(rounds)  # where the last record stands
+        with progress("EM", em.max_rounds, "rounds", self.show) as bar:
+            for at in rounds:
+                trained, judged = len(mixture.training.hashes), len(mixture.held_out.hashes)
+                record = {
+                    **self._record(
+                        len(records),
+                        profiles_total(at.profiles),
+                        _usage(at.codebooks, at.profiles.code_ids),
+                        revived=0,
+                    ),
+                    "elbo": at.objective / trained,
+                    "elbo_held_out": at.held_out / judged if judged else None,
+                    "gain": None if at.gain is None else at.gain / trained,
+                    "lr": at.lr,
+                }
+                records.append(record)
+                if kept is not None and self.processes.rank == 0:
+                    kept.save(Checkpoint(len(records), at.codebooks, None, records))
+                log(record)
+                bar.advance(len(records) > 1, elbo=record["elbo"])
+                if _is_last(record, em):
+                    return at.codebooks
+        raise AssertionError("EM goes on until its last round")
 
     def run_key(self, source: Source, start: Tensor) -> str:
         """Digest of what decides the profiles of users: data, LM, prompts and settings."""
@@ -209,8 +265,11 @@ class Trainer:
     def gather_codes(self, codes: list[Tensor]) -> Tensor:
         """[U, J] codes of all users in hash order, from each process's own."""
         mine = torch.cat(codes) if codes else torch.zeros(0, len(self.config.fields)).byte()
-        parts = [p["codes"] for p in self.processes.gather({"codes": self._small(mine)})]
-        return torch.cat(parts)
+        return self.gather_users(self._small(mine))
+
+    def gather_users(self, mine: Tensor) -> Tensor:
+        """[U, ...] of all users in hash order, from each process's own."""
+        return torch.cat([p["mine"] for p in self.processes.gather({"mine": mine})])
 
     def _small(self, codes: Tensor) -> Tensor:
         """`codes` in a small type: this is what is held per user."""
@@ -243,6 +302,8 @@ class Trainer:
     ) -> Iterator[Profiles]:
         """Profiles of `users` (None: this process's) in hash order, block by block."""
         size = self.config.em.block_users
+        if not isinstance(estep, GradientEStep):  # it tells its progress by blocks
+            size = min(size, _PROGRESS_USERS)
         first, last = users or self.own_users(source)
         began = time.perf_counter()
         with (
@@ -333,6 +394,13 @@ def _run_in_memory(
 def _settled(records: list[dict[str, Any]]) -> bool:
     """Whether the last round left every code as it was."""
     return bool(records) and records[-1].get("changed") == 0.0 and not records[-1]["revived"]
+
+
+def _is_last(record: dict[str, Any], em: EMConfig) -> bool:
+    """Whether a mixture's record is that of its last round."""
+    if record["round"] >= em.max_rounds or record["lr"] <= em.codeword_lr / 4:
+        return True
+    return bool(record["gain"]) and record["gain"] < em.gain * abs(record["elbo"])
 
 
 class _Ticker:

@@ -1,0 +1,207 @@
+"""A mixture of soft prompts: EM whose parameters are the K x J codewords and the codes' shares.
+
+The E-step is `PosteriorEStep`. The M-step takes a few gradient steps on the
+responsibility-weighted NLL of the behaviour (memory grows with codewords, never with users), and
+sets each field's prior to the mean responsibility. A round that lowers the objective of the fixed
+training users, or of users held out, is taken back and tried again with smaller steps; so it never
+falls, and codewords do not go on to learn the training users by heart.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from userip_fast.codebook import Codebook
+from userip_fast.config import EMConfig
+from userip_fast.em.posterior import PosteriorEStep, soft_tables
+from userip_fast.em.starts import Starts
+from userip_fast.em.steps import Block, Candidates, EMState, Profiles
+from userip_fast.lm.engine import Engine
+from userip_fast.packing import iter_packs
+from userip_fast.prompts import ProfileField
+
+logger = logging.getLogger("userip_fast.em")
+
+_MOMENTUM = 0.7
+_TRIAL_ROUNDS = 2
+_FEWEST_USERS = 50  # below that all of them train
+_SEED_STEP = 7919
+
+
+@dataclass
+class MixtureStats:
+    """Sums over users: per field the gradient [K_j, m_j D] of the weighted NLL and the
+    responsibilities [K_j], fp64, and the NLL itself. `a + b` adds two.
+    """
+
+    gradient: list[Tensor]
+    counts: list[Tensor]
+    nll: float
+
+    def __add__(self, other: MixtureStats) -> MixtureStats:
+        return MixtureStats(
+            [a + b for a, b in zip(self.gradient, other.gradient)],
+            [a + b for a, b in zip(self.counts, other.counts)],
+            self.nll + other.nll,
+        )
+
+
+class MixtureMStep:
+    """Gradient steps on codewords, priors from responsibilities.
+
+    A step goes along the running mean of a codeword's gradient, by a fixed root mean square. Adam
+    would turn each tiny coordinate into a full step, and most directions of a gradient from few
+    users are noise.
+
+    Args:
+        engine: Scores packs.
+        config: Pack size.
+        lr: Root mean square of a step, in units of the embedding RMS.
+    """
+
+    def __init__(self, engine: Engine, config: EMConfig, lr: float) -> None:
+        self.engine, self.config, self.lr = engine, config, lr
+        self.mean: list[Tensor] = []
+
+    def stats(
+        self, block: Block, candidates: Candidates, codebooks: list[Codebook]
+    ) -> MixtureStats:
+        """One pass, forward and backward, over every candidate.
+
+        Gradients of single candidates are added in their order in fp64: packs leave no trace.
+        """
+        engine, slices = self.engine, self.engine.layout.field_slices
+        tables = soft_tables([book.codewords for book in codebooks], engine)
+        gradient = [torch.zeros_like(book.codewords, dtype=torch.float64) for book in codebooks]
+        counts = [torch.zeros(len(book), dtype=torch.float64) for book in codebooks]
+        total, done = 0.0, 0
+        users = candidates.users.numpy()
+        for pack in iter_packs(
+            block.behaviour, users, engine.layout, engine.lm.device, self.config.pack_tokens
+        ):
+            here = slice(done, done + pack.num_users)
+            done += pack.num_users
+            codes, weight = candidates.codes[here], candidates.weight[here]
+            picked = codes.to(engine.lm.device)
+            rows = torch.cat([t[picked[:, j]] for j, t in enumerate(tables)], dim=1)
+            rows.requires_grad_()
+            nll = engine.nll(pack, rows)
+            (grad,) = torch.autograd.grad(nll.sum(), rows)
+            grad = grad.cpu().double() * weight[:, None, None]
+            total += float(nll.detach().cpu().double() @ weight)
+            for j, s in enumerate(slices):
+                gradient[j].index_add_(0, codes[:, j], grad[:, s].flatten(1))
+                counts[j].index_add_(0, codes[:, j], weight)
+        return MixtureStats(gradient, counts, total)
+
+    def apply(self, stats: MixtureStats, codebooks: list[Codebook]) -> list[Codebook]:
+        """The codebooks after one more step, with priors from `stats` (one user more per code)."""
+        # Per user of a code, so that where responsibilities change the mean stays one.
+        gradient = [g / (n[:, None] + 1) for g, n in zip(stats.gradient, stats.counts)]
+        before = self.mean or [torch.zeros_like(g) for g in gradient]
+        self.mean = [_MOMENTUM * m + (1 - _MOMENTUM) * g for m, g in zip(before, gradient)]
+        size = self.lr * self.engine.lm.embedding_rms
+        out = []
+        for book, mean, counts in zip(codebooks, self.mean, stats.counts):
+            rms = mean.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+            new = Codebook((book.codewords - size * mean / rms).float())
+            new.log_prior = ((counts + 1) / (counts + 1).sum()).log().float()
+            out.append(new)
+        return out
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Codebooks, and what they are worth.
+
+    Attributes:
+        profiles: Of the training users.
+        objective: Sum of the training users' ELBO, in nats.
+        held_out: The same of users whom the M-step never sees; 0 where there are none.
+        gain: By how much the last round raised the objective; None before the first round, and 0
+            after a round in vain.
+        lr: Step size of the next round.
+    """
+
+    codebooks: list[Codebook]
+    profiles: Profiles
+    objective: float
+    held_out: float
+    gain: float | None
+    lr: float
+
+
+class Mixture:
+    """EM on some users.
+
+    Args:
+        users: Every `1 / held_out`-th of them, in hash order, judges instead of training.
+        engine: Scores packs.
+        config: Everything about E- and M-steps.
+    """
+
+    def __init__(self, users: Block, engine: Engine, config: EMConfig) -> None:
+        self.engine, self.config = engine, config
+        self.estep = PosteriorEStep(engine, config)
+        index = np.arange(len(users.hashes))
+        judges = np.zeros(len(index), np.bool_)
+        if config.held_out and len(index) >= _FEWEST_USERS:
+            judges = index % round(1 / config.held_out) == 0
+        self.training = users.select(index[~judges])
+        self.held_out = users.select(index[judges])
+
+    def rounds(self, codebooks: list[Codebook], lr: float | None = None) -> Iterator[Fitted]:
+        """The state before the first round and after each round, without end.
+
+        A round stays if it lowers the ELBO neither of the training users nor of those held out;
+        else it is taken back, and the next one takes smaller steps. Given codebooks and step size
+        a round is determined, so that a run can go on from a saved state.
+        """
+        best = self._judge(codebooks, lr or self.config.codeword_lr)
+        while True:
+            yield best
+            codebooks = best.codebooks
+            mstep = MixtureMStep(self.engine, self.config, best.lr)
+            assert best.profiles.candidates is not None
+            for _ in range(self.config.codeword_steps):
+                stats = mstep.stats(self.training, best.profiles.candidates, codebooks)
+                codebooks = mstep.apply(stats, codebooks)
+            tried = self._judge(codebooks, best.lr)
+            if tried.objective >= best.objective and tried.held_out >= best.held_out:
+                best = replace(tried, gain=tried.objective - best.objective)
+            else:
+                best = replace(best, gain=0.0, lr=best.lr / 2)
+
+    def _judge(self, codebooks: list[Codebook], lr: float) -> Fitted:
+        profiles = self.estep.run(self.training, codebooks, EMState())
+        held_out = 0.0
+        if len(self.held_out.hashes):
+            held_out = _total(self.estep.run(self.held_out, codebooks, EMState()))
+        return Fitted(codebooks, profiles, _total(profiles), held_out, None, lr)
+
+    def best_start(self, fields: tuple[ProfileField, ...], start: Tensor) -> list[Codebook]:
+        """First codebooks; where they are drawn, the likeliest of `restarts` after some rounds."""
+        config = self.config
+        starts = Starts(self.training, self.engine, config, fields, start)
+        if config.restarts == 1 or not starts.drawn:
+            return starts.draw(config.seed)
+        found = []
+        for i in range(config.restarts):
+            rounds = self.rounds(starts.draw(config.seed + _SEED_STEP * i))
+            *_, last = islice(rounds, 1 + _TRIAL_ROUNDS)
+            found.append(last)
+            value = last.objective + last.held_out
+            logger.info("start %d of %d: ELBO %.2f", i + 1, config.restarts, value)
+        return max(found, key=lambda f: f.objective + f.held_out).codebooks
+
+
+def _total(profiles: Profiles) -> float:
+    assert profiles.elbo is not None
+    return float(profiles.elbo.sum())
