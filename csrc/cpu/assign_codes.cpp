@@ -4,14 +4,21 @@
 
 #include <omp.h>
 #include <pybind11/stl.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <exception>
 #include <limits>
 #include <memory>
+#include <mutex>
+#include <numeric>
 #include <string>
+#include <thread>
 
 #include "bindings.h"
 #include "check.h"
@@ -89,7 +96,7 @@ inline Vec shuffle(Vec v, Mask index) {
 
 namespace baseline {
 #define USERIP_LANES 4
-#define USERIP_GROUP 4
+#define USERIP_GROUP 6
 #if defined(__x86_64__)
 #define USERIP_BITS(mask) unsigned(__builtin_ia32_movmskps(reinterpret_cast<Vec>(mask)))
 #else
@@ -127,9 +134,12 @@ namespace avx512 {
 USERIP_ISA_END
 #endif
 
-#define USERIP_ISA_ENTRY(ns)                                               \
-    Isa {                                                                  \
-        #ns, ns::kPanel, ns::kBlockRows, &ns::pack, &ns::assign, &ns::load \
+// Forming a distance takes a subtraction more than a score, and no second look at x. Up to one
+// panel memory is the limit anyway; AMD's cores subtract beside the multiplications, for free.
+#define USERIP_ISA_ENTRY(ns, direct_panels)                                                    \
+    Isa {                                                                                      \
+        #ns, ns::kLanes, ns::kBlockRows, (direct_panels) * ns::kPanel, &ns::pack, &ns::assign, \
+            &ns::load                                                                          \
     }
 
 // Those this processor can run, best first.
@@ -137,15 +147,16 @@ std::vector<Isa> usable_isas() {
     std::vector<Isa> out;
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    const int panels = __builtin_cpu_is("amd") ? 4 : 1;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-        out.push_back(USERIP_ISA_ENTRY(avx512));
+        out.push_back(USERIP_ISA_ENTRY(avx512, panels));
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        out.push_back(USERIP_ISA_ENTRY(avx2));
+        out.push_back(USERIP_ISA_ENTRY(avx2, panels));
     }
 #endif
-    out.push_back(USERIP_ISA_ENTRY(baseline));
+    out.push_back(USERIP_ISA_ENTRY(baseline, 1));
     return out;
 }
 
@@ -154,10 +165,18 @@ struct FreeDeleter {
 };
 using Buffer = std::unique_ptr<float, FreeDeleter>;
 
-Buffer allocate(int64_t count) {  // 64-byte lines, not initialised
-    const size_t bytes = (std::max<int64_t>(count, 1) * sizeof(float) + 63) / 64 * 64;
-    auto* p = static_cast<float*>(std::aligned_alloc(64, bytes));
+// Not initialised. Large ones ask for 2 MiB pages: faulting them in by 4 KiB costs as much as
+// packing.
+Buffer allocate(int64_t count) {
+    constexpr size_t kLine = 64, kHugePage = size_t{2} << 20;
+    size_t bytes = std::max<int64_t>(count, 1) * sizeof(float);
+    const size_t alignment = bytes < 2 * kHugePage ? kLine : kHugePage;
+    bytes = (bytes + alignment - 1) / alignment * alignment;
+    auto* p = static_cast<float*>(std::aligned_alloc(alignment, bytes));
     if (p == nullptr) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    if (alignment == kHugePage) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
     return Buffer(p);
 }
 
@@ -166,16 +185,29 @@ Buffer allocate(int64_t count) {  // 64-byte lines, not initialised
 template <typename Body>
 void parallel_for(int64_t items, const Body& body) {
     std::exception_ptr error;
-    const int threads = int(std::clamp<int64_t>(items, 1, omp_get_max_threads()));
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t i = 0; i < items; ++i) {
+    std::mutex mutex;
+    const auto one = [&](int64_t item, int thread) {
         try {
-            body(i, omp_get_thread_num());
+            body(item, thread);
         } catch (...) {
-#pragma omp critical(userip_fast_assign_codes)
+            const std::lock_guard<std::mutex> lock(mutex);
             if (!error) error = std::current_exception();
         }
+    };
+    const int threads = int(std::clamp<int64_t>(items, 1, omp_get_max_threads()));
+#if defined(__SANITIZE_THREAD__)  // libgomp is not instrumented: its barriers would look like races
+    std::atomic<int64_t> next{0};
+    std::vector<std::thread> workers;
+    for (int t = 0; t < threads; ++t) {
+        workers.emplace_back([&, t] {
+            for (int64_t i; (i = next++) < items;) one(i, t);
+        });
     }
+    for (std::thread& worker : workers) worker.join();
+#else
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < items; ++i) one(i, omp_get_thread_num());
+#endif
     if (error) std::rethrow_exception(error);
 }
 
@@ -191,36 +223,33 @@ int64_t num_partials(int64_t rows, int64_t size, int64_t dim) {
     return std::clamp<int64_t>(rows / (8 * size), 1, affordable);
 }
 
-// sums[k][d] of book j in row order, each thread owning a slab of columns: no atomics, no sorting,
-// and the same bits for any number of threads. Every 1024 rows of a code its fp32 sum moves to
-// fp64.
-void sum_by_columns(const Isa& isa, const Problem& p, int64_t j, const float* scale,
-                    const int64_t* code_ids, float* sums) {
+// sums[k][d] of book j, rows in their order: sorted by code (stable), an item being a slab of
+// columns of one code. No atomics, and the same bits for any number of threads. Every 1024 rows the
+// fp32 sum moves to fp64.
+void sum_by_code(const Isa& isa, const Problem& p, int64_t j, const float* scale,
+                 const int64_t* code_ids, const int64_t* counts, float* sums) {
     const int64_t size = p.books[j].size;
-    const int64_t slab = std::clamp<int64_t>(p.dim / omp_get_max_threads() / 16 * 16, 16, 4096);
-    parallel_for((p.dim + slab - 1) / slab, [&](int64_t i, int) {
-        const int64_t begin = i * slab, width = std::min(slab, p.dim - begin);
-        std::vector<float> part(size * width), x(width);
-        std::vector<double> total(size * width);
-        std::vector<int32_t> count(size);
-        const auto flush = [&](int64_t k) {
-            for (int64_t d = 0; d < width; ++d) total[k * width + d] += part[k * width + d];
-            std::fill_n(part.begin() + k * width, width, 0.0f);
-            count[k] = 0;
-        };
-        for (int64_t n = 0; n < p.rows; ++n) {
-            const int64_t k = code_ids[n];
-            if (k < 0) continue;
-            isa.load(p, j, n, begin, begin + width, x.data());
-            const float a = scale == nullptr ? 1.0f : scale[n];
-            for (int64_t d = 0; d < width; ++d) part[k * width + d] += a * x[d];
-            if (++count[k] == 1024) flush(k);
+    std::vector<int64_t> end(size), order(p.rows);
+    std::partial_sum(counts, counts + size, end.begin());
+    for (int64_t n = p.rows; n-- > 0;) {
+        if (code_ids[n] >= 0) order[--end[code_ids[n]]] = n;  // then `end` is where each begins
+    }
+    constexpr int64_t kSlab = 1024;
+    const int64_t slabs = (p.dim + kSlab - 1) / kSlab;
+    parallel_for(size * slabs, [&](int64_t item, int) {
+        const int64_t k = item / slabs, begin = item % slabs * kSlab;
+        const int64_t width = std::min(kSlab, p.dim - begin);
+        float x[kSlab], part[kSlab] = {};
+        double total[kSlab] = {};
+        for (int64_t i = 0; i < counts[k]; ++i) {
+            const int64_t n = order[end[k] + i];
+            isa.load(p, j, n, begin, begin + width, scale == nullptr ? 1.0f : scale[n], x);
+            for (int64_t d = 0; d < width; ++d) part[d] += x[d];
+            if (i % 1024 == 1023 || i == counts[k] - 1) {
+                for (int64_t d = 0; d < width; ++d) total[d] += part[d], part[d] = 0;
+            }
         }
-        for (int64_t k = 0; k < size; ++k) {
-            flush(k);
-            for (int64_t d = 0; d < width; ++d)
-                sums[k * p.dim + begin + d] = float(total[k * width + d]);
-        }
+        for (int64_t d = 0; d < width; ++d) sums[k * p.dim + begin + d] = float(total[d]);
     });
 }
 
@@ -234,29 +263,32 @@ void run(const Isa& isa, Problem& p, const uint8_t* active, int64_t* counts, flo
     std::vector<int64_t> first(books + 1, 0);  // position of a book's first code among all
     for (int64_t j = 0; j < books; ++j) {
         Book& book = p.books[j];
-        book.num_panels = (book.size + isa.panel - 1) / isa.panel;
-        buffers.push_back(allocate(book.num_panels * isa.panel * p.dim));
+        book.direct = book.size <= isa.direct_codes;
+        book.width = book.size <= isa.lanes ? isa.lanes : 2 * isa.lanes;
+        book.num_panels = (book.size + book.width - 1) / book.width;
+        buffers.push_back(allocate(book.num_panels * book.width * p.dim));
         book.panels = buffers.back().get();
-        buffers.push_back(allocate(book.num_panels * isa.panel));
-        book.half_norm = buffers.back().get();
+        buffers.push_back(allocate(book.num_panels * book.width));
+        book.penalty = buffers.back().get();
         first[j + 1] = first[j] + book.size;
         for (int64_t i = 0; i < book.num_panels; ++i) panels.push_back({j, i});
     }
     parallel_for(int64_t(panels.size()), [&](int64_t i, int) {
         const auto [j, index] = panels[i];
         Book part = p.books[j];  // one panel of it, as a book of its own
-        part.codewords += index * isa.panel * p.dim;
-        part.size -= index * isa.panel;
+        const int64_t code = index * part.width;
+        part.codewords += code * p.dim;
+        part.size -= code;
         part.num_panels = 1;
-        part.panels += index * isa.panel * p.dim;
-        part.half_norm += index * isa.panel;
-        isa.pack(part, active == nullptr ? nullptr : active + first[j] + index * isa.panel, p.dim);
+        part.panels += code * p.dim;
+        part.penalty += code;
+        isa.pack(part, active == nullptr ? nullptr : active + first[j] + code, p.dim);
     });
 
     for (Book& book : p.books) {
         for (int64_t k = 0; k < book.size; ++k) {
-            if (book.half_norm[k] != kInfinity) {
-                book.max_norm = std::max(book.max_norm, std::sqrt(2 * book.half_norm[k]));
+            if (book.penalty[k] != kInfinity) {
+                book.max_norm = std::max(book.max_norm, std::sqrt(2 * book.penalty[k]));
             }
         }
     }
@@ -313,12 +345,13 @@ void run(const Isa& isa, Problem& p, const uint8_t* active, int64_t* counts, flo
                 parallel_for((p.rows + 255) / 256, [&](int64_t i, int) {
                     std::vector<float> x(p.dim);
                     for (int64_t n = i * 256; n < std::min(p.rows, i * 256 + 256); ++n) {
-                        isa.load(p, j, n, 0, p.dim, x.data());
+                        isa.load(p, j, n, 0, p.dim, 1.0f, x.data());
                         scale[n] = inverse_norm(x.data(), p.dim);
                     }
                 });
             }
-            sum_by_columns(isa, p, j, p.normalize ? scale.data() : nullptr, ids, out);
+            sum_by_code(isa, p, j, p.normalize ? scale.data() : nullptr, ids, counts + first[j],
+                        out);
         } else {
             const int64_t count = p.books[j].size * p.dim;
             const float* partial = item->sums;

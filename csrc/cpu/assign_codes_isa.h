@@ -1,23 +1,26 @@
 // Inner loops of assign_codes, included once per instruction set inside a namespace of its own with
 //   USERIP_LANES   floats in a vector register
-//   USERIP_GROUP   rows of a register tile: GROUP x 2 accumulators + 3 must fit the register file
+//   USERIP_GROUP   rows of a register tile: GROUP x 2 accumulators + 4 must fit the register file
 //   USERIP_BITS    turns a Mask into an integer with one bit per lane
 // No include guard, no includes: everything comes from assign_codes.cpp. Vectors are the compilers'
 // vector extension, so that one text serves all; products and sums in one expression become FMAs.
 //
 // A row's result does not depend on its neighbours, on the block it falls in or on the thread:
-// every score is the same chain of FMAs over d. Equal codewords therefore score equally.
+// every score is the same chains of FMAs over d. Equal codewords therefore score equally.
 
 constexpr int64_t kLanes = USERIP_LANES;
 constexpr int kGroup = USERIP_GROUP;
-constexpr int64_t kPanel = 2 * kLanes;
+constexpr int64_t kPanel = 2 * kLanes;  // most codes of a panel
 constexpr int64_t kBlockRows = 32 * kGroup;
 constexpr int64_t kBlockCodes = 256;
 constexpr int64_t kBlockDepth = 256;  // a panel of it is half of a 32 KiB L1 (AVX2)
-constexpr int kDirectRows = 2;        // 2 x 4 accumulators
-constexpr int64_t kDirectCodes = 8;   // up to here memory is the limit and distances are for free
+constexpr int64_t kChain = 128;       // distances are summed in chains of so many columns
+constexpr int64_t kFewPanels = 8;     // up to here x is read where it lies, panels pass from L2
+constexpr int64_t kStreamBytes = 256 << 10;  // of panels that stay in L2 while x streams by
+constexpr int64_t kAhead = 512;              // floats from here to what is prefetched
 
 typedef float Vec __attribute__((vector_size(4 * USERIP_LANES)));
+typedef double WideVec __attribute__((vector_size(8 * USERIP_LANES)));
 typedef int32_t Mask __attribute__((vector_size(4 * USERIP_LANES)));
 typedef float UnalignedVec __attribute__((vector_size(4 * USERIP_LANES), aligned(4), may_alias));
 
@@ -37,81 +40,126 @@ inline Mask lane_numbers() {
     return index;
 }
 
-inline float sum_lanes(Vec v) {
-#pragma GCC unroll 4
-    for (int step = 1; step < int(kLanes); step *= 2) v += shuffle(v, lane_numbers() ^ step);
-    return v[0];
+inline Vec greater(Vec a, Vec b) {
+    return a > b ? a : b;
+}
+inline Vec lesser(Vec a, Vec b) {
+    return a < b ? a : b;
+}
+inline Vec plus(Vec a, Vec b) {
+    return a + b;
 }
 
-inline Vec max_lanes(Vec v) {  // in every lane
+// `op` over all lanes, the result in each.
+template <typename Op>
+inline Vec reduce_lanes(Vec v, Op op) {
 #pragma GCC unroll 4
-    for (int step = 1; step < int(kLanes); step *= 2) {
-        const Vec other = shuffle(v, lane_numbers() ^ step);
-        v = v > other ? v : other;
-    }
+    for (int step = 1; step < int(kLanes); step *= 2) v = op(v, shuffle(v, lane_numbers() ^ step));
     return v;
 }
 
-void pack(Book& book, const uint8_t* active, int64_t dim) {
-    for (int64_t p = 0; p < book.num_panels; ++p) {
-        float* panel = book.panels + p * dim * kPanel;
-        double norm[kPanel] = {};
-        // In pieces of a few cache lines per code, so that every line written is filled while near.
-        for (int64_t d0 = 0; d0 < dim; d0 += 32) {
-            const int64_t d1 = std::min(dim, d0 + 32);
-            for (int64_t lane = 0; lane < kPanel; ++lane) {
-                const int64_t k = p * kPanel + lane;
-                const float* c = book.codewords + std::min(k, book.size - 1) * dim;
-                const float real = k < book.size ? 1.0f : 0.0f;
-                for (int64_t d = d0; d < d1; ++d) {
-                    panel[d * kPanel + lane] = real * c[d];
-                    norm[lane] += double(c[d]) * c[d];
-                }
-            }
-        }
-        for (int64_t lane = 0; lane < kPanel; ++lane) {
-            const int64_t k = p * kPanel + lane;
-            const bool usable = k < book.size && (active == nullptr || active[k] != 0);
-            book.half_norm[k] = usable ? float(norm[lane] / 2) : kInfinity;
+inline void transpose(Vec (&v)[kLanes]) {
+#pragma GCC unroll 4
+    for (int step = int(kLanes) / 2; step > 0; step /= 2) {
+        const Mask upper = (lane_numbers() & step) != 0;
+#pragma GCC unroll 16
+        for (int i = 0; i < int(kLanes); ++i) {
+            if ((i & step) != 0) continue;
+            const Vec a = v[i], b = v[i + step];
+            v[i] = upper ? shuffle(b, lane_numbers() ^ step) : a;
+            v[i + step] = upper ? b : shuffle(a, lane_numbers() ^ step);
         }
     }
 }
 
-// scores[r][0:panel] (+)= sum over d of x[r][d] * panel[d][0:panel]. `ahead` (0: none) is where,
-// from x[r], to prefetch: rows are too short for the hardware to find its stride by itself.
-inline void score_tile(const float* const* x, const float* panel, int64_t depth, float* scores,
-                       int64_t stride, bool first, int64_t ahead) {
-    Vec acc[kGroup][2];
-#pragma GCC unroll 16
-    for (int r = 0; r < kGroup; ++r) {
-        acc[r][0] = first ? Vec{} : load_vec(scores + r * stride);
-        acc[r][1] = first ? Vec{} : load_vec(scores + r * stride + kLanes);
-    }
-    const float* row[kGroup];
-#pragma GCC unroll 16
-    for (int r = 0; r < kGroup; ++r) row[r] = x[r];
-    for (int64_t d = 0; d < depth;) {
-        if (ahead != 0) {
-#pragma GCC unroll 16
-            for (int r = 0; r < kGroup; ++r) __builtin_prefetch(row[r] + d + ahead);
+void pack(Book& book, const uint8_t* active, int64_t dim) {
+    for (int64_t first = 0; first < book.num_panels * book.width; first += kLanes) {
+        float* out = book.panels + first / book.width * book.width * dim + first % book.width;
+        const float* c[kLanes];
+        Vec real = {};
+        for (int lane = 0; lane < int(kLanes); ++lane) {
+            c[lane] = book.codewords + std::min(first + lane, book.size - 1) * dim;
+            real[lane] = first + lane < book.size ? 1.0f : 0.0f;
         }
-        const int64_t stop = std::min(depth, d + 16);  // a cache line of x
-#pragma GCC unroll 2
-        for (; d < stop; ++d) {
-            const Vec c0 = load_vec(panel + d * kPanel);
-            const Vec c1 = load_vec(panel + d * kPanel + kLanes);
-#pragma GCC unroll 16
-            for (int r = 0; r < kGroup; ++r) {
-                const Vec value = splat(row[r][d]);
-                acc[r][0] = acc[r][0] + value * c0;
-                acc[r][1] = acc[r][1] + value * c1;
+        WideVec norm = {};
+        for (int64_t d = 0; d < dim; d += kLanes) {
+            const int64_t depth = std::min(kLanes, dim - d);
+            Vec v[kLanes];
+            for (int lane = 0; lane < int(kLanes); ++lane) {
+                if (depth == kLanes) {
+                    v[lane] = load_vec(c[lane] + d);
+                } else {
+                    for (int i = 0; i < int(kLanes); ++i)
+                        v[lane][i] = i < depth ? c[lane][d + i] : 0;
+                }
+            }
+            transpose(v);
+            for (int64_t i = 0; i < depth; ++i) {
+                v[i] *= real;
+                store_vec(out + (d + i) * book.width, v[i]);
+                const WideVec wide = __builtin_convertvector(v[i], WideVec);
+                norm += wide * wide;
             }
         }
+        for (int lane = 0; lane < int(kLanes); ++lane) {
+            const int64_t k = first + lane;
+            const bool usable = k < book.size && (active == nullptr || active[k] != 0);
+            book.penalty[k] = !usable ? kInfinity : book.direct ? 0 : float(norm[lane] / 2);
+        }
+    }
+}
+
+// What a tile asks for ahead of time: a line per row and 16 columns, `row` bytes apart, then `step`
+// bytes on. The hardware cannot follow six short rows by itself.
+struct Prefetch {
+    uintptr_t at = 0;  // 0: nothing
+    int64_t row = 0, step = 0;
+};
+
+// out[r][0 : kVecs vectors] (+)= over d of x[r][d] * panel[d][...], or of the squared differences.
+template <bool kDirect, int kVecs>
+inline void tile(const float* x, int64_t stride, const float* panel, int64_t depth, float* out,
+                 int64_t out_stride, bool first, Prefetch prefetch) {
+    Vec acc[kGroup][kVecs] = {};
+    const float* row[kGroup / 3];  // of every third; the others are a fixed stride away
+#pragma GCC unroll 16
+    for (int i = 0; i < kGroup / 3; ++i) row[i] = x + 3 * i * stride;
+    const float* const end = panel + depth * kVecs * kLanes;
+    while (panel < end) {
+        if (prefetch.at != 0) {
+#pragma GCC unroll 16
+            for (int r = 0; r < kGroup; ++r) {
+                __builtin_prefetch(reinterpret_cast<const void*>(prefetch.at + r * prefetch.row), 0,
+                                   2);
+            }
+            prefetch.at += prefetch.step;
+        }
+        const float* const stop = std::min(end, panel + 16 * kVecs * kLanes);
+#pragma GCC unroll 2
+        for (; panel < stop; panel += kVecs * kLanes) {
+            Vec code[kVecs];
+#pragma GCC unroll 2
+            for (int v = 0; v < kVecs; ++v) code[v] = load_vec(panel + v * kLanes);
+#pragma GCC unroll 16
+            for (int r = 0; r < kGroup; ++r) {
+                const Vec value = splat(row[r / 3][r % 3 * stride]);
+#pragma GCC unroll 2
+                for (int v = 0; v < kVecs; ++v) {
+                    const Vec e = value - code[v];
+                    acc[r][v] = acc[r][v] + (kDirect ? e * e : value * code[v]);
+                }
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < kGroup / 3; ++i) ++row[i];
+        }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kGroup; ++r) {
-        store_vec(scores + r * stride, acc[r][0]);
-        store_vec(scores + r * stride + kLanes, acc[r][1]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVecs; ++v) {
+            float* to = out + r * out_stride + v * kLanes;
+            store_vec(to, first ? acc[r][v] : load_vec(to) + acc[r][v]);
+        }
     }
 }
 
@@ -140,7 +188,7 @@ inline void offer_panel(Top2& top, const float* scores, const float* half_norm, 
     const Vec bar = splat(top.second);
     if (USERIP_BITS((s[0] > bar) | (s[1] > bar)) == 0) return;
     for (int turn = 0; turn < 2; ++turn) {
-        const Vec most = max_lanes(s[0] > s[1] ? s[0] : s[1]);
+        const Vec most = reduce_lanes(greater(s[0], s[1]), greater);
         const Mask at[2] = {s[0] == most, s[1] == most};
         const uint64_t bits = USERIP_BITS(at[0]) | uint64_t(USERIP_BITS(at[1])) << kLanes;
         if (bits == 0) return;                   // NaN
@@ -151,6 +199,23 @@ inline void offer_panel(Top2& top, const float* scores, const float* half_norm, 
         s[0] = lane_numbers() == lane ? gone : s[0];
         s[1] = lane_numbers() == lane - int(kLanes) ? gone : s[1];
     }
+}
+
+// The code of least distance + penalty among `codes` (whole vectors), the first of equals; -1 where
+// all are NaN.
+inline int64_t nearest(const float* distance, const float* penalty, int64_t codes, float& least) {
+    Vec most = splat(kInfinity);
+    for (int64_t k = 0; k < codes; k += kLanes) {
+        most = lesser(load_vec(distance + k) + load_vec(penalty + k), most);
+    }
+    most = reduce_lanes(most, lesser);
+    least = most[0];
+    for (int64_t k = 0; k < codes; k += kLanes) {
+        const Mask at = load_vec(distance + k) + load_vec(penalty + k) == most;
+        const uint64_t bits = USERIP_BITS(at);
+        if (bits != 0) return k + __builtin_ctzll(bits);
+    }
+    return -1;
 }
 
 inline float squared_distance(const float* x, const float* c, int64_t dim) {
@@ -169,7 +234,8 @@ inline float squared_distance(const float* x, const float* c, int64_t dim) {
     }
     float tail = 0;
     for (; d < dim; ++d) tail += (x[d] - c[d]) * (x[d] - c[d]);
-    return sum_lanes((acc[0] + acc[1]) + (acc[2] + acc[3])) + tail;
+    const Vec sum = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+    return reduce_lanes(sum, plus)[0] + tail;
 }
 
 template <typename T>
@@ -181,25 +247,26 @@ inline void convert(const T* x, int64_t stride, int64_t n, float* out) {
     }
 }
 
-void load(const Problem& p, int64_t j, int64_t n, int64_t begin, int64_t end, float* out) {
+void load(const Problem& p, int64_t j, int64_t n, int64_t begin, int64_t end, float scale,
+          float* out) {
     const int64_t at = j * p.stride_book + n * p.stride_row + begin * p.stride_dim;
     switch (p.type) {
         case Type::kFloat32:
-            return convert(static_cast<const float*>(p.x) + at, p.stride_dim, end - begin, out);
+            convert(static_cast<const float*>(p.x) + at, p.stride_dim, end - begin, out);
+            break;
         case Type::kBFloat16:
-            return convert(static_cast<const BFloat16*>(p.x) + at, p.stride_dim, end - begin, out);
+            convert(static_cast<const BFloat16*>(p.x) + at, p.stride_dim, end - begin, out);
+            break;
         case Type::kFloat16:
-            return convert(static_cast<const Float16*>(p.x) + at, p.stride_dim, end - begin, out);
+            convert(static_cast<const Float16*>(p.x) + at, p.stride_dim, end - begin, out);
+            break;
     }
+    if (scale == 1.0f) return;
+    for (int64_t i = 0; i < end - begin; ++i) out[i] *= scale;
 }
 
-// Writes a row's outputs, given the best two codes and their direct distances.
-inline void finish(const Problem& p, int64_t id, float near, int64_t other, float far,
-                   int64_t out) {
-    if (far < near || (far == near && other >= 0 && other < id)) {
-        std::swap(near, far);
-        std::swap(id, other);
-    }
+// Writes a row's outputs.
+inline void finish(const Problem& p, int64_t id, float near, float far, int64_t out) {
     if (!std::isfinite(near)) id = -1;  // NaN, Inf or overflow in x; the caller refuses the row
     p.code_ids[out] = id;
     p.sq_distance[out] = near;
@@ -211,165 +278,161 @@ inline void finish(const Problem& p, int64_t id, float near, int64_t other, floa
 // the half norms by a few u |c|^2.
 inline void decide(const Problem& p, const Book& book, const Top2& top, const float* x,
                    int64_t out) {
+    int64_t id = top.best_id, other = top.second_id;
     float near = kInfinity, far = kInfinity;
-    if (top.best_id >= 0) near = squared_distance(x, book.codewords + top.best_id * p.dim, p.dim);
-    if (top.second_id >= 0) {
+    if (id >= 0) near = squared_distance(x, book.codewords + id * p.dim, p.dim);
+    if (other >= 0) {
         const float norm = 1.01f * std::sqrt(near) + book.max_norm;  // at least |x|
         const float rounding = 0x1p-23f * float(p.dim + 4) * (norm + book.max_norm) * book.max_norm;
         if (p.second_sq_distance != nullptr || !(top.best - top.second > rounding)) {
-            far = squared_distance(x, book.codewords + top.second_id * p.dim, p.dim);
+            far = squared_distance(x, book.codewords + other * p.dim, p.dim);
         }
     }
-    finish(p, top.best_id, near, top.second_id, far, out);
+    if (far < near || (far == near && other >= 0 && other < id)) {
+        std::swap(near, far);
+        std::swap(id, other);
+    }
+    finish(p, id, near, far, out);
 }
 
-// Rows x[0:rows] by score; outputs from `out` on. `scores` is [rows up to a group, panels of a
-// block].
-inline void assign_by_score(const Problem& p, const Book& book, const float* const* x, int64_t rows,
-                            int64_t block_depth, int64_t block_panels, int64_t ahead, float* scores,
-                            float* packed, int64_t out) {
-    const int64_t stride = block_panels * kPanel;
-    const int64_t rows_up = (rows + kGroup - 1) / kGroup * kGroup;
-    Top2 top[kBlockRows];
-    for (int64_t p0 = 0; p0 < book.num_panels; p0 += block_panels) {
-        const int64_t panels = std::min(block_panels, book.num_panels - p0);
-        for (int64_t d0 = 0; d0 < p.dim; d0 += block_depth) {
-            const int64_t depth = std::min(block_depth, p.dim - d0);
-            const float* piece[kBlockRows];
-            for (int64_t r = 0; r < rows_up; ++r) {
-                piece[r] = x[r] + d0;
-                if (packed == nullptr) continue;
-                std::memcpy(packed + r * kBlockDepth, piece[r], depth * sizeof(float));
-                piece[r] = packed + r * kBlockDepth;
-            }
-            const float* first = book.panels + (p0 * p.dim + d0) * kPanel;
-            const auto tile = [&](int64_t g, int64_t q, int64_t prefetch) {
-                score_tile(piece + g, first + q * p.dim * kPanel, depth,
-                           scores + g * stride + q * kPanel, stride, d0 == 0, prefetch);
-            };
-            if (packed != nullptr) {  // a panel stays in L1, the rows in L2
-                for (int64_t q = 0; q < panels; ++q) {
-                    for (int64_t g = 0; g < rows; g += kGroup) tile(g, q, 0);
-                }
-            } else {  // rows stay in L1 while the few panels pass from L2
-                for (int64_t g = 0; g < rows; g += kGroup) {
-                    for (int64_t q = 0; q < panels; ++q) tile(g, q, q == 0 ? ahead : 0);
-                }
+// A run of rows on its way through the codebook, and how to reach them as fp32.
+struct Block {
+    const Problem& p;
+    const Book& book;
+    Scratch& scratch;
+    int64_t j, first, rows;
+    bool in_place;  // tiles read x itself, in whole groups
+    float scale[kBlockRows];
+
+    const float* address(int64_t r) const {
+        return static_cast<const float*>(p.x) + j * p.stride_book + (first + r) * p.stride_row;
+    }
+    // While group g is at column d.
+    Prefetch prefetch(int64_t g, int64_t d) const {
+        const auto here = reinterpret_cast<uintptr_t>(address(g * kGroup));
+        const int64_t row = p.stride_row * sizeof(float);
+        if (rows > kGroup) return {here + kGroup * row + d * sizeof(float), row, 64};  // next group
+        if (p.stride_row == p.dim && p.dim <= 1024) {  // one run of memory: in its order
+            return {here + kGroup * row + (d * kGroup + kAhead) * sizeof(float), 64, 64 * kGroup};
+        }
+        const int64_t next = d + kAhead;  // the same rows further on, or the next group's
+        return {here + next / p.dim * kGroup * row + next % p.dim * sizeof(float), row, 64};
+    }
+    const float* whole_row(int64_t r) const {
+        if (p.plain()) return address(r);
+        load(p, j, first + r, 0, p.dim, scale[r], scratch.row.data());
+        return scratch.row.data();
+    }
+};
+
+// Scores [rows up to a group, panels of kVecs vectors] of all columns, for a few of the panels.
+template <bool kDirect, int kVecs>
+inline void score(const Block& b, int64_t first_panel, int64_t panels) {
+    const Problem& p = b.p;
+    const int64_t width = kVecs * kLanes, groups = (b.rows + kGroup - 1) / kGroup;
+    const int64_t score_stride = panels * width;
+    for (int64_t d0 = 0; d0 < p.dim; d0 += kBlockDepth) {
+        const int64_t depth = std::min(kBlockDepth, p.dim - d0);
+        const float* x = b.in_place ? b.address(0) + d0 : b.scratch.piece.data();
+        const int64_t stride = b.in_place ? p.stride_row : kBlockDepth;
+        if (!b.in_place) {
+            for (int64_t r = 0; r < b.rows; ++r) {
+                load(p, b.j, b.first + r, d0, d0 + depth, b.scale[r],
+                     b.scratch.piece.data() + r * kBlockDepth);
             }
         }
-        for (int64_t r = 0; r < rows; ++r) {
+        const float* panel = b.book.panels + (first_panel * p.dim + d0) * width;
+        const auto run = [&](int64_t g, int64_t q, bool prefetch) {
+            const int64_t chain = kDirect ? kChain : kBlockDepth;
+            for (int64_t d = 0; d < depth; d += chain) {
+                tile<kDirect, kVecs>(
+                    x + g * kGroup * stride + d, stride, panel + (q * p.dim + d) * width,
+                    std::min(chain, depth - d),
+                    b.scratch.scores.data() + g * kGroup * score_stride + q * width, score_stride,
+                    d0 + d == 0, prefetch ? b.prefetch(g, d0 + d) : Prefetch());
+            }
+        };
+        if (b.book.num_panels > kFewPanels) {  // a panel stays in L1, the rows pass from L2
+            for (int64_t q = 0; q < panels; ++q) {
+                for (int64_t g = 0; g < groups; ++g) run(g, q, false);
+            }
+        } else {  // rows stay in L1 while the few panels pass from L2
+            for (int64_t g = 0; g < groups; ++g) {
+                for (int64_t q = 0; q < panels; ++q) run(g, q, b.in_place && q == 0);
+            }
+        }
+    }
+}
+
+// Few codes: every distance is formed directly and none needs a second look.
+template <int kVecs>
+inline void assign_direct(const Block& b) {
+    const int64_t codes = b.book.num_panels * kVecs * kLanes;
+    score<true, kVecs>(b, 0, b.book.num_panels);
+    for (int64_t r = 0; r < b.rows; ++r) {
+        float* distance = b.scratch.scores.data() + r * codes;
+        float near, far = kInfinity;
+        const int64_t id = nearest(distance, b.book.penalty, codes, near);
+        if (b.p.second_sq_distance != nullptr && id >= 0) {
+            distance[id] = kInfinity;
+            nearest(distance, b.book.penalty, codes, far);
+        }
+        finish(b.p, id, near, far, b.j * b.p.rows + b.first + r);
+    }
+}
+
+inline void assign_by_score(const Block& b) {
+    Top2 top[kBlockRows];
+    const int64_t most = kBlockCodes / kPanel;
+    for (int64_t p0 = 0; p0 < b.book.num_panels; p0 += most) {
+        const int64_t panels = std::min(most, b.book.num_panels - p0);
+        score<false, 2>(b, p0, panels);
+        for (int64_t r = 0; r < b.rows; ++r) {
             for (int64_t q = 0; q < panels; ++q) {
                 const int64_t k = (p0 + q) * kPanel;
-                offer_panel(top[r], scores + r * stride + q * kPanel, book.half_norm + k, k);
+                offer_panel(top[r], b.scratch.scores.data() + (r * panels + q) * kPanel,
+                            b.book.penalty + k, k);
             }
         }
     }
-    for (int64_t r = 0; r < rows; ++r) decide(p, book, top[r], x[r], out + r);
-}
-
-// out[r][k] = -|x_r - c_k|^2 of kDirectRows rows and 4 codes.
-inline void direct_tile(const float* const* x, const float* const* c, int64_t dim, int64_t ahead,
-                        float* out) {
-    Vec acc[kDirectRows][4] = {};
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) {
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) {
-            const Vec code = load_vec(c[k] + d);
-#pragma GCC unroll 4
-            for (int r = 0; r < kDirectRows; ++r) {
-                const Vec e = load_vec(x[r] + d) - code;
-                acc[r][k] = acc[r][k] + e * e;
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < kDirectRows; ++r) __builtin_prefetch(x[r] + d + ahead);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kDirectRows; ++r) {
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) out[r * kPanel + k] = -sum_lanes(acc[r][k]);
-    }
-    if (d == dim) return;
-    for (int r = 0; r < kDirectRows; ++r) {
-        for (int k = 0; k < 4; ++k) {
-            float tail = 0;
-            for (int64_t t = d; t < dim; ++t) tail += (x[r][t] - c[k][t]) * (x[r][t] - c[k][t]);
-            out[r * kPanel + k] -= tail;
-        }
-    }
-}
-
-// Few codes: memory is the limit, so every distance is formed directly and none needs a second
-// look. `penalty` [kPanel] is 0 for codes in use, else Inf.
-inline void assign_direct(const Problem& p, const Book& book, const float* penalty,
-                          const float* const* x, int64_t rows, int64_t ahead, int64_t out) {
-    const float* c[kDirectCodes];
-    for (int64_t k = 0; k < kDirectCodes; ++k) {
-        c[k] = book.codewords + std::min(k, book.size - 1) * p.dim;
-    }
-    float scores[kDirectRows * kPanel] = {};
-    for (int64_t k = 0; k < book.size; k += 4) {
-        direct_tile(x, c + k, p.dim, k == 0 ? ahead : 0, scores + k);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-        Top2 top;
-        offer_panel(top, scores + r * kPanel, penalty, 0);
-        finish(p, top.best_id, -top.best, top.second_id, -top.second, out + r);
+    for (int64_t r = 0; r < b.rows; ++r) {
+        decide(b.p, b.book, top[r], b.whole_row(r), b.j * b.p.rows + b.first + r);
     }
 }
 
 void assign(const Problem& p, int64_t j, int64_t begin, int64_t end, Scratch& scratch,
             float* sums) {
     const Book& book = p.books[j];
-    const bool plain = p.type == Type::kFloat32 && p.stride_dim == 1 && !p.normalize;
-    const bool direct = book.size <= kDirectCodes;
-    // One panel: whole rows in one go, so that x streams once from memory through L1.
-    const bool one_panel = book.num_panels == 1;
-    const bool pack_rows = book.num_panels > 8;
-    const int64_t group = direct ? kDirectRows : kGroup;
-    const int64_t block_rows = one_panel ? group : kBlockRows;
-    const int64_t block_depth = one_panel ? p.dim : kBlockDepth;
-    const int64_t block_panels = std::min(book.num_panels, kBlockCodes / kPanel);
-    const int64_t stride = block_panels * kPanel;
-    const int64_t x_stride = p.dim + 16;  // off powers of two, which would share cache sets
-    const int64_t ahead = plain ? (group + 2048 / p.dim) * p.stride_row : 0;  // 8 KiB at least
-    float penalty[kPanel];
-    for (int64_t k = 0; k < kPanel; ++k) penalty[k] = book.half_norm[k] < kInfinity ? 0 : kInfinity;
-    scratch.scores.resize(block_rows * stride);
-    if (pack_rows) scratch.piece.resize(kBlockRows * kBlockDepth);
-    if (!plain) scratch.x.resize(block_rows * x_stride);
-
-    for (int64_t n0 = begin; n0 < end; n0 += block_rows) {
-        const int64_t rows = std::min(block_rows, end - n0);
-        const int64_t out = j * p.rows + n0;
-        const float* x[kBlockRows];
-        for (int64_t r = 0; r < block_rows; ++r) {
-            if (r >= rows) {
-                x[r] = x[rows - 1];  // computed and thrown away
-            } else if (plain) {
-                x[r] = static_cast<const float*>(p.x) + j * p.stride_book + (n0 + r) * p.stride_row;
-            } else {
-                float* row = scratch.x.data() + r * x_stride;
-                load(p, j, n0 + r, 0, p.dim, row);
-                if (p.normalize) {
-                    const float scale = inverse_norm(row, p.dim);
-                    for (int64_t d = 0; d < p.dim; ++d) row[d] *= scale;
-                }
-                x[r] = row;
-            }
+    // A small book stays in L2 while x streams by, a group of whole rows at a time.
+    const int64_t bytes = book.num_panels * book.width * p.dim * sizeof(float);
+    const bool stream = book.num_panels <= kFewPanels && bytes <= kStreamBytes;
+    const int64_t block_rows = stream ? kGroup : kBlockRows;
+    scratch.scores.resize(block_rows * std::min(book.num_panels * book.width, kBlockCodes));
+    scratch.piece.resize(block_rows * kBlockDepth);
+    scratch.row.resize(p.plain() ? 0 : p.dim);
+    Block b{p, book, scratch, j, begin, 0, false, {}};
+    for (; b.first < end; b.first += b.rows) {
+        b.rows = std::min(block_rows, end - b.first);
+        if (b.rows > kGroup) b.rows -= b.rows % kGroup;  // the last few are a block of their own
+        b.in_place = p.plain() && book.num_panels <= kFewPanels && b.rows % kGroup == 0;
+        for (int64_t r = 0; r < b.rows; ++r) {
+            b.scale[r] = 1.0f;
+            if (p.normalize) b.scale[r] = inverse_norm(b.whole_row(r), p.dim);
         }
-        if (direct) {
-            assign_direct(p, book, penalty, x, rows, ahead, out);
+        if (!book.direct) {
+            assign_by_score(b);
+        } else if (book.width == kLanes) {
+            assign_direct<1>(b);
         } else {
-            assign_by_score(p, book, x, rows, block_depth, block_panels, ahead,
-                            scratch.scores.data(), pack_rows ? scratch.piece.data() : nullptr, out);
+            assign_direct<2>(b);
         }
         if (sums == nullptr) continue;
-        for (int64_t r = 0; r < rows; ++r) {
-            if (p.code_ids[out + r] < 0) continue;
-            float* __restrict sum = sums + p.code_ids[out + r] * p.dim;
-            for (int64_t d = 0; d < p.dim; ++d) sum[d] += x[r][d];
+        for (int64_t r = 0; r < b.rows; ++r) {
+            const int64_t id = p.code_ids[j * p.rows + b.first + r];
+            if (id < 0) continue;
+            const float* __restrict x = b.whole_row(r);
+            float* __restrict sum = sums + id * p.dim;
+            for (int64_t d = 0; d < p.dim; ++d) sum[d] += x[d];
         }
     }
 }

@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -81,10 +84,37 @@ def test_nearest_by_fp64(k, dim, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     ("rows", "k", "dim"),
-    [(300, 16, 4096), (40, 3, 4097), (70, 1025, 33), (13, 4096, 65), (200, 300, 515)],
+    [
+        (300, 16, 4096),
+        (40, 3, 4097),
+        (70, 1025, 33),
+        (13, 4096, 65),
+        (200, 300, 515),
+        (7, 1, 4097),
+        (13, 2, 4096),
+        (13, 15, 4097),
+        (13, 17, 4096),
+        (199, 64, 4097),
+        (13, 65, 4096),
+        (2, 4096, 4097),
+        (9, 4096, 1),
+        (9, 4096, 7),
+        (9, 4096, 72),
+        (9, 4096, 100),
+    ],
 )
 def test_nearest_by_fp64_large(rows, k, dim, impl):
     check(torch.randn(rows, dim), torch.randn(k, dim), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("k", [5, 20, 70, 300])
+def test_rows_across_blocks(k, impl):
+    x, c = torch.randn(2 * 192 + 7, 20), torch.randn(k, 20)
+    ids, distance = check(x, c, impl)
+    for rows in (191, 192, 193, 384, 390):  # what a row gets does not depend on how many follow
+        got = assign_codes(x[:rows], c, impl=impl)
+        torch.testing.assert_close(got, (ids[:rows], distance[:rows]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -110,6 +140,37 @@ def test_strides_and_offsets(k, impl):
         check(x, c, impl)
     wide_c = torch.randn(60, 3 * k)[:, ::3].T
     check(wide[:, :60], wide_c, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("k", [5, 300])
+def test_offsets_past_32_bits(k, impl):
+    far = torch.empty(2**31 + 8)  # 8 GiB of address space, of which three pages are touched
+    x = far.as_strided((3, 7), (2**30, 1))
+    x.copy_(torch.randn(3, 7))
+    check(x, torch.randn(k, 7), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_memory_does_not_hold_every_distance(impl):
+    n, k = 40_000, 4096  # 655 MB of distances
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not os.access(clear, os.W_OK):
+        pytest.skip("the peak of this process's memory cannot be reset here")
+
+    def kib(key):
+        return int(next(s for s in status.read_text().splitlines() if s.startswith(key)).split()[1])
+
+    x, c = torch.randn(n, 2), torch.randn(k, 2)
+    run = assign_codes_with_margin, assign_codes_with_stats
+    for f in run:
+        f(x[:100], c, impl=impl)
+    clear.write_text("5")  # resets VmHWM
+    before = kib("VmRSS")
+    for f in run:
+        f(x, c, impl=impl)
+    limit = 30 if impl == "cpu" else 320  # MiB; the reference works in chunks of 64 MiB
+    assert (kib("VmHWM") - before) / 1024 < limit
 
 
 @pytest.mark.parametrize("impl", IMPLS)
