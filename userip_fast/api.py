@@ -38,7 +38,7 @@ from userip_fast.model import (
 from userip_fast.names import ItemCounts, code_cards
 from userip_fast.packing import Behaviour
 from userip_fast.prompts import Layout, ProfileField, PromptTemplate
-from userip_fast.report import write_report
+from userip_fast.report import report_run
 
 logger = logging.getLogger("userip_fast")
 
@@ -219,7 +219,7 @@ def fit(
             "seed": config.em.seed,
         }
         write_json(run.metrics, metrics)
-        write_report(run.report, metrics, records, model.cards)
+        report_run(run.root)
         trainer.forget(run.checkpoints)
     processes.barrier()
     return model

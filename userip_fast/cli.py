@@ -385,6 +385,54 @@ def ctr(
         print(f"{out}: ctr.json")
 
 
+@app.command()
+def explain(
+    ctx: typer.Context,
+    run: Annotated[Path, typer.Argument(help="Run folder of fit.")],
+    interactions: Log,
+    items: Items = None,
+    users: Annotated[
+        Path | None, _panel(_DATA, "Table of users with traits that the codes never saw.")
+    ] = None,
+    traits: Annotated[str | None, _panel(_DATA, "Its columns A,B (those of few values).")] = None,
+    permutations: Annotated[int, _panel(_RUN, "For the p of an association.")] = 1000,
+    device: Device = None,
+    max_users: MaxUsers = None,
+    quiet: Quiet = False,
+) -> None:
+    """Explain the codes of a run: items, users who stand for them, association with traits.
+
+    Writes explain.json into the run and renews its report.
+    """
+    _silence_transformers()
+    from userip_fast.explain import explain as run_explain
+    from userip_fast.flags import flag_values
+    from userip_fast.model import Model
+    from userip_fast.report import report_run
+
+    model = Model.load(run / "model", device=device)
+    settings = model.config.override(flag_values(ctx.params))
+    data = _read(interactions, items, settings, max_users, quiet, None)
+    found = run_explain(
+        model, data, users, traits=_names(traits), permutations=permutations, out=run
+    )
+    for field, by in found["associations"].items():
+        for trait, a in by.items():
+            print(
+                f"{field} and {trait}: {a['bits']:.3f} bits, by chance {a['chance_bits']:.3f}, "
+                f"p {a['p']:.3f} ({a['users']:,} users)"
+            )
+    print(f"{report_run(run)}: explained on {data.num_users:,} users")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder of fit.")]) -> None:
+    """Write RUN/report.html anew from all that the run folder holds, ctr.json files included."""
+    from userip_fast.report import report_run
+
+    print(report_run(run))
+
+
 def _names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(n.strip() for n in text.split(",") if n.strip())
 

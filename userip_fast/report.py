@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from io import StringIO
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from userip_fast.files import atomic_file
+import numpy as np
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from userip_fast import pictures
+from userip_fast.errors import FormatError
+from userip_fast.files import atomic_file, read_json, read_tensors
 
 _STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 22%, transparent); }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } h3 { font-size: 1rem; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .2rem .9rem .2rem 0;
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
@@ -25,10 +27,58 @@ th { white-space: nowrap; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 .pairs > tbody > tr > td { text-align: left; }
 svg { max-width: 100%; height: auto; }
+.pictures, .cards { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
+.cards { grid-template-columns: repeat(auto-fill, minmax(min(16rem, 100%), 1fr)); }
+.card { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .8rem; }
+.card h3 { margin: 0; } .card p { margin: .2rem 0; overflow-wrap: anywhere; }
 .note { opacity: .7; }
 """
-# Both read on white and on black.
-_INK, _ACCENT = "#808080", "#3b82c4"
+
+
+def report_run(run: str | os.PathLike[str]) -> Path:
+    """Writes `run/report.html` from all that a run folder holds.
+
+    Beside metrics, rounds and code cards of `fit`, these are shown where they are: the embedded
+    LM's training, the codewords, `confusion.json` of the demo, `explain.json` of `userip explain`,
+    and every `ctr.json` in the folder or one folder below.
+
+    Raises:
+        FormatError: The folder holds no run, or a file of it is torn.
+    """
+    root = Path(run)
+    if not (root / "metrics.json").is_file():
+        raise FormatError(f"{root}: holds no metrics.json, so it is no run folder of `userip fit`")
+    lines = root / "metrics.jsonl"
+    try:
+        records = (
+            [json.loads(r) for r in lines.read_text("utf-8").splitlines()]
+            if (lines.is_file())
+            else []
+        )
+    except ValueError as e:
+        raise FormatError(f"{lines}: holds a line that is not JSON ({e})") from e
+    model = root / "model"
+    cards = read_json(model / "codes.json") if (model / "codes.json").is_file() else {}
+    more: dict[str, Any] = {}
+    for name, path in {
+        "lm_training": model / "lm" / "training.json",
+        "confusion": root / "confusion.json",
+        "explain": root / "explain.json",
+    }.items():
+        if path.is_file():
+            more[name] = read_json(path)
+    if (model / "codebooks.safetensors").is_file():
+        tensors = read_tensors(model / "codebooks.safetensors")
+        more["codewords"] = {
+            name: tensors[f"{j}.codewords"].float().numpy() for j, name in enumerate(cards)
+        }
+    ctr = {p.parent.name: read_json(p) for p in sorted(root.glob("*/ctr.json"))}
+    if (root / "ctr.json").is_file():
+        ctr["ctr"] = read_json(root / "ctr.json")
+    more["ctr"] = ctr
+    write_report(root / "report.html", read_json(root / "metrics.json"), records, cards, more)
+    return root / "report.html"
 
 
 def write_report(
@@ -36,6 +86,7 @@ def write_report(
     metrics: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
     cards: Mapping[str, Sequence[Mapping[str, Any]]],
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a self-contained HTML page.
 
@@ -45,9 +96,19 @@ def write_report(
             per field, and its `counts` a bar chart.
         records: One per round, as in metrics.jsonl; `nll_per_weight` is plotted over `round`.
         cards: Field -> code cards, as `CodeCard.to_dict` gives them.
+        more: `lm_training`, `codewords`, `confusion`, `explain`, `ctr`, as `report_run` finds them.
     """
+    more = more or {}
     fields = metrics.get("fields", {})
     body = ["<h1>userip_fast: collaborative IDs</h1>"]
+    body += _pictures(metrics, records, cards, more)
+    body += _ctr(more.get("ctr", {}))
+    explained = more.get("explain", {})
+    for name, codes in cards.items():
+        extra = explained.get("fields", {}).get(name, {})
+        body += [f"<h2>codes of {escape(name)}</h2>", _cards(codes, extra.get("codes", []))]
+    if associations := explained.get("associations"):
+        body += ["<h2>codes and traits they never saw</h2>", _associations(associations)]
     single = {k: v for k, v in metrics.items() if not isinstance(v, Mapping)}
     sections = {k: v for k, v in metrics.items() if isinstance(v, Mapping) and k != "fields"}
     for title, values in {**sections, "run": single}.items():
@@ -55,12 +116,9 @@ def write_report(
             body += [f"<h2>{escape(title)}</h2>", _pairs(values)]
     if fields:
         body += ["<h2>fields</h2>", _grid(fields)]
-    body += _plots(records, {n: f["counts"] for n, f in fields.items() if f.get("counts")})
     if records:
         rounds = {str(r["round"] + 1): {k: r[k] for k in r if k != "round"} for r in records}
         body += ["<h2>rounds</h2>", _grid(rounds)]
-    for name, codes in cards.items():
-        body += [f"<h2>codes of {escape(name)}</h2>", _cards(codes)]
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
@@ -72,13 +130,107 @@ def write_report(
         tmp.write_text(page, encoding="utf-8")
 
 
-def _cards(codes: Sequence[Mapping[str, Any]]) -> str:
+def _pictures(
+    metrics: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    cards: Mapping[str, Sequence[Mapping[str, Any]]],
+    more: Mapping[str, Any],
+) -> list[str]:
+    """Curves, usage, maps of codewords and, where the truth is known, confusion with it."""
+    try:
+        drawn = []
+        if training := more.get("lm_training"):
+            drawn.append(pictures.lm_curve(training["tokens"], training["loss"]))
+        told = [r for r in records if "nll_per_weight" in r]
+        if told:
+            drawn.append(pictures.nll_curve(told))
+        for name in dict.fromkeys([*metrics.get("fields", {}), *cards]):
+            codes = sorted(cards.get(name, ()), key=lambda c: c["code"])
+            counts = metrics.get("fields", {}).get(name, {}).get("counts")
+            if counts := counts or [c["users"] for c in codes]:
+                drawn.append(pictures.usage(name, counts))
+            words = [c["words"][0] if c["words"] else str(c["code"]) for c in codes]
+            if name in more.get("codewords", {}) and len(codes) > 1:
+                drawn.append(
+                    pictures.code_map(
+                        name, more["codewords"][name], [c["users"] for c in codes], words
+                    )
+                )
+            if truth := more.get("confusion", {}).get(name):
+                drawn.append(pictures.confusion(name, np.asarray(truth["counts"]), truth["traits"]))
+    except ImportError:
+        return ['<p class="note">No plots: matplotlib is not installed.</p>']
+    return [_grid_of("pictures", drawn)] if drawn else []
+
+
+def _ctr(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """AUC of each evaluation, and cold against warm."""
+    if not results:
+        return []
+    body = ["<h2>recommenders with and without the IDs</h2>"]
+    try:
+        drawn = [
+            pictures.auc_bars(r, f"{name}: {r['protocol']}, {r['label']}")
+            for name, r in results.items()
+        ]
+        if any(r["paired"] for r in results.values()):
+            drawn.append(pictures.gains({f"{n} ({r['protocol']})": r for n, r in results.items()}))
+        body.append(_grid_of("pictures", drawn))
+    except ImportError:
+        pass  # said above
+    for name, r in results.items():
+        rows = []
+        for feature in r["settings"]["features"]:
+            by = r["auc"][feature]
+            cells = (
+                ["n/a: " + r["reasons"][feature]]
+                if by is None
+                else [f"{v['mean']:.4f} ± {v['std']:.4f}" for v in by.values()]
+            )
+            rows.append([feature, *cells])
+        body += [f"<h3>{escape(name)}</h3>", _table(["AUC", *r["settings"]["backbones"]], rows)]
+    return body
+
+
+def _cards(codes: Sequence[Mapping[str, Any]], explained: Sequence[Mapping[str, Any]]) -> str:
     """Codes by number of users; the items with their lift (share here over share among all)."""
-    rows = []
+    extra = {e["code"]: e for e in explained}
+    drawn = []
     for card in sorted(codes, key=lambda c: (-c["users"], c["code"])):
+        parts = [f"<h3>code {card['code']}: {card['users']:,} users</h3>"]
         items = [f"{item} (x{lift:.1f})" for item, lift in zip(card["items"], card["lift"])]
-        rows.append([card["code"], card["users"], ", ".join(card["words"]), " | ".join(items)])
-    return _table(["code", "users", "words", "typical items (lift)"], rows)
+        more = extra.get(card["code"], {})
+        lines = {
+            "": ", ".join(card["words"]),
+            "contrastive: ": " | ".join(items),
+            "typical: ": " | ".join(more.get("typical", [])),
+            "avoided: ": " | ".join(more.get("avoided", [])),
+        }
+        parts += [
+            f"<p>{label and f'<b>{label}</b>'}{escape(text)}</p>"
+            for label, text in lines.items()
+            if text
+        ]
+        for example in more.get("examples", []):
+            sure = "" if example["p"] is None else f" (p {example['p']:.2f})"
+            text = f"user {example['user']}{sure}: {example['behaviour']}"
+            parts.append(f'<p class="note">{escape(text)}</p>')
+        drawn.append(f'<div class="card">{"".join(parts)}</div>')
+    return f'<div class="cards">{"".join(drawn)}</div>'
+
+
+def _associations(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    rows = [
+        [name, column, a["users"], a["bits"], a["chance_bits"], a["p"]]
+        for name, columns in found.items()
+        for column, a in columns.items()
+    ]
+    head = ["field", "trait", "users", "shared bits", "by chance", "p (permutations)"]
+    return _table(head, rows)
+
+
+def _grid_of(kind: str, drawn: Iterable[str]) -> str:
+    return f'<div class="{kind}">' + "".join(f"<div>{d}</div>" for d in drawn) + "</div>"
 
 
 def _flat(values: Mapping[str, Any], under: str = "") -> dict[str, Any]:
@@ -108,7 +260,8 @@ def _grid(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     lines = ["".join(f"<th>{escape(h)}</th>" for h in head)]
     lines += ["".join(map(_cell, row)) for row in rows]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    rows_text = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table>{rows_text}</table></div>'
 
 
 def _cell(value: Any) -> str:
@@ -123,43 +276,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"<td>{escape(', '.join(map(str, value)) or '-')}</td>"
     return f"<td>{escape(str(value))}</td>"
-
-
-def _plots(records: Sequence[Mapping[str, Any]], counts: Mapping[str, Sequence[int]]) -> list[str]:
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        return ['<p class="note">No plots: matplotlib is not installed.</p>']
-    style: dict[str, Any] = {"svg.fonttype": "none"}
-    style |= {f"axes.spines.{side}": False for side in ("top", "right")}
-    style |= {f"axes.{part}color": _INK for part in ("edge", "label", "title")}
-    style |= {f"{part}.color": _INK for part in ("text", "xtick", "ytick")}
-    with mpl.rc_context(style):
-        out = [_svg(partial(_draw_nll, records))] if records else []
-        return out + [_svg(partial(_draw_usage, name, c)) for name, c in counts.items()]
-
-
-def _draw_nll(records: Sequence[Mapping[str, Any]], axes: Axes) -> None:
-    rounds = [r["round"] + 1 for r in records]
-    axes.plot(rounds, [r["nll_per_weight"] for r in records], "o-", color=_ACCENT)
-    axes.set(xlabel="round", ylabel="nats per loss weight", title="NLL of behaviour", xticks=rounds)
-
-
-def _draw_usage(name: str, counts: Sequence[int], axes: Axes) -> None:
-    axes.bar(range(len(counts)), sorted(counts, reverse=True), color=_ACCENT)
-    axes.set(xlabel="codes, most used first", ylabel="users", title=f"users of each {name} code")
-    axes.set_xticks([])
-
-
-def _svg(draw: Callable[[Axes], None]) -> str:
-    """One inline figure."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6, 2.8), layout="constrained")
-    draw(figure.add_subplot())
-    text = StringIO()
-    with mpl.rc_context({"svg.hashsalt": "userip_fast"}):  # the same page for the same run
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]  # without the XML prologue

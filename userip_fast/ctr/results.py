@@ -4,7 +4,8 @@ A plan is a YAML file; `benchmarks/results.yaml` is the one behind docs/results.
 
     ctr: {seeds: 3, max_users: 800}           settings of every evaluation (CTRConfig)
     config: {em: {estep: posterior}}          of every profile model (Config)
-    quick: {ctr: {...}, config: {...}}        laid over both by --quick
+    quick: {ctr: {...}, config: {...},        laid over both by --quick
+            evaluations: [name]}              and which of them it runs
     evaluations: {name: {protocol: cold}}     one table each, further CTRConfig settings
     datasets:
       name:
@@ -65,10 +66,11 @@ def run_plan(
     found: dict[str, dict[str, Any]] = {}
     for name, dataset in plan["datasets"].items():
         found[name] = {}
-        config = Config.from_dict(_merge(_settings(plan, dataset, quick), dataset))
+        config = Config.from_dict(_settings(plan, dataset, quick))
         data = None
-        for evaluation, settings in plan["evaluations"].items():
-            over = plan.get("quick", {}).get("ctr", {}) if quick else {}
+        short = plan.get("quick", {}) if quick else {}
+        for evaluation in short.get("evaluations", plan["evaluations"]):
+            settings, over = plan["evaluations"][evaluation], short.get("ctr", {})
             ctr = CTRConfig(**_tuples({**plan.get("ctr", {}), **settings, **over}))
             folder = out / name / evaluation
             want = {"ctr": ctr.to_dict(), "config": config.to_dict()}
@@ -111,17 +113,17 @@ def _machine() -> str:
 
 
 def _settings(plan: Mapping[str, Any], dataset: Mapping[str, Any], quick: bool) -> dict[str, Any]:
-    config = _merge(plan.get("config", {}), dataset.get("config", {}))
-    return _merge(config, plan.get("quick", {}).get("config", {})) if quick else config
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Config settings, `over` laid over `base`; keys that are not Config's are dropped."""
-    out = {k: dict(base.get(k, {})) for k in ("data", "lm", "em")}
-    for k in out:
-        out[k] |= over.get(k, {})
-    fields = over.get("fields", base.get("fields"))
-    return {**out, "fields": fields} if fields else out
+    """Settings of a Config: the plan's, the data set's over them, those of --quick over both."""
+    own = {k: dataset[k] for k in ("data", "fields") if k in dataset}
+    layers = [plan.get("config", {}), dataset.get("config", {}), own]
+    if quick:
+        layers.append(plan.get("quick", {}).get("config", {}))
+    out: dict[str, Any] = {}
+    for layer in layers:
+        for part, values in layer.items():
+            merged = isinstance(values, Mapping)
+            out[part] = {**out.get(part, {}), **values} if merged else values
+    return out
 
 
 def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from userip_fast.lm import FrozenLM, PackedEngine
 from userip_fast.model import Model
 from userip_fast.packing import Int64
 from userip_fast.prompts import ProfileField
+from userip_fast.report import report_run
 
 USERS = 384
 _LM_USERS = 3000
@@ -78,6 +79,7 @@ def run_demo(
         }
     metrics = {"fields": fields, "users": USERS, "seeds": seeds}
     write_json(Path(out) / "metrics.json", metrics)
+    report_run(out)
     return metrics
 
 
@@ -100,6 +102,10 @@ def _one_seed(seed: int, out: Path | None, show: bool) -> dict[str, Any]:
     best = [world.hobby_posterior[users].argmax(1), world.level_posterior[users].argmax(1)]
     codes["oracle"], cost["oracle"] = np.stack(best, axis=1), 0.0
 
+    if out is not None:
+        names = {"hobby": list(HOBBIES), "spending": list(LEVELS)}
+        write_json(out / "confusion.json", _confusion(config, truth, codes["gradient"], names))
+
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
     return {
@@ -115,6 +121,18 @@ def _one_seed(seed: int, out: Path | None, show: bool) -> dict[str, Any]:
         }
         for j, f in enumerate(config.fields)
     }
+
+
+def _confusion(
+    config: Config, truth: dict[str, Int64], codes: Int64, names: dict[str, list[str]]
+) -> dict[str, Any]:
+    """Users by planted trait and code, for the report."""
+    found = {}
+    for j, f in enumerate(config.fields):
+        counts = np.zeros((len(names[f.name]), f.codebook_size), np.int64)
+        np.add.at(counts, (truth[f.name], codes[:, j]), 1)
+        found[f.name] = {"traits": names[f.name], "counts": counts.tolist()}
+    return found
 
 
 def _read(world: World) -> Interactions:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from userip_fast.config import LMConfig
-from userip_fast.files import atomic_dir
+from userip_fast.files import atomic_dir, write_json
 from userip_fast.packing import Behaviour, Int64
 from userip_fast.progress import progress
 from userip_fast.prompts import Layout, PromptTemplate
@@ -80,10 +80,11 @@ def embedded_lm(
     layout = template.layout(tokenizer)
     behaviour, user = behaviour_of(tokenizer, layout).by_sequence()
     slots = slot_ids(tokenizer)[user] if slot_ids else None
-    model = _train(tokenizer, layout, behaviour, slots, config, seed, show)
+    model, curve = _train(tokenizer, layout, behaviour, slots, config, seed, show)
     with atomic_dir(folder) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
+        write_json(tmp / "training.json", curve)
     return folder
 
 
@@ -114,7 +115,8 @@ def _train(
     config: LMConfig,
     seed: int,
     show: bool,
-) -> Any:
+) -> tuple[Any, dict[str, list[float]]]:
+    """The model, and its loss: `tokens` seen and mean `loss` since the point before."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     generator = np.random.default_rng(seed)
@@ -145,6 +147,8 @@ def _train(
     )
     batches = _Batches(layout, behaviour, slots, generator)
     steps = max(1, config.embedded_tokens // _STEP_TOKENS)
+    curve: dict[str, list[float]] = {"tokens": [], "loss": []}
+    recent: list[float] = []
     with progress("pre-training the LM", steps * _STEP_TOKENS, "tokens", show) as bar:
         for step in range(steps):
             warm = min(1.0, (step + 1) / min(50, steps))
@@ -158,8 +162,13 @@ def _train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            bar.advance(_STEP_TOKENS, loss=loss.item())
-    return model.eval()
+            recent.append(loss.item())
+            bar.advance(_STEP_TOKENS, loss=recent[-1])
+            if (step + 1) % max(1, steps // 100) == 0:
+                curve["tokens"].append((step + 1) * _STEP_TOKENS)
+                curve["loss"].append(sum(recent) / len(recent))
+                recent = []
+    return model.eval(), curve
 
 
 class _Batches:

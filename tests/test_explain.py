@@ -1,0 +1,133 @@
+"""Items, examples and associations of codes; and the report that shows them."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import small_log
+from typer.testing import CliRunner
+
+from userip_fast import cli
+from userip_fast.api import fit
+from userip_fast.config import Config
+from userip_fast.data import read_interactions
+from userip_fast.errors import DataError, FormatError
+from userip_fast.explain import association, explain
+from userip_fast.report import report_run
+
+
+def test_association_finds_what_is_there_and_nothing_else():
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 4, 400)
+    trait = np.where(random.random(400) < 0.6, codes % 2, random.integers(0, 2, 400))
+    found = association(codes, trait, 199, random)
+    assert found["p"] == 1 / 200
+    assert found["bits"] > found["chance_bits"] + 0.1
+    ps = [
+        association(codes, random.integers(0, 3, 400), 49, np.random.default_rng(i))["p"]
+        for i in range(40)
+    ]
+    assert 0.3 < np.mean(ps) < 0.7  # uniform where there is nothing
+    trait[::2] = -1
+    assert association(codes, trait, 9, random)["users"] == 200
+
+
+def test_bits_of_a_known_table():
+    x = np.array([0, 0, 1, 1])
+    assert association(x, x, 1, np.random.default_rng(0))["bits"] == pytest.approx(1.0)
+    assert association(x, np.array([0, 1, 0, 1]), 1, np.random.default_rng(0))["bits"] == 0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A fitted run on the small log, with a users table: `twin` is a code, `coin` is not."""
+    folder = tmp_path_factory.mktemp("explained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("USERIP_FAST_CACHE", str(folder / "cache"))
+        log, items = small_log.write(folder)
+        data = read_interactions(log, items, rating="rating", time="timestamp")
+        config = Config().override(dict(s.split("=") for s in small_log.TINY))
+        fields = [{"name": "taste", "prompt": "Taste is", "codebook_size": 3}]
+        config = Config.from_dict({**config.to_dict(), "fields": fields})
+        config = replace(config, data=replace(config.data, rating="rating", time="timestamp"))
+        model = fit(data, config=config, out=folder / "run")
+        yield folder, model, data, log, items
+
+
+def test_explain(run):
+    folder, model, data, _, _ = run
+    users = data.user_keys.to_pylist()
+    codes = model.infer(data)[:, 0]
+    table = pa.table(
+        {
+            "user_id": [*users[::-1], 999],
+            "twin": [f"t{c}" for c in codes[::-1]] + ["t0"],
+            "same": ["x"] * (len(users) + 1),
+        }
+    )
+    found = explain(model, data, table, permutations=50, out=folder / "run")
+    assert set(found["associations"]["taste"]) == {"twin"}  # one value tells nothing
+    assert found["associations"]["taste"]["twin"]["users"] == len(users)
+    assert found["associations"]["taste"]["twin"]["p"] < 0.05
+    told = found["fields"]["taste"]["codes"]
+    assert sum(c["users"] for c in told) == len(users)
+    for card in told:
+        assert card["users"] == (codes == card["code"]).sum()
+        for example in card["examples"]:
+            assert codes[users.index(example["user"])] == card["code"]
+            assert ": " in example["behaviour"]
+        if card["users"]:
+            assert card["typical"]
+        assert not set(card["contrastive"]) & set(card["avoided"])
+    assert json.loads((folder / "run" / "explain.json").read_text()) == json.loads(
+        json.dumps(found)
+    )
+    with pytest.raises(DataError, match="none of the users"):
+        explain(model, data, pa.table({"user_id": [12345], "a": ["x"]}))
+
+
+def test_command_line_and_the_whole_report(run):
+    pytest.importorskip("matplotlib")
+    folder, _, data, log, items = run
+    pq.write_table(
+        pa.table({"user_id": data.user_keys, "age": ["old", "young"] * (data.num_users // 2)}),
+        folder / "users.parquet",
+    )
+    args = ["explain", str(folder / "run"), "--interactions", log, "--items", items,
+            "--users", str(folder / "users.parquet"), "--permutations", "19", "--quiet"]  # fmt: skip
+    done = CliRunner().invoke(cli.app, args)
+    assert done.exit_code == 0, done.output
+    assert "taste and age:" in done.stdout
+    metric = {"mean": 0.7, "std": 0.01, "seeds": [0.7], "ci95": [0.69, 0.71]}
+    against = {"none": {"difference": 0.02, "ci95": [0.01, 0.03], "p": 0.01}}
+    ctr = {
+        "auc": {"none": {"dcn": metric}, "kmeans_attributes": None, "ids": {"dcn": metric}},
+        "reasons": {"kmeans_attributes": "no <column>"}, "protocol": "cold", "label": "rating>=4",
+        "paired": {"dcn": {"best_cluster": None, "against": against}},
+        "settings": {"features": ["none", "kmeans_attributes", "ids"], "backbones": ["dcn"]},
+    }  # fmt: skip
+    (folder / "run" / "cold").mkdir()
+    (folder / "run" / "cold" / "ctr.json").write_text(json.dumps(ctr))
+    truth = {"taste": {"traits": ["a", "b"], "counts": [[3, 0, 1], [0, 5, 0]]}}
+    (folder / "run" / "confusion.json").write_text(json.dumps(truth))
+    done = CliRunner().invoke(cli.app, ["report", str(folder / "run")])
+    assert done.exit_code == 0, done.output
+    page = (folder / "run" / "report.html").read_text()
+    # LM training, NLL, usage, map, confusion; AUC bars and gains.
+    assert page.count("<svg") == 7
+    for text in ("training of the LM", "NLL of behaviour", "users of each taste code", "codewords",
+                 "planted trait and code", "AUC gained by the IDs", "shared bits", "typical: ",
+                 "no &lt;column&gt;"):  # fmt: skip
+        assert text in page, text
+    # SVG name spaces
+    named = {"www.w3.org", "purl.org", "creativecommons.org", "matplotlib.org"}
+    assert set(re.findall(r"https?://([^/\"]+)", page)) <= named
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FormatError, match="no run folder"):
+        report_run(tmp_path)

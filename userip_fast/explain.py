@@ -1,0 +1,213 @@
+"""What codes mean: their items, users who stand for them, and traits that nobody told the model.
+
+Association with a users table is measured, never learned: the codes are fixed before the table is
+read. Shared information between code and trait is compared with what chance gives: the same codes
+on permuted users.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from userip_fast.bank import FeatureBank
+from userip_fast.behaviour import BehaviourSource
+from userip_fast.data import Events, Interactions
+from userip_fast.data.sources import TableLike, read_source
+from userip_fast.errors import DataError
+from userip_fast.files import write_json
+from userip_fast.model import Model
+from userip_fast.packing import Int64
+
+_MOST_VALUES = 64  # of a trait column
+
+
+def explain(
+    model: Model,
+    data: Interactions,
+    users: TableLike | None = None,
+    *,
+    traits: Sequence[str] | None = None,
+    permutations: int = 1000,
+    items: int = 3,
+    examples: int = 2,
+    out: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Explains the codes of a model on the users of `data`.
+
+    Args:
+        users: Table of users with the log's key column, that the codes never saw; None for none.
+        traits: Its columns; None takes those with 2 to 64 values.
+        permutations: For the p of an association; its least value is 1 / (permutations + 1).
+        items, examples: Per code.
+        out: Run folder that gets `explain.json`, for `userip report`.
+
+    Returns:
+        `fields`: per field its codes with words, users, items that are typical (most met),
+        contrastive (most over-represented) and avoided (most under-represented), and users who
+        stand for the code, the surest first where the model tells probabilities. `associations`:
+        field -> trait -> users, `bits` of mutual information, `chance_bits` (mean of the
+        permutations), `p`.
+
+    Raises:
+        DataError: The users table has no such column, or no user of the data.
+    """
+    source = BehaviourSource(model.format.events(data, model.catalogue), model.format)
+    codes, sure = _codes_of(model, data)
+    told = source.rendered()
+    result: dict[str, Any] = {"fields": {}, "associations": {}}
+    best = _best_feedback(source.events)
+    for j, f in enumerate(model.config.fields):
+        cards = {c["code"]: c for c in model.cards.get(f.name, [])}
+        listed = []
+        for k in range(f.codebook_size):
+            who = np.flatnonzero(codes[:, j] == k)
+            typical, contrastive, avoided = _items(source.events, best, who, items)
+            order = who if sure is None else who[np.argsort(-sure[who, j], kind="stable")]
+            listed.append(
+                {
+                    "code": k,
+                    "users": len(who),
+                    "words": list(cards.get(k, {}).get("words", [])),
+                    "typical": typical,
+                    "contrastive": contrastive,
+                    "avoided": avoided,
+                    "examples": [
+                        {
+                            "user": source.events.user_keys[int(u)].as_py(),
+                            "p": None if sure is None else float(sure[u, j]),
+                            "behaviour": _behaviour(source, told, int(u)),
+                        }
+                        for u in order[:examples]
+                    ],
+                }
+            )
+        result["fields"][f.name] = {"codes": listed}
+    if users is not None:
+        columns = _traits(users, data, model.config.data.user, traits)
+        random = np.random.default_rng(seed)
+        for j, f in enumerate(model.config.fields):
+            result["associations"][f.name] = {
+                name: association(codes[:, j], values, permutations, random)
+                for name, values in columns.items()
+            }
+    if out is not None:
+        write_json(Path(out) / "explain.json", result)
+    return result
+
+
+def association(
+    codes: Int64, values: Int64, permutations: int, random: np.random.Generator
+) -> dict[str, Any]:
+    """Mutual information of code and trait, against permuted users.
+
+    Args:
+        codes: [U].
+        values: [U], -1 for users whose trait is not known; they are left out.
+    """
+    known = values >= 0
+    x, y = codes[known], values[known]
+    found = _bits(x, y)
+    chance = np.array([_bits(x, random.permutation(y)) for _ in range(permutations)])
+    return {
+        "users": int(known.sum()),
+        "bits": found,
+        "chance_bits": float(chance.mean()),
+        "p": float((1 + (chance >= found - 1e-12).sum()) / (1 + permutations)),
+    }
+
+
+def _bits(x: Int64, y: Int64) -> float:
+    if not len(x):
+        return 0.0
+    table = np.zeros((x.max() + 1, y.max() + 1))
+    np.add.at(table, (x, y), 1 / len(x))
+    free = table.sum(1, keepdims=True) * table.sum(0, keepdims=True)
+    there = table > 0
+    return float((table[there] * np.log2(table[there] / free[there])).sum())
+
+
+def _codes_of(model: Model, data: Interactions) -> tuple[Int64, np.ndarray[Any, Any] | None]:
+    """[U, J] codes, and how sure the model is of each where its E-step tells."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        bank = model.infer(data, Path(folder) / "bank", on_bad="skip")
+        assert isinstance(bank, FeatureBank)
+        codes = np.array(bank.lookup(data.user_keys, on_unknown="code"), np.int64)
+        tell = getattr(bank, "probabilities", None)
+        try:
+            sure = None if tell is None else np.array(tell(data.user_keys))
+        except (LookupError, ValueError):
+            sure = None
+    return codes, sure
+
+
+def _best_feedback(events: Events) -> np.ndarray[Any, Any]:
+    """[N] events with the best feedback."""
+    if events.level is None:
+        return np.ones(events.num_events, bool)
+    best = 0 if events.words[0] == "chosen" else len(events.words) - 1
+    return np.asarray(events.level == best)
+
+
+def _items(
+    events: Events, kept: np.ndarray[Any, Any], who: Int64, count: int
+) -> tuple[list[str], list[str], list[str]]:
+    """Texts of the items most met by some users, most over-represented, and most missed."""
+    user = np.repeat(np.arange(events.num_users), np.diff(events.offsets))[kept]
+    item = events.item_index[kept].astype(np.int64)
+    base = np.bincount(item, minlength=len(events.item_keys)).astype(np.float64)
+    own = np.bincount(item[np.isin(user, who)], minlength=len(base)).astype(np.float64)
+    expected = base / max(base.sum(), 1.0) * own.sum()
+    score = (own - expected) / np.sqrt(expected + 1e-9)
+    text = events.item_text
+
+    def texts(order: Int64, good: np.ndarray[Any, Any]) -> list[str]:
+        chosen = [int(i) for i in order if good[i]]
+        return list(dict.fromkeys(text[i].as_py() for i in chosen[: 4 * count]))[:count]
+
+    return (
+        texts(np.argsort(-own, kind="stable"), own > 0),
+        texts(np.argsort(-score, kind="stable"), (own > 1) & (score > 0)),
+        texts(np.argsort(score, kind="stable"), (base > 1) & (score < 0)),
+    )
+
+
+def _behaviour(source: BehaviourSource, told: list[str], user: int, events: int = 5) -> str:
+    a, b = source.events.offsets[user : user + 2]
+    shown = [told[k] for k in source.kinds[a : min(b, a + events)]]
+    more = f" ... {b - a - events} more" if b - a > events else ""
+    return "".join(shown).removeprefix(source.format.separator) + more
+
+
+def _traits(
+    users: TableLike, data: Interactions, key: str, names: Sequence[str] | None
+) -> dict[str, Int64]:
+    """Trait -> [U] value number of each user of the data, -1 where it is not known."""
+    source = read_source(users, None, what="users", as_text={key})
+    source.require(key)
+    table = source.table
+    keys = table[key].combine_chunks()
+    keys = pc.cast(keys, pa.int64()) if data.user_keys.type == pa.int64() else keys
+    row = np.asarray(
+        pc.fill_null(pc.index_in(data.user_keys, value_set=pc.cast(keys, data.user_keys.type)), -1)
+    ).astype(np.int64)
+    if (row < 0).all():
+        raise DataError(f"{source.name}: holds none of the users of the data")
+    found: dict[str, Int64] = {}
+    for name in names if names is not None else [c for c in table.column_names if c != key]:
+        source.require(name)
+        column = table[name].combine_chunks().dictionary_encode()
+        if names is None and not 2 <= len(column.dictionary) <= _MOST_VALUES:
+            continue
+        code = np.asarray(pc.fill_null(column.indices, -1)).astype(np.int64)
+        found[name] = np.where(row >= 0, code[row], -1)
+    return found

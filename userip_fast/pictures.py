@@ -1,0 +1,182 @@
+"""The report's pictures: one small inline SVG each, readable on white, on black and on a phone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, ACCENT, SECOND = "#808080", "#3b82c4", "#d97b29"
+_SHADES = ("#9aa7b5", "#7a8fa6", "#b39a6b", "#a58bb0", "#7fa68a", "#c08a8a", "#8a8a8a", ACCENT)
+
+Draw = Callable[["Axes"], None]
+
+
+def svg(draw: Draw, width: float = 4.6, height: float = 2.8) -> str:
+    """One inline figure; the same bytes for the same picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "userip_fast"}
+    style |= {f"axes.spines.{side}": False for side in ("top", "right")}
+    style |= {f"axes.{part}color": INK for part in ("edge", "label", "title")}
+    style |= {f"{part}.color": INK for part in ("text", "xtick", "ytick")}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.add_subplot())
+        text = StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    found = text.getvalue()
+    return found[found.index("<svg") :]  # without the XML prologue
+
+
+def lm_curve(tokens: Sequence[int], loss: Sequence[float]) -> str:
+    """Loss of the embedded LM's training."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(np.asarray(tokens) / 1000, loss, color=ACCENT, lw=1)
+        axes.set(xlabel="thousand tokens", ylabel="nats per token", title="training of the LM")
+
+    return svg(draw)
+
+
+def nll_curve(records: Sequence[Mapping[str, Any]]) -> str:
+    """NLL of the behaviour, round by round."""
+
+    def draw(axes: Axes) -> None:
+        rounds = [r["round"] + 1 for r in records]
+        axes.plot(rounds, [r["nll_per_weight"] for r in records], "o-", color=ACCENT)
+        axes.set(
+            xlabel="round", ylabel="nats per loss weight", title="NLL of behaviour", xticks=rounds
+        )
+
+    return svg(draw)
+
+
+def usage(name: str, counts: Sequence[int]) -> str:
+    """Users of each code."""
+
+    def draw(axes: Axes) -> None:
+        axes.bar(range(len(counts)), sorted(counts, reverse=True), color=ACCENT)
+        axes.set(
+            xlabel="codes, most used first", ylabel="users", title=f"users of each {name} code"
+        )
+        axes.set_xticks([])
+
+    return svg(draw)
+
+
+def code_map(
+    name: str, codewords: np.ndarray[Any, Any], users: Sequence[int], words: Sequence[str]
+) -> str:
+    """The soft prompts that the codes stand for, in their two widest directions.
+
+    Args:
+        codewords: [K, m D].
+        users: [K], area of a code's dot.
+        words: [K], its label.
+    """
+    x = codewords - codewords.mean(0)
+    u, s, _ = np.linalg.svd(x, full_matrices=False)
+    place = np.zeros((len(x), 2))
+    place[:, : min(2, len(s))] = (u * s)[:, :2]
+    share = (s**2 / max(float((s**2).sum()), 1e-12))[:2].sum()
+
+    def draw(axes: Axes) -> None:
+        size = 20 + 380 * np.asarray(users) / max(1, max(users, default=1))
+        colors = [_PALETTE[i % len(_PALETTE)] for i in range(len(x))]
+        axes.scatter(place[:, 0], place[:, 1], s=size, c=colors, alpha=0.65, lw=0)
+        for (a, b), word in zip(place, words):
+            axes.annotate(word, (a, b), fontsize=7, ha="center", va="center")
+        axes.margins(0.16)
+        axes.set(xticks=[], yticks=[], title=f"{name}: codewords ({share:.0%} of their variance)")
+
+    return svg(draw, 4.6, 3.6)
+
+
+def confusion(name: str, counts: np.ndarray[Any, Any], traits: Sequence[str]) -> str:
+    """Users by planted trait (rows) and code, columns ordered so that matches meet the diagonal."""
+    order, left = [], list(range(counts.shape[1]))
+    for row in counts:
+        if left:
+            best = max(left, key=lambda c: row[c])
+            order.append(best)
+            left.remove(best)
+    shown = counts[:, order + left]
+
+    def draw(axes: Axes) -> None:
+        share = shown / np.maximum(shown.sum(1, keepdims=True), 1)
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for i, j in np.ndindex(shown.shape):
+            if shown[i, j]:
+                ink = "white" if share[i, j] > 0.5 else INK
+                axes.text(j, i, str(shown[i, j]), ha="center", va="center", fontsize=7, color=ink)
+        axes.set_yticks(range(len(traits)), traits)
+        axes.set_xticks(range(shown.shape[1]), [str(c) for c in order + left])
+        axes.set(xlabel="code", title=f"{name}: planted trait and code")
+
+    return svg(draw, 4.6, 0.6 + 0.34 * len(traits))
+
+
+def auc_bars(result: Mapping[str, Any], title: str) -> str:
+    """AUC of each feature and recommender with its interval, from a ctr.json."""
+    features = [f for f in result["settings"]["features"] if result["auc"][f] is not None]
+    backbones = result["settings"]["backbones"]
+
+    def draw(axes: Axes) -> None:
+        wide = 0.84 / len(features)
+        for i, f in enumerate(features):
+            by = [result["auc"][f][b] for b in backbones]
+            at = np.arange(len(backbones)) + (i - (len(features) - 1) / 2) * wide
+            mean = np.array([v["mean"] for v in by])
+            reach = np.abs(np.array([v["ci95"] for v in by]).T - mean)
+            color = ACCENT if f == "ids" else _SHADES[i % (len(_SHADES) - 1)]
+            axes.bar(at, mean, wide * 0.92, color=color, label=f)
+            axes.errorbar(at, mean, reach, fmt="none", ecolor=INK, elinewidth=1)
+        axes.set_xticks(range(len(backbones)), backbones)
+        low = min(v["ci95"][0] for f in features for v in result["auc"][f].values())
+        axes.set_ylim(bottom=min(0.5, low) - 0.01)
+        axes.set(ylabel="AUC, 95 % interval", title=title)
+        axes.legend(
+            fontsize=6, ncols=4, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1)
+        )
+
+    return svg(draw, 5.2, 3.4)
+
+
+def gains(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the IDs add over no feature and over the best cluster, by protocol: new, cold, warm."""
+    rows = []
+    for name, r in results.items():
+        for backbone, compared in r["paired"].items():
+            rows.append((f"{name}, {backbone}", compared))
+
+    def draw(axes: Axes) -> None:
+        for y, (_, compared) in enumerate(rows):
+            pairs = [("none", ACCENT, -0.14), (compared["best_cluster"], SECOND, 0.14)]
+            for other, color, shift in pairs:
+                if d := compared["against"].get(other):
+                    low, high = d["ci95"]
+                    axes.plot([low, high], [y + shift] * 2, color=color, lw=2)
+                    axes.plot(d["difference"], y + shift, "o", color=color, ms=4)
+        axes.axvline(0, color=INK, lw=0.8)
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=7)
+        axes.invert_yaxis()
+        axes.set(xlabel="AUC gained by the IDs", title="over no feature, over the best cluster")
+
+    return svg(draw, 5.2, 1.0 + 0.32 * len(rows))
+
+
+_PALETTE = (
+    "#3b82c4", "#d97b29", "#4a9c5d", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c",
+    "#b5a12a", "#2fa3b5", "#6b8e23", "#a0522d", "#6a5acd", "#cd5c5c", "#20937a", "#b8860b",
+)  # fmt: skip
