@@ -98,7 +98,7 @@ def test_command_line_and_the_whole_report(run):
         folder / "users.parquet",
     )
     args = ["explain", str(folder / "run"), "--interactions", log, "--items", items,
-            "--users", str(folder / "users.parquet"), "--permutations", "19", "--quiet"]  # fmt: skip
+            "--users", str(folder / "users.parquet"), "--permutations", "19", "-q"]  # fmt: skip
     done = CliRunner().invoke(cli.app, args)
     assert done.exit_code == 0, done.output
     assert "taste and age:" in done.stdout
