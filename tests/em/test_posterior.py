@@ -170,7 +170,7 @@ def test_mstep_gradient_is_that_of_the_objective(posterior):
         objective = sum(joint[users == u].logsumexp(0) for u in range(len(block.hashes)))
         want = torch.autograd.grad(-objective, words)
         for a, b in zip(got.gradient, want):
-            assert (a - b).norm() < 0.02 * b.norm()  # candidates below 0.1 % are left out
+            assert (a - b).norm() < 0.03 * b.norm()  # unlikely candidates are left out
     total = sum(float(c.sum()) for c in got.counts)
     assert total == pytest.approx(2 * len(block.hashes), rel=0.02)
     again = MixtureMStep(engine, config, 0.1).stats(block, found.candidates, books)

@@ -33,7 +33,7 @@ from userip_fast.lm.engine import Engine
 from userip_fast.packing import Behaviour, Int64, iter_packs
 
 _EXACT_LIMIT = 4096
-_MIN_WEIGHT = 1e-3  # candidates that an M-step need not look at
+_MIN_WEIGHT = 3e-3  # candidates that an M-step need not look at
 _OWN = -2  # stands for a field's own code among the codes that its line is given
 
 
@@ -237,13 +237,16 @@ def _ascent(scorer: Scorer) -> _Found:
         codes[:, j] = k
         parts.append((who, codes, weight[who, k]))
     who, codes, weight = (torch.cat(x) for x in zip(*parts))
-    order = who.argsort(stable=True)
+    # The codes found stand in every line.
+    pairs = torch.cat([who[:, None], codes], dim=1)
+    rows, same = torch.unique(pairs, dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
+    weight = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, same, weight)
     return _Found(
         z,
         nll,
         log_resp,
         evidence.mean(1),
-        Candidates(who[order], codes[order], weight[order]),
+        Candidates(rows[:, 0], rows[:, 1:], weight),
     )
 
 
