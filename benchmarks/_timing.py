@@ -65,22 +65,30 @@ def time_ms(run: Run, device: str) -> float:
 
 
 def compare(
-    contenders: Mapping[str, Run], device: str, *, seconds: float = 2.0, rounds: int = 50
+    contenders: Mapping[str, Run],
+    device: str,
+    *,
+    seconds: float = 2.0,
+    rounds: int = 50,
+    at_least: int = 3,
+    warm_up: bool = True,
 ) -> dict[str, dict[str, float]]:
     """best_ms, p20_ms, median_ms and p80_ms of each contender.
 
     Args:
-        contenders: Name -> what to time. Each is called once beforehand as a warm-up.
+        contenders: Name -> what to time.
         device: "cpu" or "cuda".
-        seconds: Stop after this long, but not before 3 rounds.
+        seconds: Stop after this long, but not before `at_least` rounds.
         rounds: Stop after so many rounds.
+        at_least: See `seconds`.
+        warm_up: Whether to call each once beforehand.
     """
-    for run in contenders.values():
+    for run in contenders.values() if warm_up else ():
         run()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     begin = time.perf_counter()
     for done in range(rounds):
-        if done >= 3 and time.perf_counter() - begin > seconds:
+        if done >= at_least and time.perf_counter() - begin > seconds:
             break
         for name, run in contenders.items():
             times[name].append(time_ms(run, device))

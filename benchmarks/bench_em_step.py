@@ -1,6 +1,6 @@
 """One gradient EM step, against the public code's way and against PEFT prompt tuning.
 
-    python benchmarks/bench_em_step.py --device cpu|cuda [--threads N] [--quick]
+    python benchmarks/bench_em_step.py --device cpu|cuda [--case NAME] [--rounds N]
     pytest benchmarks/bench_em_step.py --benchmark-only
 
 Case: a random Llama (hidden 512, 8 layers, vocabulary 8192; on CUDA the Llama-2-7B shape) in NF4
@@ -47,6 +47,7 @@ from userip_fast.packing import Behaviour, Pack, make_pack
 from userip_fast.prompts import Layout
 
 TABLE, USERS, NAME_TOKENS = 20_000, 32, 16
+CASES = {"b50_j8": (8, 50), "b100_j2": (2, 100)}  # fields, mean tokens of behaviour
 
 
 class NoTokenizer:
@@ -342,7 +343,7 @@ def contenders(case: Case) -> dict[str, Callable[[], Any]]:
     }
 
 
-def measure(lm: FrozenLM, fields: int, mean: int, device: str, quick: bool) -> dict[str, Any]:
+def measure(lm: FrozenLM, fields: int, mean: int, device: str, rounds: int) -> dict[str, Any]:
     case = make_case(lm, fields, mean)
     error = check(case)
     steps = contenders(case)
@@ -352,11 +353,13 @@ def measure(lm: FrozenLM, fields: int, mean: int, device: str, quick: bool) -> d
                 steps[name] = step
     if case.longest_text == case.behaviour.lengths.max():
         steps["public_longest"] = steps["public_batch"]  # the same padding: measured once
-    memory = {name: peak_mib(step, device) for name, step in steps.items()}
-    distinct = {name: step for name, step in steps.items()
-                if name != "public_longest" or step is not steps["public_batch"]}  # fmt: skip
-    times = compare(distinct, device, seconds=10.0 if quick or device == "cuda" else 60.0, rounds=7)
-    times = {name: times.get(name) or times["public_batch"] for name in steps}
+    distinct = dict(steps)
+    if steps["public_longest"] is steps["public_batch"]:
+        del distinct["public_longest"]
+    memory = {name: peak_mib(step, device) for name, step in distinct.items()}  # and a warm-up
+    times = compare(distinct, device, seconds=10.0, rounds=7, at_least=rounds, warm_up=False)
+    for found in (memory, times):
+        found.setdefault("public_longest", found["public_batch"])
     table = TABLE * case.layout.num_soft * lm.hidden_size * 4 / 2**20
     held = {"public_as_is": 4 * table, "peft": 0.0, "peft_bnb": 0.0}  # with gradient and moments
     state = {name: round(held.get(name, table), 1) for name in steps}
@@ -394,26 +397,34 @@ def measure(lm: FrozenLM, fields: int, mean: int, device: str, quick: bool) -> d
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
+    parser.add_argument("--case", choices=sorted(CASES), help="only this one")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each, at least (3)")
     arguments = parser.parse_args(argv)
     apply_arguments(arguments)
     lm = make_lm(arguments.device, arguments.quick)
     cases = {
-        "b50_j8": measure(lm, 8, 50, arguments.device, arguments.quick),
-        "b100_j2": measure(lm, 2, 100, arguments.device, arguments.quick),
+        name: measure(lm, *case, arguments.device, arguments.rounds)
+        for name, case in CASES.items()
+        if arguments.case in (None, name)
     }
-    j2, j8 = cases["b100_j2"]["ratios"], cases["b50_j8"]["ratios"]
-    step, held = cases["b100_j2"]["peak_mib"], cases["b100_j2"]["state_mib"]
-    names = ("ours", "public_batch", "public_as_is", "peft", "peft_bnb")
+
+    def ratio(case: str, other: str) -> float | None:
+        return cases[case]["ratios"].get(other) if case in cases else None
+
     print(json.dumps({
         "benchmark": "em_step",
         "ratios": {
-            "public_b100_j2": j2["public_batch"],
-            "public_b50_j8": j8["public_batch"],
-            "public_as_is": j2["public_as_is"],
-            "peft": j2.get("peft"),
-            "peft_bnb": j2.get("peft_bnb"),
+            "public_b100_j2": ratio("b100_j2", "public_batch"),
+            "public_b50_j8": ratio("b50_j8", "public_batch"),
+            "public_as_is": ratio("b100_j2", "public_as_is"),
+            "peft": ratio("b100_j2", "peft"),
+            "peft_bnb": ratio("b100_j2", "peft_bnb"),
         },
-        "memory_b100_j2_mib": {n: [step[n], held[n]] for n in names if n in step},
+        "memory_mib": {
+            name: {who: {"step": mib, "state": case["state_mib"][who]}
+                   for who, mib in case["peak_mib"].items()}
+            for name, case in cases.items()
+        },
         "cases": cases,
         "ceilings": ceilings(arguments.device),
         "machine": machine(arguments.device),

@@ -6,13 +6,17 @@
 Forward plus dq, dk, dv of one layer; CPU in fp32, CUDA in bf16. Every contender computes the same
 masked attention and must agree with the reference on the rows that exist, else no number. The
 padded baseline is given its padded tensors and its dense mask for free, FlexAttention its compiled
-block mask (building that is timed apart). The last line is JSON: `ratios` are the other's best time
-over ours at the worst shape.
+block mask; "flex with mask" adds the building of that mask. On CUDA "whole prompts" are what a
+model without this op would run: flash kernels over whole prompts, prefix rows repeated per user,
+under a plain causal mask (another result, so its cost only), by torch and, where installed,
+flash-attn. A name with "fwd" is the forward pass alone. The last line is JSON: `ratios` are the
+other's best time over ours at the worst shape.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Callable
 from itertools import pairwise
@@ -73,7 +77,7 @@ class Problem:
         self.prefix_v = random(self.prefix, shape.kv_heads)
         self.longest = int(lengths.max())
 
-    def ours(self, impl: str) -> Callable[[], Result]:
+    def ours(self, impl: str, forward_only: bool = False) -> Callable[[], Result]:
         leaves = [x.clone().requires_grad_() for x in (self.q, self.k, self.v)]
         position = torch.zeros_like(self.segment)
         ints = (self.segment, self.prefix_segment, self.cu, position, position[: self.prefix])
@@ -90,6 +94,8 @@ class Problem:
                 max_seqlen=self.longest,
                 impl=impl,
             )
+            if forward_only:
+                return (out.detach(),)
             return out.detach(), *torch.autograd.grad(out, leaves, self.d_out)
 
         return run
@@ -123,6 +129,37 @@ class Problem:
             return out.detach(), *torch.autograd.grad(out, (q, k, v), grad)
 
         return run, lambda xs: tuple(x.transpose(1, 2)[real] for x in xs)
+
+    def whole_prompts(self, library: str, forward_only: bool = False) -> Callable[[], Result]:
+        """Flash attention of every user's whole prompt, prefix rows and all, plainly causal."""
+        lengths = self.cu.diff() + self.prefix
+        cu = F.pad(lengths.cumsum(0), (1, 0)).int().to(self.device)
+        rows, most, gqa = int(lengths.sum()), int(lengths.max()), self.q.shape[1] != self.k.shape[1]
+        q, k, v = (
+            torch.randn(rows, *x.shape[1:], device=self.device, dtype=x.dtype).requires_grad_()
+            for x in (self.q, self.k, self.v)
+        )
+        d_out = torch.randn_like(q)
+        if library == "torch":
+            from torch.nn.attention.varlen import varlen_attn
+
+            def attend() -> Any:
+                return varlen_attn(q, k, v, cu, cu, most, most, scale=self.scale,
+                                   window_size=(-1, 0), enable_gqa=gqa)  # fmt: skip
+        else:
+            from flash_attn import flash_attn_varlen_func
+
+            def attend() -> Any:
+                return flash_attn_varlen_func(
+                    q, k, v, cu, cu, most, most, softmax_scale=self.scale, causal=True
+                )
+
+        def run() -> Result:
+            with torch.set_grad_enabled(not forward_only):
+                out = attend()
+            return (out,) if forward_only else torch.autograd.grad(out, (q, k, v), d_out)
+
+        return run
 
     def flex(self) -> tuple[Callable[[], Result], Callable[[], Any]]:
         """FlexAttention over [prefix | pack], compiled; and the building of its block mask."""
@@ -184,7 +221,12 @@ def make_runs(shape: Shape, device: str) -> dict[str, Callable[[], Any]]:
             error = float((got.float() - x.float()).abs().max() / x.float().abs().max())
             assert error < (1e-4 if device == "cpu" else 3e-2), f"{name}: {error}"
     if device == "cuda":
-        runs["flex mask build"] = build
+        runs["flex with mask"] = lambda: (build(), runs["flex"]())
+        runs["ours fwd"] = problem.ours("auto", forward_only=True)
+        for library in ("torch", "flash-attn"):
+            if library == "torch" or importlib.util.find_spec("flash_attn"):
+                runs[f"whole prompts {library}"] = problem.whole_prompts(library)
+                runs[f"whole prompts {library} fwd"] = problem.whole_prompts(library, True)
     return runs
 
 
@@ -195,11 +237,16 @@ def run(device: str, shapes: list[Shape], seconds: float) -> dict[str, Any]:
     for shape in shapes:
         runs = make_runs(shape, device)
         times = compare(runs, device, seconds=seconds)
-        ours = times["ours"]["best_ms"]
+        best = {name: t["best_ms"] for name, t in times.items()}
+        ratios = {
+            name: round(ms / best["ours fwd" if name.endswith("fwd") else "ours"], 2)
+            for name, ms in best.items()
+            if not name.startswith("ours")
+        }
         entry = {
             "shape": shape._asdict(),
             "times": times,
-            "ratios": {n: round(t["best_ms"] / ours, 2) for n, t in times.items() if n != "ours"},
+            "ratios": ratios,
             "peak_mib": {n: peak_mib(runs[n], device) for n in ("ours", "padded sdpa")},
         }
         print(entry)

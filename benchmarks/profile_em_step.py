@@ -23,13 +23,12 @@ from typing import Any
 
 import torch
 from _timing import add_arguments, apply_arguments, machine
-from bench_em_step import Case, Rows, make_case, make_lm
+from bench_em_step import CASES, Case, Rows, make_case, make_lm
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from userip_fast.lm import PackedEngine, ReferenceEngine
 from userip_fast.lm.engine import Engine
 
-CASES = {"b100_j2": (2, 100), "b50_j8": (8, 50)}
 TOP = 12  # operators printed
 
 

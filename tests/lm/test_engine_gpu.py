@@ -22,10 +22,13 @@ def run(engine, behaviour, theta):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_device_equals_cpu(family, dtype):
+@pytest.mark.parametrize("long_history", [False, True])
+def test_device_equals_cpu(family, dtype, long_history):
+    """Long histories are cut, and carry loss on feedback alone."""
     cpu = tiny.frozen(family)
     layout = tiny.template(2, 2).layout(cpu.tokenizer)
-    behaviour = tiny.behaviour(layout, users=40)
+    few = {"text_weight": 0.0, "chunk_tokens": 40} if long_history else {}
+    behaviour = tiny.behaviour(layout, users=40, **few)
     theta = torch.randn(40, layout.num_soft, cpu.hidden_size) * cpu.embedding_rms
     nll, grad = run(ReferenceEngine(cpu, layout), behaviour, theta)
 

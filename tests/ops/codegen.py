@@ -113,6 +113,7 @@ def run_isolated(script: Path, jobs: list[list[str]], workers: int = 2) -> list[
     The script prints one JSON list of reports as its last line (`print_reports`).
     """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_DEFAULT_FP_FUSION"] = "1"  # as userip_fast.ops sets it
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(script.parent), env.get("PYTHONPATH", "")])
 
     def one(job: list[str]) -> list[Report]:

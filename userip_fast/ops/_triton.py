@@ -11,6 +11,8 @@ from torch import Tensor
 
 @cache
 def _installed() -> bool:
+    # Triton's own default is about to change; the register counts in docs/ were taken with this.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     return find_spec("triton") is not None
 
 
