@@ -9,6 +9,7 @@ Only a bug shows a traceback.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from functools import partial
@@ -542,14 +543,35 @@ def lookup(
 @bank_app.command()
 def export(
     bank: Annotated[Path, typer.Argument(help="Bank folder.")],
-    out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
+    out: Annotated[Path | None, typer.Argument(help="Parquet file to write.")] = None,
+    layout: Annotated[
+        str, typer.Option(help="Of the Parquet file: plain, or feast (with event_timestamp).")
+    ] = "plain",
+    redis: Annotated[
+        str | None,
+        typer.Option(
+            help="Write to a Redis instead: redis://host:6379/0. A password is better given by "
+            "USERIP_FAST_REDIS_URL with --redis env.",
+        ),
+    ] = None,
+    namespace: Annotated[str, typer.Option(help="Prefix of the keys in Redis.")] = "userip",
 ) -> None:
-    """Write a bank as one Parquet file: user_id and a column of codes per field."""
+    """Write a bank as one Parquet file (user_id, a column of codes per field), or into Redis."""
     from userip_fast.bank import FeatureBank
 
+    if (out is None) == (redis is None) or layout not in ("plain", "feast"):
+        _die("name either a Parquet file (--layout plain or feast) or --redis URL", 2)
     opened = FeatureBank.open(bank)
-    opened.to_parquet(out)
-    print(f"{out}: {len(opened):,} users, fields {[f['name'] for f in opened.fields]}")
+    where = str(out)
+    if redis is not None:
+        from userip_fast.bank.redis_export import export_redis, redacted
+
+        url = os.environ.get("USERIP_FAST_REDIS_URL", "") if redis == "env" else redis
+        version = export_redis(opened, url, namespace=namespace)
+        where = f"{redacted(url)}, {namespace}:{version}"
+    elif out is not None:
+        (opened.to_feast if layout == "feast" else opened.to_parquet)(out)
+    print(f"{where}: {len(opened):,} users, fields {[f['name'] for f in opened.fields]}")
 
 
 @bank_app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from userip_fast.bank.feast import write_feast
 from userip_fast.bank.generations import current_generation
 from userip_fast.bank.index import KeyTypeError, as_keys, key_type, name_some
 from userip_fast.bank.layout import VERSION, Field, Generation
@@ -212,6 +214,14 @@ class FeatureBank:
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
         """Writes `user_id`, a column of codes per field and, if any, `FIELD_probability`."""
         write_parquet(self, path)
+
+    def to_feast(self, path: str | os.PathLike[str], at: datetime | None = None) -> None:
+        """Writes the Parquet layout that Feast's file source reads.
+
+        Args:
+            at: `event_timestamp` of all rows, with a time zone; None for now.
+        """
+        write_feast(self, path, at)
 
     @classmethod
     def from_parquet(

@@ -1,0 +1,190 @@
+"""Exports to Redis (a real server) and to Feast's layout."""
+
+import shutil
+import socket
+import subprocess
+import time
+from datetime import UTC, datetime
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from userip_fast.bank import FeatureBank
+from userip_fast.bank.redis_export import RedisBank, connect, export_redis, redacted
+from userip_fast.errors import ConfigError, DataError, FormatError, UnavailableError
+
+FIELDS = [
+    {"name": "taste", "codebook_size": 300, "code_names": None},
+    {"name": "habit", "codebook_size": 4, "code_names": None},
+]
+
+
+def bank(folder, keys, seed=0):
+    random = np.random.default_rng(seed)
+    codes = np.stack([random.integers(0, f["codebook_size"], len(keys)) for f in FIELDS], axis=1)
+    made = FeatureBank.write(folder, keys, codes, fields=FIELDS, model_fingerprint=f"m{seed}")
+    return made, codes
+
+
+class Server:
+    """A redis-server of our own, with a password."""
+
+    def __init__(self, folder):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.url = f"redis://:secret@127.0.0.1:{port}/0"
+        self.command = [
+            "redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "",
+            "--appendonly", "no", "--dir", str(folder), "--requirepass", "secret",
+        ]  # fmt: skip
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
+        for _ in range(100):
+            try:
+                connect(self.url)
+                return
+            except UnavailableError:
+                time.sleep(0.05)
+        raise AssertionError("redis-server does not answer")
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path):
+    pytest.importorskip("redis", reason="needs the client: pip install 'userip-fast[redis]'")
+    if shutil.which("redis-server") is None:
+        pytest.skip("needs redis-server (apt-get install redis-server)")
+    made = Server(tmp_path)
+    yield made
+    made.stop()
+
+
+@pytest.mark.parametrize("strings", [False, True])
+def test_redis_gives_what_the_bank_gives(server, tmp_path, strings):
+    keys = [f"user:{i} é" for i in range(257)] if strings else np.arange(-50, 207)
+    made, codes = bank(tmp_path / "bank", keys)
+    version = export_redis(made, server.url, batch=100)
+    online = RedisBank(server.url)
+    assert np.array_equal(online.lookup(keys), codes)
+    assert (online.version, online.model_fingerprint) == (version, "m0")
+    unknown = ["nobody"] if strings else [10**12]
+    with pytest.raises(DataError, match="1 of 1 are not in the bank"):
+        online.lookup(unknown)
+    assert online.lookup(unknown, on_unknown="code").tolist() == [[300, 4]]
+
+
+def test_a_new_version_replaces_the_old_one_and_older_ones_go(server, tmp_path):
+    keys = np.arange(50)
+    for seed in range(4):
+        made, codes = bank(tmp_path / f"bank{seed}", keys, seed)
+        export_redis(made, server.url, namespace="a.b", version=f"v{seed}")
+    online = RedisBank(server.url, "a.b")
+    assert online.version == "v3"
+    assert np.array_equal(online.lookup(keys), codes)
+    left = {k.decode().split(":")[1] for k in connect(server.url).scan_iter("a.b:*")}
+    assert left == {"current", "versions", "v2", "v3"}
+    with pytest.raises(FormatError, match="holds no bank named 'other'"):
+        RedisBank(server.url, "other")
+
+
+def test_a_redis_that_goes_away_keeps_the_version_before(server, tmp_path, monkeypatch):
+    import redis
+
+    keys = np.arange(1000)
+    first, _ = bank(tmp_path / "a", keys, 0)
+    second, codes = bank(tmp_path / "b", keys, 1)
+    export_redis(first, server.url)
+    client = connect(server.url)
+    done = 0
+    real = redis.client.Pipeline.execute
+
+    def execute(self, *args, **kwargs):
+        nonlocal done
+        done += 1
+        if done == 4:
+            server.stop()
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(redis.client.Pipeline, "execute", execute)
+    with pytest.raises(UnavailableError, match="still see the version from before") as e:
+        export_redis(second, server.url, batch=100)
+    assert "secret" not in str(e.value)
+    del client
+    monkeypatch.undo()
+    server.start()  # empty, as it keeps nothing on disk
+    export_redis(second, server.url)
+    assert np.array_equal(RedisBank(server.url).lookup(keys), codes)
+
+
+def test_an_interrupted_export_leaves_the_pointer(server, tmp_path, monkeypatch):
+    import redis
+
+    keys = np.arange(1000)
+    first, codes = bank(tmp_path / "a", keys, 0)
+    second, _ = bank(tmp_path / "b", keys, 1)
+    export_redis(first, server.url)
+    done = 0
+    real = redis.client.Pipeline.execute
+
+    def execute(self, *args, **kwargs):
+        nonlocal done
+        done += 1
+        if done == 5:
+            raise redis.ConnectionError(f"lost {server.url}")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(redis.client.Pipeline, "execute", execute)
+    with pytest.raises(UnavailableError) as e:
+        export_redis(second, server.url, batch=100)
+    assert "secret" not in f"{e.value} {e.value.__cause__}"
+    monkeypatch.undo()
+    assert np.array_equal(RedisBank(server.url).lookup(keys), codes)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "http://host", "redis://", "file:///etc/passwd", "redis://h:99999", "unix://", "redis://[::"],
+)  # fmt: skip
+def test_urls_that_are_none_are_refused(url):
+    with pytest.raises(ConfigError, match="Redis URL"):
+        connect(url)
+
+
+def test_secrets_are_never_told():
+    assert redacted("redis://me:pass@host:1/2?password=x#y") == "redis://host:1/2"
+    pytest.importorskip("redis")
+    with pytest.raises(UnavailableError) as e:
+        connect("redis://me:hush@127.0.0.1:1/0", timeout_s=0.2)
+    assert "hush" not in str(e.value)
+    assert "127.0.0.1:1" in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["", "a:b", "x" * 65, "a*"])
+def test_namespaces_that_could_touch_other_keys_are_refused(name, tmp_path):
+    made, _ = bank(tmp_path / "bank", np.arange(3))
+    with pytest.raises(ConfigError, match="namespace="):
+        export_redis(made, "redis://127.0.0.1:1", namespace=name)
+
+
+def test_feast_layout(tmp_path):
+    made, codes = bank(tmp_path / "bank", np.arange(9))
+    made.to_feast(tmp_path / "f.parquet", datetime(2026, 1, 2, tzinfo=UTC))
+    table = pq.read_table(tmp_path / "f.parquet")
+    assert table.column_names == [
+        "user_id", "taste", "habit", "model_fingerprint", "event_timestamp",
+    ]  # fmt: skip
+    assert table.schema.field("taste").type == pa.int32()
+    assert str(table.schema.field("event_timestamp").type) == "timestamp[us, tz=UTC]"
+    rows = np.argsort(table["user_id"].to_numpy())
+    assert np.array_equal(table["habit"].to_numpy()[rows], codes[:, 1])
+    assert table["event_timestamp"][0].as_py() == datetime(2026, 1, 2, tzinfo=UTC)
+    with pytest.raises(ConfigError, match="time zone"):
+        made.to_feast(tmp_path / "g.parquet", datetime(2026, 1, 2))
