@@ -22,7 +22,7 @@ from userip_fast.data import Catalogue, InteractionStream
 from userip_fast.em.distributed import start_processes
 from userip_fast.em.mstep import check_codebook_sizes
 from userip_fast.em.trainer import profiles_total
-from userip_fast.errors import ConfigError, DataError
+from userip_fast.errors import ConfigError, DataError, StorageError
 from userip_fast.files import storage_errors, sweep_leftovers, write_json
 from userip_fast.lm import FrozenLM
 from userip_fast.lm.embedded import SlotIds, embedded_lm
@@ -333,6 +333,11 @@ class _JsonLines:
                 self.file.write(json.dumps(record) + "\n")
                 self.file.flush()
 
-    def __exit__(self, *_: object) -> None:
-        if self.file:
-            self.file.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self.file and self.path:
+            try:
+                with storage_errors(self.path):
+                    self.file.close()
+            except StorageError:
+                if kind is None:  # else the disk's failing has been told
+                    raise

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from userip_fast.errors import DataError, FormatError, UnavailableError
-from userip_fast.files import atomic_dir, read_json, sha256_file, write_json
+from userip_fast.files import atomic_dir, read_json, sha256_file, storage_errors, write_json
 
 CURRENT = "CURRENT"
 MANIFEST = "manifest.json"
@@ -86,6 +86,7 @@ def write_lock(path: Path, timeout_s: float) -> Iterator[None]:
 
     Raises:
         DataError: `path` exists and is not a bank.
+        StorageError: `path` cannot be written to.
         UnavailableError: Another writer holds the lock for longer than `timeout_s`.
     """
     _refuse_foreign(path)
@@ -116,11 +117,12 @@ def _refuse_foreign(path: Path) -> None:
 def _acquire(path: Path, timeout_s: float) -> IO[bytes]:
     deadline = time.monotonic() + timeout_s
     while True:
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = open(path / _LOCK, "ab")  # noqa: SIM115 (it lives as long as the lock)
-        except FileNotFoundError:
-            continue  # an abandoned first write just removed the folder
+        with storage_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = open(path / _LOCK, "ab")  # noqa: SIM115 (it lives as long as the lock)
+            except FileNotFoundError:
+                continue  # an abandoned first write just removed the folder
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / _LOCK)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from userip_fast.bank.layout import FORMAT, VERSION, Field, check_fields, check_metadata
 from userip_fast.errors import FormatError, UserIPError
 from userip_fast.files import atomic_file
+from userip_fast.keys import hash_keys
 
 if TYPE_CHECKING:
     from userip_fast.bank.feature_bank import FeatureBank
@@ -58,6 +60,7 @@ def bank_table(
         "fields": fields,
         "model_fingerprint": model_fingerprint,
         "metadata": metadata,
+        "sha256": _digest(keys, codes, probabilities),
     }
     return pa.table(columns).replace_schema_metadata({_SCHEMA_KEY: json.dumps(about)})
 
@@ -77,15 +80,30 @@ def read_parquet(path: str | os.PathLike[str]) -> dict[str, Any]:
         codes = [table[name].to_numpy() for name in names]
         p_names = [f"{name}_probability" for name in names]
         has_p = p_names[0] in table.column_names
+        p = np.stack([table[n].to_numpy() for n in p_names], 1) if has_p else None
+        # Parquet has no checksums of its own; files of before there was one have none here either.
+        if (
+            about.get("sha256", digest := _digest(table["user_id"], np.stack(codes, 1), p))
+            != digest
+        ):
+            raise FormatError(f"{path}: altered since it was written (SHA-256 differs)")
         return {
             "user_keys": table["user_id"],
             "code_ids": np.stack(codes, axis=1),
             "fields": about["fields"],
             "model_fingerprint": about["model_fingerprint"],
-            "probabilities": np.stack([table[n].to_numpy() for n in p_names], 1) if has_p else None,
+            "probabilities": p,
             "metadata": check_metadata(about["metadata"]),
         }
     except FormatError:
         raise
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, UserIPError) as e:
         raise FormatError(f"{path}: not a feature bank written by to_parquet ({e!r})") from e
+
+
+def _digest(keys: Any, codes: NDArray[Any], p: NDArray[np.float32] | None) -> str:
+    digest = hashlib.sha256(hash_keys(keys).tobytes())
+    digest.update(codes.astype("<u4").tobytes())
+    if p is not None:
+        digest.update(p.astype("<f4").tobytes())
+    return digest.hexdigest()

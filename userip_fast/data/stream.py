@@ -49,7 +49,14 @@ from userip_fast.data.report import NUM_EXAMPLES, BadRow, BadRows, RowChecks
 from userip_fast.data.sources import Source, list_files, read_source, refuse_columns, validated
 from userip_fast.data.text import TextTemplate
 from userip_fast.errors import DataError, FormatError
-from userip_fast.files import atomic_dir, read_json, sha256_file, write_json
+from userip_fast.files import (
+    atomic_dir,
+    read_json,
+    sha256_file,
+    storage_errors,
+    sweep_leftovers,
+    write_json,
+)
 from userip_fast.keys import hash_keys
 
 _VERSION = 1
@@ -251,20 +258,30 @@ def stream_interactions(
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in sources]
     key = hashlib.sha256(json.dumps([_VERSION, arguments, stats]).encode()).hexdigest()
     target = Path(work) / "histories"
-    Path(work).mkdir(parents=True, exist_ok=True)
-    with open(Path(work) / "LOCK", "ab") as lock:
+    if (found := _sorted_before(target, key)) is not None:
+        return found
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(target.parent / "LOCK", "ab")  # noqa: SIM115 (closed below)
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            found = InteractionStream(target)
-            if found.key == key:
-                return found
-        except FormatError:
-            pass  # not there, or not whole
+        if (found := _sorted_before(target, key)) is not None:
+            return found
+        sweep_leftovers(target.parent)
         columns = Columns(user, item, rating, time)
         sorter = _Sorter(files, Path(interactions), items, columns, text, filter, on_bad)
         with atomic_dir(target) as tmp:
             sorter.write(tmp, key, min_history, seed)
         return InteractionStream(target)
+
+
+def _sorted_before(folder: Path, key: str) -> InteractionStream | None:
+    """What `folder` holds, if it is whole and was made from what `key` says."""
+    try:
+        found = InteractionStream(folder)
+    except FormatError:
+        return None
+    return found if found.key == key else None
 
 
 class _Sorter:

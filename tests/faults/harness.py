@@ -1,0 +1,527 @@
+"""Kills, torn files, full disks, missing shards, a Redis that goes away: nothing lost or wrong.
+
+    python tests/faults/harness.py                 # 240 kills and all other faults; minutes
+    python tests/faults/harness.py --quick         # what the test suite runs
+
+One parent loads a tiny model and forks a child per attempt, so that an attempt costs a fraction of
+a second. A child is killed with SIGKILL after a random time, or before or after its n-th system
+call that changes a file. After each kill whatever is visible must be whole and verify; when an
+attempt ends by itself, model and bank must be the bytes of a run that nothing happened to. The last
+line is JSON with the counts; a fault that was not survived ends in a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tiny
+import torch
+
+import userip_fast as uf
+import userip_fast.model
+from userip_fast import shards
+from userip_fast.config import Config, DataConfig, EMConfig
+from userip_fast.errors import ConfigError, DataError, StorageError, UnavailableError, UserIPError
+from userip_fast.files import sha256_file
+from userip_fast.model import _verify
+
+USERS, SHARDS = 40, 3
+CONFIG = Config(
+    data=DataConfig(rating="rating", max_tokens=60),
+    em=EMConfig(steps=1, rounds=3, lr=0.2, block_users=9, codebook_update="ema", kmeans_restarts=2),
+    fields=(uf.ProfileField("taste", "The user's taste is", 1, 4), uf.ProfileField("b", "b", 1, 3)),
+)
+CHANGES = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
+QUICK = 10, 6  # kills, scale of the other faults
+Counts = Counter[str]
+
+
+class World:
+    """What an undisturbed run makes, to compare with.
+
+    Attributes:
+        old, new: Codes of a bank before and after inference over it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        torch.set_num_threads(1)  # no thread pool exists when children are forked
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        draw = np.random.default_rng(0)
+        user = np.repeat(np.arange(USERS), 3)
+        log = {
+            "user_id": user,
+            "item_id": draw.integers(0, len(tiny.TEXTS), len(user)),
+            "rating": draw.integers(1, 6, len(user)),
+        }
+        pq.write_table(pa.table(log), folder / "log.parquet")
+        items = pa.table({"item_id": range(len(tiny.TEXTS)), "title": tiny.TEXTS})
+        pq.write_table(items, folder / "items.parquet")
+        self.lm = tiny.frozen("llama")
+        self.lm.fingerprint  # noqa: B018  computed once, before the forks
+        self.model: Any = None
+        self._child(lambda: self.fit(folder / "whole"))
+        self.whole = contents(folder / "whole")
+        self.model = self._load(folder / "whole")
+        self._child(lambda: self.infer(folder / "bank"))
+        self.new = codes(folder / "bank")
+        self.old = {user: (3, 2) for user in self.new}
+
+    def _load(self, run: Path) -> Any:
+        load = uf.model.FrozenLM.load
+        try:  # the LM is in memory, not on disk
+            uf.model.FrozenLM.load = lambda *args, **kwargs: self.lm
+            return uf.Model.load(run / "model")
+        finally:
+            uf.model.FrozenLM.load = load
+
+    def _child(self, job: Callable[[], None]) -> None:
+        status = attempt(job, None, 0.0)
+        assert status == 0, status
+
+    def stream(self, work: Path) -> Any:
+        paths = self.folder / "log.parquet", self.folder / "items.parquet"
+        return uf.stream_interactions(*paths, work=work, rating="rating")
+
+    def fit(self, run: Path) -> None:
+        data = self.stream(run.with_suffix(".work"))
+        uf.fit(data, self.lm, config=CONFIG, out=run, resume=True)
+
+    def infer(self, bank: Path) -> None:
+        self.model.infer(self.stream(bank.with_suffix(".work")), bank)
+
+    def all_shards(self, bank: Path) -> None:
+        data = self.stream(bank.with_suffix(".work"))
+        folder = bank.with_suffix(".shards")
+        for i in range(SHARDS):
+            shards.infer_shard(self.model, data, i, SHARDS, folder)
+        shards.merge_shards(folder, bank)
+
+    def old_bank(self, bank: Path) -> None:
+        """A bank of the same users with other codes, to be replaced."""
+        users = np.array(list(self.old))
+        values = np.array([self.old[u] for u in users.tolist()])
+        fields = self.model.bank_fields()
+        uf.FeatureBank.write(bank, users, values, fields=fields, model_fingerprint="old")
+
+
+def codes(bank: Path) -> dict[int, tuple[int, ...]]:
+    opened = uf.FeatureBank.open(bank, verify=True)
+    return dict(zip(opened.keys().to_pylist(), map(tuple, opened.codes().tolist())))
+
+
+def contents(run: Path) -> dict[str, str]:
+    """Name -> SHA-256 of every file of the model and of the bank's current generation."""
+    model = run / "model"
+    files = {str(p.relative_to(model)): p for p in model.rglob("*") if p.is_file()}
+    current = json.loads((run / "bank" / "CURRENT").read_text())["generation"]
+    files |= {f"bank/{p.name}": p for p in (run / "bank" / current).iterdir()}
+    return {name: sha256_file(path) for name, path in sorted(files.items())}
+
+
+# Attempts
+
+
+def attempt(job: Callable[[], None], call: int | None, seconds: float) -> int:
+    """Runs `job` in a child; its wait status.
+
+    Args:
+        call: Kills it around its n-th change of a file (before, where n is even); None: does not.
+        seconds: Kills it after so long, where `call` is None and this is not 0.
+    """
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            if call is not None:
+                _die_at(call)
+            job()
+            code = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if call is None and seconds:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return status
+            time.sleep(0.002)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+
+def _die_at(call: int) -> None:
+    made = 0
+
+    def wrap(real: Any) -> Any:
+        def change(*args: Any, **kwargs: Any) -> Any:
+            nonlocal made
+            made += 1
+            if made == call and call % 2 == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = real(*args, **kwargs)
+            if made == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return change
+
+    for name in CHANGES:
+        setattr(os, name, wrap(getattr(os, name)))
+
+
+def kill_until_done(
+    job: Callable[[], None],
+    check: Callable[[], None],
+    draw: random.Random,
+    counts: Counts,
+    name: str,
+    *,
+    most: int = 6,
+    longest_s: float = 1.0,
+) -> None:
+    """Attempts `job`, killed up to `most` times, until one ends by itself; `check`s after each."""
+    for kill in range(most + 1):
+        call, seconds = None, 0.0
+        if kill < most:
+            by_call = draw.random() < 0.6
+            call = int(draw.expovariate(1 / 25)) + 1 if by_call else None
+            seconds = 0.0 if by_call else draw.uniform(0.001, longest_s)
+        status = attempt(job, call, seconds)
+        if os.WIFSIGNALED(status):
+            assert os.WTERMSIG(status) == signal.SIGKILL, status
+            counts[f"{name}: kills"] += 1
+            counts["kills"] += 1
+        else:
+            assert os.WEXITSTATUS(status) == 0, f"{name}: the child failed, see above"
+        check()
+        if not os.WIFSIGNALED(status):
+            break
+    counts[f"{name}: runs that ended"] += 1
+
+
+def whole_or_absent(run: Path) -> None:
+    if (run / "model").exists():
+        manifest = json.loads((run / "model" / "manifest.json").read_text())
+        _verify(run / "model", manifest["files"])
+    if (run / "bank" / "CURRENT").exists():
+        uf.FeatureBank.open(run / "bank", verify=True)
+
+
+# Faults
+
+
+def kills(world: World, folder: Path, wanted: int, draw: random.Random, counts: Counts) -> None:
+    """At least `wanted` kills over fit, inference over an older bank, and shards merged."""
+    chain = 0
+    while counts["kills"] < wanted:
+        here = folder / f"chain{chain}"
+        here.mkdir(parents=True)
+        if chain % 3 == 0:
+            run = here / "run"
+            kill_until_done(
+                lambda run=run: world.fit(run), lambda run=run: whole_or_absent(run), draw, counts,
+                "fit", most=8,
+            )  # fmt: skip
+            assert contents(run) == world.whole, "fit: other bytes after kills"
+        else:
+            bank = here / "bank"
+            world.old_bank(bank)
+
+            def check(bank: Path = bank) -> None:
+                assert codes(bank) in (world.old, world.new), "a reader saw a mixture"
+
+            job, name = (world.infer, "infer") if chain % 3 == 1 else (world.all_shards, "shards")
+            kill_until_done(
+                lambda job=job, bank=bank: job(bank), check, draw, counts, name, longest_s=0.6
+            )
+            assert codes(bank) == world.new, f"{name}: other codes after kills"
+        shutil.rmtree(here)
+        chain += 1
+
+
+def damage(path: Path, draw: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    kind = draw.choice(("flip", "truncate", "empty", "tail"))
+    if kind == "flip" and data:
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    elif kind == "truncate":
+        del data[draw.randrange(max(1, len(data))) :]
+    elif kind == "empty":
+        data.clear()
+    else:
+        data += draw.randbytes(9)
+    path.write_bytes(data)
+
+
+def torn_files(
+    world: World, folder: Path, rounds: int, draw: random.Random, counts: Counts
+) -> None:
+    """Damaged finished files are refused; damaged checkpoints and blocks are computed again."""
+    run = world.folder / "whole"
+    good = codes(run / "bank")
+    for i in range(rounds):
+        copy = folder / f"torn{i}"
+        shutil.copytree(run, copy)
+        part = copy / draw.choice(("model", "bank"))
+        victim = draw.choice([p for p in sorted(part.rglob("*")) if p.is_file()])
+        before = victim.read_bytes()
+        damage(victim, draw)
+        counts["torn or flipped files"] += 1
+        try:
+            if part.name == "bank":
+                assert codes(copy / "bank") == good
+            else:
+                world._load(copy)
+            same = victim.name == "LOCK" or victim.read_bytes() == before
+            # Spaces inside the manifest are not content; anything else must have been refused.
+            assert same or victim.name in ("manifest.json", "CURRENT"), f"{victim}: not noticed"
+            counts["damage without effect"] += 1
+        except UserIPError:
+            counts["damage refused"] += 1
+        shutil.rmtree(copy)
+    for i in range(max(1, rounds // 8)):
+        run = folder / f"resume{i}"
+        status = attempt(lambda run=run: world.fit(run), draw.randrange(20, 90), 0.0)
+        kept = [p for p in sorted((run / "checkpoints").rglob("*")) if p.is_file()]
+        for victim in draw.sample(kept, min(2, len(kept))):
+            damage(victim, draw)
+            counts["checkpoints and blocks damaged"] += 1
+        status = attempt(lambda run=run: world.fit(run), None, 0.0)
+        assert status == 0, "resuming beside damaged checkpoints failed, see above"
+        assert contents(run) == world.whole, "other bytes after damaged checkpoints"
+        shutil.rmtree(run)
+
+
+def full_disk(world: World, folder: Path, sizes: list[int], counts: Counts) -> str | None:
+    """A small tmpfs that fills up or turns read-only; why this was skipped, or None."""
+    disk = folder / "disk"
+    disk.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None:
+        return "no mount"
+    tried = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        return f"no tmpfs can be mounted: {tried.stderr.strip()}"
+    try:
+        for kib in sizes:
+            run = disk / "run"
+            for entry in disk.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            world.old_bank(run / "bank")
+            filler = disk / "filler"
+            free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+            filler.write_bytes(b"x" * max(0, free - kib * 1024))
+
+            def full(run: Path = run) -> None:
+                try:
+                    world.fit(run)
+                except StorageError as e:
+                    os._exit(3 if "No space left" in str(e) else 5)
+
+            status = attempt(full, None, 0.0)
+            code = os.WEXITSTATUS(status)
+            assert os.WIFEXITED(status), status
+            assert code in (0, 3), "a full disk must be a StorageError, see above"
+            counts["full disk: refusals"] += code == 3
+            filler.unlink()
+            if code == 3:
+                assert codes(run / "bank") == world.old, "a full disk changed the bank"
+            whole_or_absent(run)
+            assert attempt(lambda run=run: world.fit(run), None, 0.0) == 0
+            assert contents(run) == world.whole, "other bytes after a full disk"
+            counts["full disk: runs that went on"] += 1
+        world_run = disk / "run"
+        before = contents(world_run)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+        def read_only() -> None:
+            for job in (
+                lambda: world.model.infer(world.stream(folder / "work"), world_run / "bank"),
+                lambda: world.fit(world_run),
+                lambda: world.stream(disk / "work"),
+            ):
+                try:
+                    job()
+                    os._exit(4)
+                except (StorageError, ConfigError):
+                    pass
+            os._exit(3)
+
+        assert os.WEXITSTATUS(attempt(read_only, None, 0.0)) == 3
+        counts["read-only disk: refusals"] += 3
+        assert contents(world_run) == before
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+    return None
+
+
+def missing_shards(world: World, folder: Path, draw: random.Random, counts: Counts) -> None:
+    bank = folder / "missing" / "bank"
+    assert attempt(lambda: world.all_shards(bank), None, 0.0) == 0
+    made = sorted(bank.with_suffix(".shards").glob("*.parquet"))
+    for victim in made:
+        data = victim.read_bytes()
+        victim.unlink()
+        try:
+            shards.merge_shards(victim.parent, bank)
+            raise AssertionError("a missing shard was not noticed")
+        except DataError:
+            counts["missing shards refused"] += 1
+        damaged = bytearray(data)
+        damaged[draw.randrange(len(data))] ^= 1
+        victim.write_bytes(damaged)
+        try:
+            shards.merge_shards(victim.parent, bank)
+        except UserIPError:
+            counts["damaged shards refused"] += 1
+        assert codes(bank) == world.new
+        victim.write_bytes(data)
+
+
+def redis_faults(
+    world: World, folder: Path, rounds: int, draw: random.Random, counts: Counts
+) -> str | None:
+    """Exporters killed and a server that dies; why this was skipped, or None."""
+    if shutil.which("redis-server") is None:
+        return "no redis-server"
+    try:
+        import redis  # noqa: F401
+    except ImportError:
+        return "no Redis client"
+    from userip_fast.bank.redis_export import RedisBank, connect, export_redis
+
+    socket = folder / "r.sock"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["redis-server", "--port", "0", "--unixsocket", str(socket), "--save", "",
+               "--appendonly", "yes", "--appendfsync", "always", "--dir", str(folder)]  # fmt: skip
+
+    def start() -> Any:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(200):
+            try:
+                connect(url)
+                return process
+            except UnavailableError:
+                time.sleep(0.02)
+        raise AssertionError("redis-server does not answer")
+
+    url = f"unix://{socket}"
+    users = list(world.new)
+    server = start()
+    try:
+        banks = []
+        for i in range(2):
+            values = np.array([[(u + i) % 4, i] for u in users])
+            made = uf.FeatureBank.write(
+                folder / f"b{i}", np.array(users), values, fields=world.model.bank_fields(),
+                model_fingerprint=f"m{i}",
+            )  # fmt: skip
+            banks.append((made, made.lookup(users)))
+        export_redis(banks[0][0], url, version="v0")
+        for i in range(rounds):
+            made, _ = banks[i % 2]
+
+            def export(made: Any = made, i: int = i) -> None:
+                try:
+                    export_redis(made, url, version=f"v{i % 2}", batch=4)
+                except UnavailableError:
+                    os._exit(3)
+
+            if i % 4 == 3:  # the server dies
+                pid = os.fork()
+                if pid == 0:
+                    time.sleep(draw.uniform(0, 0.02))
+                    os.kill(server.pid, signal.SIGKILL)
+                    os._exit(0)
+                status = attempt(export, None, 0.0)
+                assert os.WEXITSTATUS(status) in (0, 3)
+                os.waitpid(pid, 0)
+                server.wait()
+                server = start()
+                counts["Redis: servers killed"] += 1
+            else:
+                attempt(export, None, draw.uniform(0.001, 0.03))
+                counts["Redis: exporters killed"] += 1
+            online = RedisBank(url)
+            expected = banks[int(online.version[1:])][1]
+            assert np.array_equal(online.lookup(users), expected), "a reader saw a mixture"
+            assert os.WEXITSTATUS(attempt(export, None, 0.0)) == 0
+            assert np.array_equal(RedisBank(url).lookup(users), banks[i % 2][1])
+    finally:
+        server.kill()
+        server.wait()
+    return None
+
+
+def run(folder: Path, *, wanted: int, others: int, seed: int = 0) -> dict[str, Any]:
+    """All faults.
+
+    Args:
+        wanted: Kills, at least.
+        others: Scale of the other faults.
+    """
+    counts: Counts = Counter()
+    draw = random.Random(seed)
+    world = World(folder / "world")
+    kills(world, folder / "kills", wanted, draw, counts)
+    torn_files(world, folder / "torn", others, draw, counts)
+    missing_shards(world, folder / "shards", draw, counts)
+    skipped = {
+        "full disk": full_disk(
+            world,
+            folder / "full",
+            [draw.randrange(8, 240) for _ in range(max(2, others // 8))],
+            counts,
+        ),
+        "Redis": redis_faults(world, folder / "redis", max(4, others // 4), draw, counts),
+    }
+    return {"counts": dict(counts), "skipped": {k: v for k, v in skipped.items() if v}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=240)
+    parser.add_argument("--others", type=int, default=120, help="scale of the other faults")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    if args.quick:
+        args.kills, args.others = QUICK
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(Path(folder), wanted=args.kills, others=args.others, seed=args.seed)
+    for name, count in sorted(result["counts"].items()):
+        print(f"{count:6}  {name}")
+    print(json.dumps({**result, "seconds": round(time.monotonic() - started)}))
+
+
+if __name__ == "__main__":
+    main()
