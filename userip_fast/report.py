@@ -70,8 +70,9 @@ def report_run(run: str | os.PathLike[str]) -> Path:
             more[name] = read_json(path)
     if (model / "codebooks.safetensors").is_file():
         tensors = read_tensors(model / "codebooks.safetensors")
+        fields = read_json(model / "config.json")["fields"]  # in the order of the codebooks
         more["codewords"] = {
-            name: tensors[f"{j}.codewords"].float().numpy() for j, name in enumerate(cards)
+            f["name"]: tensors[f"{j}.codewords"].float().numpy() for j, f in enumerate(fields)
         }
     ctr = {p.parent.name: read_json(p) for p in sorted(root.glob("*/ctr.json"))}
     if (root / "ctr.json").is_file():
