@@ -1,0 +1,287 @@
+"""Malformed inputs to every reader: documented errors only, no crash, no hang, bounded memory.
+
+    python tests/faults/fuzz.py --inputs 12000      # minutes
+    python tests/faults/fuzz.py --inputs 400        # what the test suite runs
+
+Inputs are drawn by Hypothesis: valid files that are mutated byte by byte, and values of any kind
+where text is parsed. They go to forked workers with a limit on address space and an alarm for each
+input, so a crash, a hang or a flood of memory names its input. The last line is JSON with the
+counts; any other outcome than success or an error of `userip_fast.errors` ends in a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+import userip_fast as uf
+import userip_fast.codebook
+from userip_fast.bank.redis_export import connect
+from userip_fast.config import Config
+from userip_fast.data import TextTemplate
+from userip_fast.data.filters import RowFilter
+from userip_fast.em.checkpoints import Checkpoint, Checkpoints
+from userip_fast.errors import UserIPError
+from userip_fast.files import read_json, read_tensors, write_tensors
+from userip_fast.flags import settings_of
+from userip_fast.shards import parse_shard
+
+SECONDS = 10  # per input
+MEMORY = 2 << 30  # beyond what the worker starts with
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=12), x, max_size=4),
+    max_leaves=12,
+)
+MUTATIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["flip", "insert", "delete", "truncate", "repeat", "number"]),
+        st.floats(0, 1, exclude_max=True),
+        st.binary(max_size=12),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def mutate(data: bytes, mutations: list[tuple[str, float, bytes]]) -> bytes:
+    out = bytearray(data)
+    for kind, where, new in mutations:
+        at = int(where * len(out))
+        if kind == "flip":
+            out[at : at + len(new)] = new
+        elif kind == "insert":
+            out[at:at] = new
+        elif kind == "delete":
+            del out[at : at + 1 + len(new) * 3]
+        elif kind == "truncate":
+            del out[at:]
+        elif kind == "repeat":
+            out[at:at] = out[at : at + 40] * (1 + len(new))
+        else:  # sizes and counts are where readers trust
+            out[at : at + 8] = (2**63 - 1 - len(new)).to_bytes(8, "little")
+    return bytes(out)
+
+
+class Targets:
+    """What is fuzzed; each target is a strategy and what to do with a value of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        log = pa.table(
+            {"user_id": [1, 1, 2, 3], "item_id": [0, 1, 1, 0], "rating": [1.0, 5, 3, 2],
+             "time": [4, 3, 2, 1], "title": ["a", "b", "b", "a"]}
+        )  # fmt: skip
+        pq.write_table(log, folder / "log.parquet")
+        pacsv.write_csv(log, folder / "log.csv")
+        rows = "\n".join(json.dumps(row) for row in log.to_pylist())
+        (folder / "log.jsonl").write_text(rows)
+        keys = [f"user {i}" for i in range(40)]
+        fields = [{"name": "a", "codebook_size": 4, "code_names": None}]
+        codes = np.arange(40)[:, None] % 4
+        for name, own in (("ints", np.arange(40)), ("texts", keys)):
+            made = uf.FeatureBank.write(
+                folder / name, own, codes, fields=fields, model_fingerprint="m"
+            )
+        made.to_parquet(folder / "bank.parquet")
+        write_tensors(folder / "x.safetensors", {"0.codewords": torch.rand(3, 4)})
+        book = uf.codebook.Codebook(torch.rand(3, 4))
+        Checkpoints(folder / "kept", "run").save(Checkpoint(1, [book], None, [{"round": 0}]))
+        (folder / "config.yaml").write_text(json.dumps(Config().to_dict()))
+
+    def all(self) -> dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], None]]]:
+        f = self.folder
+        whole = {p: p.read_bytes() for p in sorted(f.rglob("*")) if p.is_file()}
+
+        def changed(name: str, use: Callable[[Path], Any]) -> Any:
+            """Mutates one of the files `name` matches, in place, uses it, and puts it back."""
+            files = [p for p in whole if p.match(name)]
+
+            def job(value: Any) -> None:
+                which, mutations = value
+                path = files[which % len(files)]
+                path.write_bytes(mutate(whole[path], mutations))
+                try:
+                    use(path)
+                finally:
+                    for p in files:
+                        if not p.exists() or p == path:
+                            p.write_bytes(whole[p])
+
+            return st.tuples(st.integers(0, 99), MUTATIONS), job
+
+        def open_bank(path: Path) -> None:
+            root = path.parent if path.parent.name in ("ints", "texts") else path.parent.parent
+            bank = uf.FeatureBank.open(root)
+            known = [1, 39, 10**9] if root.name == "ints" else ["user 1", "user 39", "nobody"]
+            codes = bank.lookup(known, on_unknown="code")
+            assert codes.shape == (3, 1)
+            bank.verify()
+
+        def read(path: Path) -> None:
+            uf.read_interactions(path, rating="rating", time="time", on_bad="skip")
+
+        def stream(path: Path) -> None:
+            work = f.parent / "work"
+            uf.stream_interactions(path, work=work, rating="rating", on_bad="skip").users(0, 1)
+            shutil.rmtree(work, ignore_errors=True)
+
+        table = pq.read_table(f / "log.parquet")
+        return {
+            "bank, integer keys": changed("ints/**/*", open_bank),
+            "bank, text keys": changed("texts/**/*", open_bank),
+            "bank from Parquet": changed(
+                "bank.parquet", lambda p: uf.FeatureBank.from_parquet(p, f.parent / "b")
+            ),
+            "CSV": changed("log.csv", read),
+            "JSON lines": changed("log.jsonl", read),
+            "Parquet": changed("log.parquet", read),
+            "Parquet stream": changed("log.parquet", stream),
+            "safetensors": changed("x.safetensors", read_tensors),
+            "checkpoint": changed("round-0001/*", lambda p: Checkpoints(f / "kept", "run").last()),
+            "JSON file": changed("config.yaml", read_json),
+            "config file": changed("config.yaml", Config.load),
+            "config values": (JSON, Config.from_dict),
+            "config settings": (
+                st.dictionaries(st.sampled_from(_names()), JSON, max_size=3),
+                Config().override,
+            ),
+            "flags": (
+                _assignments(),
+                lambda x: settings_of({"config": None, "set": x, "template": None, "field": None}),
+            ),
+            "field flags": (
+                st.lists(st.text("ab:1 -\x00é", max_size=30), min_size=1, max_size=3),
+                lambda x: settings_of({"config": None, "set": None, "template": None, "field": x}),
+            ),
+            "text templates": (
+                _pieces("{title} {item_id} [[ ]] { } {{ {nothing} (a) é \x00"),
+                lambda x: TextTemplate(x).render(table),
+            ),
+            "row filters": (
+                _pieces("rating user_id title == < in [1, ] ( ) not and or 3 'a' -1 nan \\x00 .x"),
+                lambda x: RowFilter(x).mask(table),
+            ),
+            "shards": (st.text(max_size=12), parse_shard),
+            "Redis URLs": (st.text("redis:/@?#[]1.\x00é", max_size=24), _refused_url),
+        }
+
+
+def _assignments() -> st.SearchStrategy[list[str]]:
+    known = st.builds("{}={}".format, st.sampled_from(_names()), st.text(max_size=20))
+    return st.lists(st.text(max_size=30) | known, max_size=3)
+
+
+def _pieces(words: str) -> st.SearchStrategy[str]:
+    return st.lists(st.sampled_from(words.split(" ")), max_size=8).map(" ".join)
+
+
+def _refused_url(text: str) -> None:
+    connect("x" + text)  # no such scheme: nothing is contacted
+
+
+def _names() -> list[str]:
+    return [f"{s}.{k}" for s, v in Config().to_dict().items() if isinstance(v, dict) for k in v]
+
+
+def worker(folder: Path, name: str, inputs: int, seed_: int, note: Path) -> Counter[str]:
+    """Feeds `inputs` values to a target; `note` always holds the value at hand."""
+    counts: Counter[str] = Counter()
+    strategy, job = Targets(folder / "data").all()[name]
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError(f"an input took more than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, too_long)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+
+    @seed(seed_)
+    @settings(
+        max_examples=inputs, deadline=None, database=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(strategy)
+    def feed(value: Any) -> None:
+        note.write_text(repr(value), errors="backslashreplace")
+        signal.alarm(SECONDS)
+        try:
+            job(value)
+            counts["read"] += 1
+        except UserIPError:
+            counts["refused"] += 1
+        finally:
+            signal.alarm(0)
+
+    feed()
+    return counts
+
+
+def run(folder: Path, inputs: int, seed_: int = 0) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    names = list(Targets(folder / "names").all())
+    total: dict[str, dict[str, int]] = {}
+    for i, name in enumerate(names):
+        here = folder / f"target{i}"
+        here.mkdir()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                counts = worker(here, name, -(-inputs // len(names)), seed_, here / "note")
+                (here / "counts.json").write_text(json.dumps(counts))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        status = os.waitpid(pid, 0)[1]
+        if status:
+            value = (here / "note").read_text() if (here / "note").exists() else "none yet"
+            raise SystemExit(f"{name}: worker ended with status {status} on input {value}")
+        total[name] = json.loads((here / "counts.json").read_text())
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
+    done = sum(sum(counts.values()) for counts in total.values())
+    return {"inputs": done, "targets": total, "peak_rss_mib": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", type=int, default=12_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(Path(folder), args.inputs, args.seed)
+    for name, counts in result["targets"].items():
+        print(f"{counts.get('refused', 0):6} refused {counts.get('read', 0):6} read  {name}")
+    print(json.dumps({**result, "seconds": round(time.monotonic() - started)}))
+
+
+if __name__ == "__main__":
+    main()
