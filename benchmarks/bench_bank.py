@@ -1,12 +1,16 @@
-"""Feature bank: open, look up, write, update, against what one would write oneself.
+"""Feature bank: open, look up, write, update, against LMDB, Redis, pandas and numpy.
 
-    python benchmarks/bench_bank.py [--users 10000000] [--keys int64|string] [--batch 1024]
+    python benchmarks/bench_bank.py [--users 10000000] [--keys int64|string] [--quick]
     pytest benchmarks/bench_bank.py --benchmark-only
 
-Stores: `bank`; `searchsorted` (numpy arrays sorted by key, in memory, integer keys only); `dict`
-(Python, in memory); `lmdb` (if installed). Every store must first answer 100,000 users right, else
-there is no number. Look-ups are of random users, pages warm, one thread. The ceiling is `rows`: the
-codes gathered by row numbers that are known already, so no look-up at all. Last line: JSON.
+Stores: `bank`; `lmdb` (if installed); `redis` (a redis-server of our own over a Unix socket, one
+MGET per batch, through hiredis where installed); in memory, with their index built: `pandas`
+(Index.get_indexer, then the rows of an array), `searchsorted` (numpy, integer keys; pyarrow keeps
+no index of its own, and searching its sorted buffers is this), `dict` (up to a million users).
+Every store must first answer 100,000 users right, else there is no number. Look-ups are of random
+users, pages warm, one thread, stores in turn. `dense_rows` is for ids that are row numbers already:
+the codes gathered, no look-up at all. Last line: JSON; `ratios.batch_lookup` is the bank over the
+better of LMDB and Redis, `ratios.batch_lookup_inprocess` over the best store in memory, at medians.
 """
 
 from __future__ import annotations
@@ -20,16 +24,20 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
+from userip_fast import _extension as extension
 from userip_fast.bank import FeatureBank
+from userip_fast.errors import UnavailableError
 
 FIELDS = [{"name": f"field {j}", "codebook_size": 1000, "code_names": None} for j in range(4)]
 Lookup = Callable[[pa.Array], np.ndarray]
@@ -64,17 +72,34 @@ def dict_store(keys: pa.Array, codes: np.ndarray) -> Lookup:
     return lambda batch: codes[[row_of[key] for key in batch.to_pylist()]].astype(np.int64)
 
 
+def pandas_store(keys: pa.Array, codes: np.ndarray) -> Lookup:
+    import pandas as pd
+
+    index = pd.Index(keys.to_numpy(zero_copy_only=False))
+    index.get_indexer(index[:1])  # builds its hash table
+
+    def lookup(batch: pa.Array) -> np.ndarray:
+        rows = index.get_indexer(batch.to_numpy(zero_copy_only=False))
+        assert rows.min(initial=0) >= 0
+        return codes[rows].astype(np.int64)
+
+    return lookup
+
+
 def lmdb_store(keys: pa.Array, codes: np.ndarray, path: Path) -> Lookup:
     import lmdb
 
     def encode(key: int | str) -> bytes:
-        return key.to_bytes(8, "big", signed=True) if isinstance(key, int) else key.encode()
+        return (key + (1 << 63)).to_bytes(8, "big") if isinstance(key, int) else key.encode()
 
     environment = lmdb.open(str(path), map_size=200 * len(keys) + (1 << 26))
+    order = pc.sort_indices(keys).to_numpy()
     with environment.begin(write=True) as writing, writing.cursor() as cursor:
-        cursor.putmulti(
-            sorted((encode(k), c.tobytes()) for k, c in zip(keys.to_pylist(), codes, strict=True))
-        )
+        for i in range(0, len(keys), 100_000):
+            own = order[i : i + 100_000]
+            rows = codes[own].tobytes()
+            pairs = enumerate(keys.take(pa.array(own)).to_pylist())
+            cursor.putmulti(((encode(k), rows[8 * n : 8 * n + 8]) for n, k in pairs), append=True)
     reading = environment.begin(buffers=True)
 
     def lookup(batch: pa.Array) -> np.ndarray:
@@ -84,10 +109,41 @@ def lmdb_store(keys: pa.Array, codes: np.ndarray, path: Path) -> Lookup:
     return lookup
 
 
+@contextmanager
+def redis_store(bank: FeatureBank, folder: Path) -> Iterator[Lookup | None]:
+    """A server of our own, or None where there is no redis-server or client."""
+    if shutil.which("redis-server") is None or util.find_spec("redis") is None:
+        yield None
+        return
+    from userip_fast.bank.redis_export import RedisBank, connect, export_redis
+
+    url = f"unix://{folder}/redis.sock"
+    options = ["--port", "0", "--unixsocket", f"{folder}/redis.sock", "--save", ""]
+    command = ["redis-server", *options, "--appendonly", "no", "--dir", str(folder)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            try:
+                connect(url)
+                break
+            except UnavailableError:
+                time.sleep(0.05)
+        export_redis(bank, url)
+        online = RedisBank(url)
+        yield lambda batch: online.lookup(batch.to_pylist())
+    finally:
+        server.kill()
+        server.wait()
+
+
 def stores(keys: pa.Array, codes: np.ndarray, bank: FeatureBank, path: Path) -> dict[str, Lookup]:
-    found: dict[str, Lookup] = {"bank": bank.lookup, "dict": dict_store(keys, codes)}
+    found: dict[str, Lookup] = {"bank": bank.lookup}
+    if len(keys) <= 1_000_000:
+        found["dict"] = dict_store(keys, codes)
     if pa.types.is_integer(keys.type):
         found["searchsorted"] = searchsorted_store(keys, codes)
+    if util.find_spec("pandas"):
+        found["pandas"] = pandas_store(keys, codes)
     if util.find_spec("lmdb"):
         found["lmdb"] = lmdb_store(keys, codes, path)
     return found
@@ -105,13 +161,23 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def rate(work: Callable[[Any], Any], batches: list[Any], size: int) -> dict[str, float]:
-    """Look-ups a second: median and the 20th and 80th percentile over batches."""
-    for batch in batches[: len(batches) // 4]:
-        work(batch)
-    per_second = [size / timed(lambda batch=batch: work(batch))[0] for batch in batches]
-    p20, median, p80 = np.percentile(per_second, [20, 50, 80])
-    return {"median": round(median), "p20": round(p20), "p80": round(p80)}
+def latencies(
+    works: dict[str, Callable[[Any], Any]], batches: dict[str, list[Any]], size: int
+) -> dict[str, dict[str, float]]:
+    """Per store: look-ups per second at the median, and p50 and p99 of a call in microseconds."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for i in range(-5, len(next(iter(batches.values())))):
+        for name, work in works.items():
+            seconds, _ = timed(lambda w=work, n=name, i=i: w(batches[n][max(i, 0)]))
+            if i >= 0:
+                taken[name].append(seconds)
+    out = {}
+    for name, seconds in taken.items():
+        p50, p99 = np.percentile(seconds, [50, 99])
+        out[name] = {
+            "per_s": round(size / p50), "p50_us": round(1e6 * p50, 1), "p99_us": round(1e6 * p99, 1)
+        }  # fmt: skip
+    return out
 
 
 def run(users: int, kind: str, batch: int, repeats: int, folder: Path) -> dict[str, Any]:
@@ -124,16 +190,31 @@ def run(users: int, kind: str, batch: int, repeats: int, folder: Path) -> dict[s
     bank = FeatureBank.open(path)
     verify_s, _ = timed(bank.verify)
     rows = np.random.default_rng(2).integers(0, users, (repeats, batch))
-    batches = [keys.take(pa.array(r)) for r in rows]
-    lookups, singles = {}, {}
-    for name, lookup in stores(keys, codes, bank, folder / "lmdb").items():
-        check(name, lookup, keys, codes)
-        lookups[name] = rate(lookup, batches, batch)
-        singles[name] = round(1e6 / rate(lookup, [b[:1] for b in batches], 1)["median"], 1)
-        per_s = lookups[name]["median"] / 1e6
-        print(f"{name:13} {per_s:7.2f} M look-ups/s  {singles[name]:8.1f} us for a single one")
-    ceiling = rate(lambda r: bank.codes().take(r, axis=0).astype(np.int64), list(rows), batch)
-    print(f"{'rows':13} {ceiling['median'] / 1e6:7.2f} M rows/s (ceiling: no look-up at all)")
+    with redis_store(bank, folder) as redis:
+        works: dict[str, Lookup] = stores(keys, codes, bank, folder / "lmdb")
+        if redis is not None:
+            works["redis"] = redis
+        for name, lookup in works.items():
+            check(name, lookup, keys, codes)
+        mapped = bank.codes()
+        dense = "dense_rows"
+        works[dense] = lambda r: mapped.take(r, axis=0).astype(np.int64)
+        looked_for = [keys.take(pa.array(r)) for r in rows]
+        inputs = {name: list(rows) if name == dense else looked_for for name in works}
+        lookups = latencies(works, inputs, batch)
+        singles = latencies(works, {n: [x[:1] for x in xs] for n, xs in inputs.items()}, 1)
+    for name in works:
+        b, one = lookups[name], singles[name]
+        print(
+            f"{name:13} {b['per_s'] / 1e6:7.2f} M look-ups/s in batches of {batch} (p50 "
+            f"{b['p50_us']:.0f} us, p99 {b['p99_us']:.0f}); single p50 {one['p50_us']:.1f} us, p99 "
+            f"{one['p99_us']:.1f}"
+        )
+
+    def over(*names: str) -> float | None:
+        best = max((lookups[n]["per_s"] for n in names if n in lookups), default=None)
+        return None if best is None else round(lookups["bank"]["per_s"] / best, 2)
+
     some = pa.array(np.arange(0, users, 100))
     update_s, _ = timed(lambda: bank.update(keys.take(some), codes[::100]))
     return {
@@ -142,17 +223,26 @@ def run(users: int, kind: str, batch: int, repeats: int, folder: Path) -> dict[s
         "keys": kind,
         "batch": batch,
         "open_ms": round(1e3 * float(np.median(opens)), 3),
-        "lookups_per_s": lookups,
-        "single_us": singles,
-        "ceiling_rows_per_s": ceiling,
+        "ratios": {
+            "batch_lookup": over("lmdb", "redis"),
+            "batch_lookup_inprocess": over("pandas", "searchsorted", "dict"),
+        },
+        "compiled_extension": extension.load() is not None,
+        "batches": lookups,
+        "singles": singles,
         "bytes_per_user": round(bank.info()["bytes_per_user"], 2),
+        "file_bytes": bank.info()["file_bytes"],
         "write_s": round(write_s, 2),
         "update_1_percent_s": round(update_s, 2),
         "verify_s": round(verify_s, 2),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "load_average": os.getloadavg()[0],
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
-        "versions": {p: metadata.version(p) for p in ("numpy", "pyarrow")},
+        "versions": {
+            p: metadata.version(p)
+            for p in ("numpy", "pyarrow", "pandas", "lmdb", "redis")
+            if util.find_spec(p)
+        },
         "commit": commit(),
     }
 
@@ -174,7 +264,7 @@ def small(
     return keys, codes, bank, path
 
 
-@pytest.mark.parametrize("store", ["bank", "searchsorted", "dict", "lmdb"])
+@pytest.mark.parametrize("store", ["bank", "searchsorted", "dict", "pandas", "lmdb"])
 def test_lookup(benchmark: Any, small: Any, store: str) -> None:
     keys, codes, bank, path = small
     lookup = stores(keys, codes, bank, path / "lmdb").get(store)
@@ -192,11 +282,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     host = "the bank is read by the host either way"
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=host)
-    parser.add_argument("--users", type=int, default=1_000_000)
+    parser.add_argument("--users", type=int, default=10_000_000)
     parser.add_argument("--keys", choices=["int64", "string"], default="int64")
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=400, help="batches timed per store")
+    parser.add_argument("--quick", action="store_true", help="200,000 users")
     args = parser.parse_args()
+    if args.quick:
+        args.users = 200_000
     with tempfile.TemporaryDirectory() as folder:
         result = run(args.users, args.keys, args.batch, args.repeats, Path(folder))
     print(json.dumps(result))

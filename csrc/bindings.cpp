@@ -7,6 +7,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
     using namespace userip_fast;
     m.doc() = "Compiled kernels of userip_fast; call them through userip_fast.ops.";
     bind_assign_codes(m);
+    bind_bank(m);
     bind_cross_entropy(m);
     bind_features(m);
     bind_nf4(m);

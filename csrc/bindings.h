@@ -9,6 +9,7 @@ namespace py = pybind11;
 
 // csrc/cpu/
 void bind_assign_codes(py::module_& m);
+void bind_bank(py::module_& m);
 void bind_cross_entropy(py::module_& m);
 void bind_features(py::module_& m);
 void bind_nf4(py::module_& m);

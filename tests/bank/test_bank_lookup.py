@@ -11,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import userip_fast as uf
+from userip_fast import _extension
 from userip_fast import bank as bank_module
 from userip_fast.bank import BankWriter, FeatureBank, KeyTypeError
+from userip_fast.bank.index import HashIndex
 from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
 from userip_fast.keys import hash_keys, key_order
 
@@ -217,6 +219,7 @@ def test_colliding_hashes_cost_time_not_answers(tmp_path, monkeypatch, keys, dis
 
     for module in ("index", "layout", "writer"):
         monkeypatch.setattr(f"userip_fast.bank.{module}.hash_keys", skewed)
+    monkeypatch.setattr(HashIndex, "_native", lambda self, codes: None)  # it hashes for itself
     keys = list(keys)
     bank = write(tmp_path / "b", keys[:400])
     bank.verify()
@@ -314,3 +317,44 @@ def test_the_documented_training_script_runs(tmp_path, monkeypatch):
     names = {"batches": [(np.array([1, 99]), np.array([5, 6]), np.array([0, 1]))]}
     exec(code, names)
     assert names["profile"].shape == (2, 16)
+
+
+@pytest.mark.parametrize("users", [0, 1, 2, 63, 64, 65, 5000])
+@pytest.mark.parametrize("size", [200, 300, 70_000])
+def test_the_compiled_lookup_is_the_numpy_one(tmp_path, monkeypatch, users, size):
+    if _extension.load() is None:
+        pytest.skip(f"no compiled extension: {_extension.why_not()}")
+    rng = np.random.default_rng(users + size)
+    pool = np.unique(rng.integers(-(2**63), 2**63 - 1, 2 * users + 2))
+    fields = [{"name": n, "codebook_size": size, "code_names": None} for n in "abc"]
+    codes = rng.integers(0, size, (users, 3))
+    bank = FeatureBank.write(
+        tmp_path / "b", pool[:users], codes, fields=fields, model_fingerprint="m"
+    )
+    index = bank._generation.index
+    for n in (0, 1, 63, 64, 65, 200):
+        asked = rng.choice(pool, n)
+        assert users == 0 or index._native(bank.codes()) is not None
+        fast = index.lookup(pa.array(asked), bank.codes(), bank._reserved)
+        with monkeypatch.context() as patch:
+            patch.setattr(HashIndex, "_native", lambda self, codes: None)
+            slow = index.lookup(pa.array(asked), bank.codes(), bank._reserved)
+        for a, b in zip(fast, slow):
+            np.testing.assert_array_equal(a, b)
+        strided = np.repeat(asked, 2)[::2]  # no copy may be assumed
+        np.testing.assert_array_equal(bank.lookup(strided, on_unknown="code"), fast[1])
+
+
+def test_the_compiled_lookup_refuses_a_damaged_directory(tmp_path):
+    if _extension.load() is None:
+        pytest.skip(f"no compiled extension: {_extension.why_not()}")
+    bank = FeatureBank.write(
+        tmp_path / "b", np.arange(100), np.zeros((100, 1), int), model_fingerprint="m",
+        fields=[{"name": "a", "codebook_size": 2, "code_names": None}],
+    )  # fmt: skip
+    path = bank._generation.folder / "directory.bin"
+    directory = np.fromfile(path, np.uint32)
+    for bad in (np.full_like(directory, 2**31), directory[::-1].copy()):
+        bad.tofile(path)
+        with pytest.raises(FormatError, match="the hash directory is damaged"):
+            FeatureBank.open(tmp_path / "b").lookup(np.arange(100))

@@ -36,6 +36,7 @@ class FeatureBank:
     def __init__(self, path: Path, generation: Generation) -> None:
         self.path = path
         self._generation = generation
+        self._reserved = np.array([f["codebook_size"] for f in generation.fields], np.int64)
 
     @classmethod
     def write(
@@ -108,19 +109,13 @@ class FeatureBank:
         if on_unknown not in ("error", "code"):
             raise ConfigError(f"on_unknown={on_unknown!r}: must be 'error' or 'code'")
         keys = self._as_keys("user_ids", user_ids)
-        rows = self._generation.index.find(keys)
-        unknown = rows < 0
-        if not unknown.any():
-            return self.codes().take(rows, axis=0).astype(np.int64)
-        if on_unknown == "error":
-            missing = keys.filter(pa.array(unknown))
+        rows, codes = self._generation.index.lookup(keys, self.codes(), self._reserved)
+        if on_unknown == "error" and rows.min(initial=0) < 0:
+            missing = keys.filter(pa.array(rows < 0))
             raise DataError(
                 f"user_ids: {len(missing)} of {len(keys)} are not in the bank {self.path}: "
                 f"{name_some(missing)}; on_unknown='code' gives them the reserved code"
             )
-        codes = np.empty((len(keys), len(self.fields)), np.int64)
-        codes[:] = [field["codebook_size"] for field in self.fields]
-        codes[~unknown] = self.codes().take(rows[~unknown], axis=0)
         return codes
 
     def rows(self, user_ids: Any) -> NDArray[np.int64]:
@@ -296,8 +291,12 @@ class FeatureBank:
         return f"FeatureBank({str(self.path)!r}, users={len(self)}, fields={names})"
 
     def _as_keys(self, name: str, values: Any) -> pa.Array:
-        keys = as_keys(name, values)
         own = pa.int64() if self.key_type == "int64" else pa.large_string()
+        if isinstance(values, np.ndarray) and values.dtype == np.int64 and values.ndim == 1:
+            values = pa.array(values)
+        if isinstance(values, pa.Array) and values.type == own and values.null_count == 0:
+            return values  # canonical already, as in any tight loop
+        keys = as_keys(name, values)
         if len(keys) == 0:
             return pa.array([], own)
         if len(self) and keys.type != own:  # an empty bank has no key type yet

@@ -9,7 +9,9 @@ keys. A bucket may be of any size and hashes may collide: both cost time, never 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from userip_fast import _extension
 from userip_fast.errors import DataError, FormatError, MismatchError
 from userip_fast.keys import canonical_keys, hash_keys, key_order
 
@@ -131,6 +134,7 @@ class HashIndex:
     text: NDArray[np.uint8] | None
     hashes: NDArray[np.uint64] | None
     directory: NDArray[Any]
+    _bound: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     def __len__(self) -> int:
         if self.integers is not None:
@@ -160,6 +164,65 @@ class HashIndex:
             raise FormatError(f"{self.path}: the string keys are damaged ({e})") from e
         return array
 
+    def lookup(
+        self, queries: pa.Array, codes: NDArray[Any], unknown: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Row of each key, [n], as `find` gives it, and its codes, [n, J].
+
+        Integer keys go through the compiled extension where it is there.
+
+        Args:
+            codes: [users, J], C-contiguous, of the bank.
+            unknown: [J], the codes of a key that is not there.
+        """
+        if (native := self._native(codes)) is None:
+            rows = self.find(queries)
+            known = rows >= 0
+            if known.all():  # the usual case needs no mask
+                return rows, codes.take(rows, axis=0).astype(np.int64)
+            out = np.empty((len(queries), len(unknown)), np.int64)
+            out[:] = unknown
+            out[known] = codes.take(rows[known], axis=0)
+            return rows, out
+        numbers = np.ascontiguousarray(queries.to_numpy())
+        rows = np.empty(len(numbers), np.int64)
+        out = np.empty((len(numbers), len(unknown)), np.int64)
+        ok = native(
+            queries=numbers.ctypes.data,
+            num_queries=len(numbers),
+            unknown=unknown.ctypes.data,
+            rows=rows.ctypes.data,
+            out=out.ctypes.data,
+        )
+        if not ok:
+            raise self._damaged()
+        return rows, out
+
+    def _native(self, codes: NDArray[Any]) -> Callable[..., bool] | None:
+        """The compiled look-up in these arrays, or None where there is none."""
+        if self._bound and self._bound[0] is codes:
+            known: Callable[..., bool] | None = self._bound[1]
+            return known
+        bound: Callable[..., bool] | None = None
+        extension = _extension.load()
+        if extension is not None and self.integers is not None and len(self):
+            bound = partial(
+                extension.bank_lookup,
+                keys=self.integers.ctypes.data,
+                users=len(self),
+                directory=self.directory.ctypes.data,
+                row_bytes=self.directory.itemsize,
+                bits=(len(self.directory) - 1).bit_length() - 1,
+                codes=codes.ctypes.data,
+                code_bytes=codes.itemsize,
+                fields=codes.shape[1],
+            )
+        self._bound[:] = codes, bound
+        return bound
+
+    def _damaged(self) -> FormatError:
+        return FormatError(f"{self.path}: the hash directory is damaged; restore the bank")
+
     def find(self, queries: pa.Array) -> NDArray[np.int64]:
         """Row of each key, [len(queries)]; -1 where the bank has no such key.
 
@@ -183,7 +246,7 @@ class HashIndex:
         start = self.directory[bucket].astype(np.int64)
         end = self.directory[bucket + 1].astype(np.int64)
         if ((start > end) | (end > len(self))).any():
-            raise FormatError(f"{self.path}: the hash directory is damaged; restore the bank")
+            raise self._damaged()
 
         stored: NDArray[Any] | None = self.integers
         wanted: NDArray[Any] = queries.to_numpy() if stored is not None else hashes
