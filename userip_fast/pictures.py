@@ -96,7 +96,7 @@ def code_map(
         colors = [_PALETTE[i % len(_PALETTE)] for i in range(len(x))]
         axes.scatter(place[:, 0], place[:, 1], s=size, c=colors, alpha=0.65, lw=0)
         for (a, b), word in zip(place, words):
-            axes.annotate(word, (a, b), fontsize=7, ha="center", va="center")
+            axes.annotate(word, (a, b), fontsize=9, ha="center", va="center")
         axes.margins(0.16)
         axes.set(xticks=[], yticks=[], title=f"{name}: codewords ({share:.0%} of their variance)")
 
@@ -118,8 +118,8 @@ def confusion(name: str, counts: np.ndarray[Any, Any], traits: Sequence[str]) ->
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for i, j in np.ndindex(shown.shape):
             if shown[i, j]:
-                ink = "white" if share[i, j] > 0.5 else INK
-                axes.text(j, i, str(shown[i, j]), ha="center", va="center", fontsize=7, color=ink)
+                ink = "white" if share[i, j] > 0.3 else INK
+                axes.text(j, i, str(shown[i, j]), ha="center", va="center", fontsize=8, color=ink)
         axes.set_yticks(range(len(traits)), traits)
         axes.set_xticks(range(shown.shape[1]), [str(c) for c in order + left])
         axes.set(xlabel="code", title=f"{name}: planted trait and code")
@@ -147,7 +147,7 @@ def auc_bars(result: Mapping[str, Any], title: str) -> str:
         axes.set_ylim(bottom=min(0.5, low) - 0.01)
         axes.set(ylabel="AUC, 95 % interval", title=title)
         axes.legend(
-            fontsize=6, ncols=4, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1)
+            fontsize=7.5, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1)
         )
 
     return svg(draw, 5.2, 3.4)
@@ -169,7 +169,7 @@ def gains(results: Mapping[str, Mapping[str, Any]]) -> str:
                     axes.plot([low, high], [y + shift] * 2, color=color, lw=2)
                     axes.plot(d["difference"], y + shift, "o", color=color, ms=4)
         axes.axvline(0, color=INK, lw=0.8)
-        axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=7)
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
         axes.invert_yaxis()
         axes.set(xlabel="AUC gained by the IDs", title="over no feature, over the best cluster")
 

@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+import small_log
 
 from userip_fast.config import Config
+from userip_fast.ctr.cells import data_digest
 from userip_fast.ctr.config import CTRConfig
 from userip_fast.ctr.features import Profiles
 from userip_fast.ctr.protocols import make_task
@@ -74,7 +76,7 @@ def test_rows_and_what_their_profile_knows(protocol, rated):
 
 
 @pytest.mark.parametrize("protocol", ["new-users", "cold", "warm"])
-def test_a_profile_does_not_change_when_test_events_do(protocol):
+def test_a_profile_does_not_change_when_test_events_do(protocol, tmp_path, monkeypatch):
     """Every item and rating of every test event is replaced: learned centres and codes stay."""
     data = log()
     ctr = CTRConfig(protocol=protocol, first=3, warm_rows=8)
@@ -91,10 +93,17 @@ def test_a_profile_does_not_change_when_test_events_do(protocol):
     assert not np.array_equal(other.test.item, task.test.item)
     np.testing.assert_array_equal(other.train.item, task.train.item)
     np.testing.assert_array_equal(other.train.label, task.train.label)
-    config = Config.from_dict(
-        {"fields": [{"name": "taste", "prompt": "taste", "codebook_size": 3}]}
-    )
-    for feature in ("random", "kmeans_attributes", "kmeans_tfidf", "mf_clusters"):
+    # A feature is a function of what is learned from and of the view, and of nothing else.
+    assert data_digest(task.learn) == data_digest(other.learn)
+    assert [*map(data_digest, task.views)] == [*map(data_digest, other.views)]
+    monkeypatch.setenv("USERIP_FAST_CACHE", str(tmp_path))
+    fields = [{"name": "taste", "prompt": "taste", "codebook_size": 3}]
+    tiny = Config().override(dict(s.split("=") for s in small_log.TINY))
+    config = Config.from_dict({**tiny.to_dict(), "fields": fields})
+    features = ["random", "kmeans_attributes", "kmeans_tfidf", "mf_clusters"]
+    if protocol == "new-users":
+        features.append("ids")
+    for feature in features:
         codes = [
             [p.codes(feature, view, 0) for view in t.views]
             for t in (task, other)

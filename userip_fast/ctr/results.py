@@ -55,7 +55,7 @@ def run_plan(
     Args:
         data_root: Folder that the plan's files lie below.
         out: Gets `<data set>/<evaluation>/ctr.json` and `cells/`; run again, it goes on from there.
-        only: Names of data sets or evaluations; empty for all.
+        only: Names of data sets, of evaluations or of both; empty for all.
         seconds: No evaluation is begun after so long.
 
     Returns:
@@ -78,7 +78,13 @@ def run_plan(
             if (folder / "ctr.json").is_file() and stamp.is_file() and read_json(stamp) == want:
                 found[name][evaluation] = read_json(folder / "ctr.json")
                 continue
-            skipped = only and not {name, evaluation} & set(only)
+            skipped = any(
+                wanted and one not in wanted
+                for one, wanted in (
+                    (name, set(only) & set(plan["datasets"])),
+                    (evaluation, set(only) & set(plan["evaluations"])),
+                )
+            )
             if skipped or time.monotonic() - started > seconds:
                 found[name][evaluation] = None
                 continue
