@@ -80,12 +80,19 @@ def test_explain(run):
         for example in card["examples"]:
             assert codes[users.index(example["user"])] == card["code"]
             assert ": " in example["behaviour"]
+            assert example["p"] is None  # a nearest codeword has no probability
         if card["users"]:
             assert card["typical"]
         assert not set(card["contrastive"]) & set(card["avoided"])
     assert json.loads((folder / "run" / "explain.json").read_text()) == json.loads(
         json.dumps(found)
     )
+    em = replace(model.config.em, estep="posterior")
+    sure = explain(replace(model, config=replace(model.config, em=em), trainer=None), data)
+    for card in sure["fields"]["taste"]["codes"]:
+        p = [example["p"] for example in card["examples"]]
+        assert all(0.33 <= x <= 1 for x in p)  # of three codes, the likeliest
+        assert p == sorted(p, reverse=True)
     with pytest.raises(DataError, match="none of the users"):
         explain(model, data, pa.table({"user_id": [12345], "a": ["x"]}))
 

@@ -8,6 +8,7 @@ on permuted users.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,18 +137,16 @@ def _bits(x: Int64, y: Int64) -> float:
 
 def _codes_of(model: Model, data: Interactions) -> tuple[Int64, np.ndarray[Any, Any] | None]:
     """[U, J] codes, and how sure the model is of each where its E-step tells."""
-    import tempfile
-
+    em = model.config.em
+    tells = em.recipe == "userip" and em.estep != "gradient"
     with tempfile.TemporaryDirectory() as folder:
-        bank = model.infer(data, Path(folder) / "bank", on_bad="skip")
+        bank = model.infer(data, Path(folder) / "bank", on_bad="skip", probabilities=tells)
         assert isinstance(bank, FeatureBank)
         codes = np.array(bank.lookup(data.user_keys, on_unknown="code"), np.int64)
-        tell = getattr(bank, "probabilities", None)
-        try:
-            sure = None if tell is None else np.array(tell(data.user_keys))
-        except (LookupError, ValueError):
-            sure = None
-    return codes, sure
+        if bank.probabilities is None:
+            return codes, None
+        rows = bank.rows(data.user_keys)
+        return codes, np.where((rows >= 0)[:, None], bank.probabilities[rows], 0.0)
 
 
 def _best_feedback(events: Events) -> np.ndarray[Any, Any]:
