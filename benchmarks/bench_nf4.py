@@ -115,7 +115,7 @@ def run(device: str, rows_list: list[int], sizes: list[int], seconds: float) -> 
         weight = make_weight(size, device)
         for dtype in (torch.float32, torch.bfloat16):
             runs = dequantize_runs(weight, dtype, device)
-            times = compare(runs, device, seconds=seconds)
+            times = compare(runs, device, seconds=seconds, at_least=5)
             mib = {name: peak_mib(r, device) for name, r in runs.items()}
             dequantize.append({"size": size, "dtype": str(dtype), "times": times, "peak_mib": mib})
             moved = weight.nbytes + size * size * dtype.itemsize
@@ -125,7 +125,7 @@ def run(device: str, rows_list: list[int], sizes: list[int], seconds: float) -> 
         for rows in rows_list:
             for table, back in ((forward, False), (backward, True)):
                 runs = linear_runs(weight, rows, compute, device, back)
-                times = compare(runs, device, seconds=seconds)
+                times = compare(runs, device, seconds=seconds, at_least=5)
                 mib = {name: peak_mib(r, device) for name, r in runs.items()}
                 table.append({"size": size, "rows": rows, "times": times, "peak_mib": mib})
                 what = "gradient" if back else "linear"

@@ -10,6 +10,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
     bind_bank(m);
     bind_cross_entropy(m);
     bind_features(m);
+    bind_frozen_block(m);
     bind_nf4(m);
     bind_sparse_adam(m);
 #ifdef USERIP_FAST_WITH_CUDA

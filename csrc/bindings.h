@@ -12,6 +12,7 @@ void bind_assign_codes(py::module_& m);
 void bind_bank(py::module_& m);
 void bind_cross_entropy(py::module_& m);
 void bind_features(py::module_& m);
+void bind_frozen_block(py::module_& m);
 void bind_nf4(py::module_& m);
 void bind_sparse_adam(py::module_& m);
 

@@ -101,6 +101,8 @@ class LMConfig:
     """How the weights lie in memory; "auto" is resident where it fits, else streamed."""
     recompute: Literal["auto", "on", "off"] = "auto"
     """Recompute activations in backward; "auto" only where the step does not fit otherwise."""
+    fused: Literal["auto", "off"] = "auto"
+    """Fused norms, gates and RoPE, where there are kernels and the model's modules allow it."""
     memory_gib: float | None = None
     """What weights and step may take together; None is what is free on the device."""
     trust_remote_code: bool = False

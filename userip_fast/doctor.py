@@ -21,6 +21,7 @@ from userip_fast.data import read_interactions
 from userip_fast.demo.world import make_world
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
 from userip_fast.lm.engine import Engine, check_positions
+from userip_fast.lm.fuse import unfuse
 from userip_fast.lm.residency import make_resident
 from userip_fast.packing import Behaviour, build_behaviour, make_pack
 from userip_fast.prompts import Layout, ProfileField, PromptTemplate, TokenTable
@@ -99,6 +100,7 @@ def _wide_copy(lm: FrozenLM) -> FrozenLM:
     size = sum(p.numel() for p in lm.model.parameters())
     wide = torch.float32 if lm.dtype != torch.float32 and size > _WIDE else torch.float64
     model = copy.deepcopy(lm.model)
+    unfuse(model)
     make_resident(model, wide)
     torch.nn.Module.to(model, wide)  # transformers' own `to` refuses models that were quantised
     return FrozenLM(model, lm.tokenizer, source=lm.source, quantization="none")

@@ -150,12 +150,15 @@ def _calls(device: str) -> Mapping[str, Callable[[str], object]]:
         "assign_codes": lambda impl: ops.assign_codes(x, x, impl=impl),
         "assign_codes_with_margin": lambda i: ops.assign_codes_with_margin(x, x, impl=i),
         "assign_codes_with_stats": lambda i: ops.assign_codes_with_stats(x, x, impl=i),
+        "gated": lambda impl: ops.gated(x, x, impl=impl),
         "linear_cross_entropy": lambda impl: ops.linear_cross_entropy(
             x, x, ids, torch.ones_like(x[:, 0]), bounds, impl=impl
         ),
         "nf4_dequantize": lambda impl: ops.nf4_dequantize(weight, impl=impl),
         "nf4_linear": lambda impl: ops.nf4_linear(x, weight, impl=impl),
         "prepend_soft_prompts": lambda impl: ops.prepend_soft_prompts(x, x, int32, impl=impl),
+        "rms_norm": lambda impl: ops.rms_norm(x, x[0], impl=impl),
+        "rotate": lambda impl: ops.rotate(heads, x, x, impl=impl),
         "soft_prompt_attention": lambda impl: ops.soft_prompt_attention(
             heads, heads, heads, heads[:0], heads[:0], *pack, num_fields=1, scale=0.125, impl=impl
         ),

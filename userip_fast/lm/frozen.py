@@ -21,6 +21,7 @@ from torch import Tensor
 from userip_fast.config import LMConfig
 from userip_fast.errors import MismatchError, UnavailableError, UnsupportedError
 from userip_fast.lm import attention
+from userip_fast.lm.fuse import fuse, pays
 from userip_fast.lm.memory import Plan, choose, free_bytes
 from userip_fast.lm.nf4 import quantize_linears
 from userip_fast.lm.residency import set_recompute, settle
@@ -182,8 +183,9 @@ class FrozenLM:
     def _settle(self, config: LMConfig, work: Workload) -> None:
         """Decides residency, recomputation and pack size from memory, and carries it out."""
         four_bit = self.quantization.startswith("nf4")
+        fused = config.fused == "auto" and pays(self.token_embedding)
         self.architecture = Architecture(
-            self.model.config, self.dtype, self.device.type, four_bit=four_bit
+            self.model.config, self.dtype, self.device.type, four_bit=four_bit, fused=fused
         )
         budget = int((config.memory_gib or 0) * 2**30)
         if not budget:
@@ -204,6 +206,8 @@ class FrozenLM:
         else:
             settle(self.model, self.plan.residency, self.dtype)
         set_recompute(self.model, self.plan.recompute)
+        if fused:
+            logger.info("fused element-wise parts of %s", dict(fuse(self.model)) or "no module")
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] to input embeddings [..., D], as the model itself does it."""

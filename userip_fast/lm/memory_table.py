@@ -111,7 +111,7 @@ def main() -> None:
     print(f"Predicted, not measured: GiB for {args.device}, {dtype}, 4-bit linears, users of")
     print(f"{work.user_tokens} rows, all rows with loss, {work.block_users} users in a block.")
     for name, config in shapes.items():
-        architecture = Architecture(config, dtype, args.device)
+        architecture = Architecture(config, dtype, args.device, fused=True)
         print(f"\n**{name}**\n\n{table(architecture, args.packs, work)}")
         for tokens in args.packs if args.budget_gib else ():
             try:

@@ -25,7 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 from userip_fast.config import Config
 from userip_fast.lm import attention
+from userip_fast.lm.fuse import fuse
 from userip_fast.lm.residency import layer_of, set_recompute
+from userip_fast.ops._dispatch import unannounced
 from userip_fast.ops.linear_cross_entropy import scratch_bytes as head_scratch
 from userip_fast.packing import Behaviour, Pack, make_pack
 from userip_fast.prompts import Layout
@@ -166,7 +168,10 @@ class Architecture:
             model = AutoModelForCausalLM.from_config(
                 config, attn_implementation=attention.NAME, dtype=self.dtype
             )
-        return model.requires_grad_(False).eval()
+        model.requires_grad_(False).eval()
+        if self.fused:
+            fuse(model, "reference", try_out=False)
+        return model
 
     def _trace(self, model: Any, recompute: bool, work: Workload) -> int:
         from userip_fast.lm.engine import PackedEngine
@@ -174,12 +179,14 @@ class Architecture:
         set_recompute(model, recompute)
         impl = "cpu" if self.device_type == "cpu" else "triton"
         layout, pack = sample_pack(work, torch.device("meta"))
-        engine = PackedEngine(_MetaLM(model), layout, impl, probe=False)  # type: ignore[arg-type]
+        lm: Any = _MetaLM(model)
         theta = torch.empty(
             pack.num_users, work.soft_rows, self.hidden_size, device="meta", requires_grad=True
         )
-        with _PeakTracker(self.device_type) as tracker:
-            torch.autograd.grad(engine.nll(pack, theta).sum(), theta)
+        with unannounced():
+            engine = PackedEngine(lm, layout, impl, probe=False)
+            with _PeakTracker(self.device_type) as tracker:
+                torch.autograd.grad(engine.nll(pack, theta).sum(), theta)
         return tracker.peak
 
 

@@ -11,6 +11,7 @@ from userip_fast.ops.assign_codes import (
     assign_codes_with_margin,
     assign_codes_with_stats,
 )
+from userip_fast.ops.frozen_block import gated, rms_norm, rotate
 from userip_fast.ops.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
@@ -34,6 +35,7 @@ __all__ = [
     "assign_codes_reference",
     "assign_codes_with_margin",
     "assign_codes_with_stats",
+    "gated",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "nf4_dequantize",
@@ -42,6 +44,8 @@ __all__ = [
     "nf4_linear_reference",
     "prepend_soft_prompts",
     "prepend_soft_prompts_reference",
+    "rms_norm",
+    "rotate",
     "soft_prompt_attention",
     "soft_prompt_attention_reference",
     "sparse_adam",

@@ -8,13 +8,27 @@ another.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from userip_fast.errors import UnavailableError
 
 logger = logging.getLogger("userip_fast.ops")
 
 _announced: set[tuple[str, str, str]] = set()
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+@contextmanager
+def unannounced() -> Iterator[None]:
+    """Within it choices are not logged: nothing is computed with them."""
+    token = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
 
 WhyNot = Callable[[], str | None]
 """Returns None where the implementation can run the call at hand, else the reason why it cannot."""
@@ -46,7 +60,7 @@ def resolve(op: str, impl: str, candidates: Mapping[str, WhyNot]) -> str:
         reason = why_not()
         if reason is None:
             why = "; ".join(skipped) or "first choice"
-            if (op, name, why) not in _announced:
+            if (op, name, why) not in _announced and not _quiet.get():
                 _announced.add((op, name, why))
                 logger.info("%s: impl=%s (%s)", op, name, why)
             return name

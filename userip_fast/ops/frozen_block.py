@@ -1,0 +1,368 @@
+"""The element-wise parts of a frozen transformer block, each in one pass, forward and backward.
+
+    rms_norm:    s = x + residual;  y = s r (w + offset),  r = 1 / sqrt(mean(s^2) + eps)
+                 ds = r (g - u mean(g u)) + d_total,  g = dy (w + offset),  u = s r
+    gated:       y = act(gate) up                        act: SiLU, or GELU by tanh
+                 d_gate = dy up act'(gate),  d_up = dy act(gate)
+    rotate:      (y1, y2) = (x1 c1 - x2 s1, x2 c2 + x1 s2)      halves of a head; RoPE
+                 (d1, d2) = (dy1 c1 + dy2 s2, dy2 c2 - dy1 s1)
+
+Weights are frozen: they get no gradient. Sums and products are in fp32 and rounded once, where the
+plain modules of transformers round after every step in 16 bits. Saved for backward: the norm's
+input and a number per row, gate and up, and RoPE's angles.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from userip_fast import _extension
+from userip_fast.ops import _triton
+from userip_fast.ops._dispatch import WhyNot, resolve
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm_reference(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The oracle: y [M, D], total [M, D] (or [0]), r [M] fp32 (fp64 of fp64)."""
+    total = x if residual is None else x + residual
+    wide = _wide(total)
+    r = torch.rsqrt(wide.square().mean(1) + eps)
+    y = (wide * r[:, None] * (_wide(weight) + offset)).to(x.dtype)
+    return y, total if residual is not None else x.new_empty(0), r
+
+
+def rms_norm_backward_reference(
+    dy: Tensor, d_total: Tensor | None, total: Tensor, r: Tensor, weight: Tensor, offset: float
+) -> Tensor:
+    """The oracle's gradient of the sum."""
+    g, unit = _wide(dy) * (_wide(weight) + offset), _wide(total) * r[:, None]
+    d = r[:, None] * (g - unit * (g * unit).mean(1, keepdim=True))
+    return (d if d_total is None else d + _wide(d_total)).to(dy.dtype)
+
+
+def gated_reference(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """The oracle: act(gate) up."""
+    g = _wide(gate)
+    value = F.silu(g) if act == "silu" else F.gelu(g, approximate="tanh")
+    return (value * _wide(up)).to(gate.dtype)
+
+
+def gated_backward_reference(
+    dy: Tensor, gate: Tensor, up: Tensor, act: str
+) -> tuple[Tensor, Tensor]:
+    """The oracle's d_gate and d_up."""
+    g, d = _wide(gate), _wide(dy)
+    if act == "silu":
+        d_gate = torch.ops.aten.silu_backward(d * _wide(up), g)
+        value = F.silu(g)
+    else:
+        d_gate = torch.ops.aten.gelu_backward(d * _wide(up), g, approximate="tanh")
+        value = F.gelu(g, approximate="tanh")
+    return d_gate.to(gate.dtype), (d * value).to(gate.dtype)
+
+
+def rotate_reference(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool) -> Tensor:
+    """The oracle: x [T, H, d] turned by its row's angles [T, d], or back."""
+    c1, c2, s1, s2 = (h[:, None] for t in (cosine, sine) for h in _wide(t).chunk(2, -1))
+    a, b = _wide(x).chunk(2, -1)
+    if backward:
+        s1, s2 = -s2, -s1
+    return torch.cat([a * c1 - b * s1, b * c2 + a * s2], -1).to(x.dtype)
+
+
+@torch.library.custom_op("userip_fast::rms_norm", mutates_args=())
+def _rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    if impl == "reference":
+        return rms_norm_reference(x, residual, weight, eps, offset)
+    y, r = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+    total = x.new_empty(0) if residual is None else torch.empty_like(x)
+    if impl == "triton":
+        from userip_fast.kernels import frozen_block as kernels
+
+        kernels.rms_norm(x, residual, weight, y, total, r, eps, offset)
+        return y, total, r
+    module: Any = _extension.load()
+    addresses = (_at(t) for t in (x, residual, weight, y, None if residual is None else total, r))
+    module.rms_norm(*addresses, *x.shape, eps, offset)
+    return y, total, r
+
+
+@_rms_norm.register_fake
+def _(x, residual, weight, eps, offset, impl):  # type: ignore[no-untyped-def]
+    total = x.new_empty(0) if residual is None else torch.empty_like(x)
+    acc = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty_like(x), total, x.new_empty(x.shape[0], dtype=acc)
+
+
+@torch.library.custom_op("userip_fast::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(
+    dy: Tensor,
+    d_total: Tensor | None,
+    total: Tensor,
+    r: Tensor,
+    weight: Tensor,
+    offset: float,
+    impl: str,
+) -> Tensor:
+    if impl == "reference":
+        return rms_norm_backward_reference(dy, d_total, total, r, weight, offset)
+    dx = torch.empty_like(dy)
+    if impl == "triton":
+        from userip_fast.kernels import frozen_block as kernels
+
+        kernels.rms_norm_backward(dy, d_total, total, r, weight, dx, offset)
+        return dx
+    module: Any = _extension.load()
+    addresses = (_at(t) for t in (dy, d_total, total, r, weight, dx))
+    module.rms_norm_backward(*addresses, *dy.shape, offset)
+    return dx
+
+
+@_rms_norm_backward.register_fake
+def _(dy, d_total, total, r, weight, offset, impl):  # type: ignore[no-untyped-def]
+    return torch.empty_like(dy)
+
+
+def _rms_norm_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, residual, weight, _, ctx.offset, ctx.impl = inputs
+    _, total, r = output
+    ctx.joined = residual is not None
+    ctx.mark_non_differentiable(r, *(() if ctx.joined else (total,)))
+    ctx.save_for_backward(total if ctx.joined else x, r, weight)
+    ctx.set_materialize_grads(False)
+
+
+def _rms_norm_gradient(ctx, dy, d_total, _):  # type: ignore[no-untyped-def]
+    total, r, weight = ctx.saved_tensors
+    if not ctx.joined:
+        d_total = None
+    if dy is None:
+        dx = d_total
+    else:
+        d_total = None if d_total is None else d_total.contiguous()
+        dx = _rms_norm_backward(dy.contiguous(), d_total, total, r, weight, ctx.offset, ctx.impl)
+    return dx, dx if ctx.joined else None, None, None, None, None
+
+
+_rms_norm.register_autograd(_rms_norm_gradient, setup_context=_rms_norm_context)
+
+
+@torch.library.custom_op("userip_fast::gated", mutates_args=())
+def _gated(gate: Tensor, up: Tensor, act: str, impl: str) -> Tensor:
+    if impl == "reference":
+        return gated_reference(gate, up, act)
+    y = torch.empty_like(gate)
+    if impl == "triton":
+        from userip_fast.kernels import frozen_block as kernels
+
+        kernels.gated(gate, up, y, ACTIVATIONS.index(act))
+        return y
+    module: Any = _extension.load()
+    module.gated(_at(gate), _at(up), _at(y), y.numel(), ACTIVATIONS.index(act))
+    return y
+
+
+@_gated.register_fake
+def _(gate, up, act, impl):  # type: ignore[no-untyped-def]
+    return torch.empty_like(gate)
+
+
+@torch.library.custom_op("userip_fast::gated_backward", mutates_args=())
+def _gated_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, act: str, impl: str
+) -> tuple[Tensor, Tensor]:
+    if impl == "reference":
+        return gated_backward_reference(dy, gate, up, act)
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    if impl == "triton":
+        from userip_fast.kernels import frozen_block as kernels
+
+        kernels.gated_backward(dy, gate, up, d_gate, d_up, ACTIVATIONS.index(act))
+        return d_gate, d_up
+    module: Any = _extension.load()
+    addresses = (_at(t) for t in (dy, gate, up, d_gate, d_up))
+    module.gated_backward(*addresses, gate.numel(), ACTIVATIONS.index(act))
+    return d_gate, d_up
+
+
+@_gated_backward.register_fake
+def _(dy, gate, up, act, impl):  # type: ignore[no-untyped-def]
+    return torch.empty_like(gate), torch.empty_like(up)
+
+
+def _gated_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    gate, up, ctx.act, ctx.impl = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _gated_gradient(ctx, dy):  # type: ignore[no-untyped-def]
+    return *_gated_backward(dy.contiguous(), *ctx.saved_tensors, ctx.act, ctx.impl), None, None
+
+
+_gated.register_autograd(_gated_gradient, setup_context=_gated_context)
+
+
+@torch.library.custom_op("userip_fast::rotate", mutates_args=())
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool, impl: str) -> Tensor:
+    if impl == "reference":
+        return rotate_reference(x, cosine, sine, backward)
+    y = x.new_empty(x.shape)
+    if impl == "triton":
+        from userip_fast.kernels import frozen_block as kernels
+
+        kernels.rotate(x, cosine, sine, y, backward)
+        return y
+    module: Any = _extension.load()
+    module.rope(_at(x), x.stride(0), _at(cosine), _at(sine), _at(y), *x.shape, backward)
+    return y
+
+
+@_rotate.register_fake
+def _(x, cosine, sine, backward, impl):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+def _rotate_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, cosine, sine, ctx.backward, ctx.impl = inputs
+    ctx.save_for_backward(cosine, sine)
+
+
+def _rotate_gradient(ctx, dy):  # type: ignore[no-untyped-def]
+    cosine, sine = ctx.saved_tensors
+    dx = _rotate(dy.contiguous(), cosine, sine, not ctx.backward, ctx.impl)
+    return dx, None, None, None, None
+
+
+_rotate.register_autograd(_rotate_gradient, setup_context=_rotate_context)
+
+
+def _at(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def candidates(x: Tensor) -> dict[str, WhyNot]:
+    """Implementations for tensors like x, best first."""
+
+    def cpu() -> str | None:
+        if x.device.type not in ("cpu", "meta"):
+            return f"it is for CPU tensors, these are on {x.device}"
+        if x.dtype != torch.float32:
+            return f"it computes in float32, the tensors are {x.dtype}"
+        module = _extension.load()
+        if module is None:
+            return _extension.why_not()
+        if not hasattr(module, "rms_norm"):
+            return "userip_fast._C has no such kernels for this processor type"
+        features = module.cpu_features()
+        return None if features["avx2"] and features["fma"] else "the processor lacks AVX2 and FMA"
+
+    def triton() -> str | None:
+        if x.dtype == torch.float64:
+            return "it computes in float32, the tensors are float64"
+        return _triton.why_not(x)
+
+    if x.device.type == "cpu":
+        return {"cpu": cpu, "reference": lambda: None, "triton": triton}
+    return {"triton": triton, "reference": lambda: None, "cpu": cpu}
+
+
+def _check(op: str, x: Tensor, others: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    for name, (t, shape) in others.items():
+        if tuple(t.shape) != shape or t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(
+                f"{op}: {name} must be {x.dtype} {shape} on {x.device}, got {t.dtype} "
+                f"{tuple(t.shape)} on {t.device}"
+            )
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of a sum that goes on as the residual stream.
+
+    Args:
+        x: [..., D] fp32, bf16 or fp16. Differentiable.
+        weight: [D], same dtype, frozen.
+        residual: Like x, or None. Differentiable.
+        eps: Added to the mean square.
+        offset: Added to the weight: 1 in Gemma.
+        impl: "auto", "triton", "cpu" (fp32) or "reference".
+
+    Returns:
+        y like x, and x + residual (x itself without one).
+
+    Raises:
+        ValueError: A shape, dtype or device breaks the rules above, or `weight` requires grad.
+    """
+    dim = x.shape[-1]
+    _check("rms_norm", x, {"weight": (weight, (dim,))})
+    if residual is not None:
+        _check("rms_norm", x, {"residual": (residual, tuple(x.shape))})
+    if weight.requires_grad:
+        raise ValueError("rms_norm: weight is frozen, it requires grad; detach it")
+    chosen = resolve("rms_norm", impl, candidates(x))
+    flat = x.reshape(-1, dim).contiguous()
+    other = None if residual is None else residual.reshape(-1, dim).contiguous()
+    y, total, _ = _rms_norm(flat, other, weight, eps, offset, chosen)
+    return y.view(x.shape), x if residual is None else total.view(x.shape)
+
+
+def gated(gate: Tensor, up: Tensor, act: str = "silu", *, impl: str = "auto") -> Tensor:
+    """act(gate) up, as in SwiGLU and GeGLU.
+
+    Args:
+        gate, up: Of one shape and dtype, fp32, bf16 or fp16. Differentiable.
+        act: "silu" or "gelu_tanh".
+        impl: "auto", "triton", "cpu" (fp32) or "reference".
+
+    Raises:
+        ValueError: The two differ in shape, dtype or device, or `act` is unknown.
+    """
+    _check("gated", gate, {"up": (up, tuple(gate.shape))})
+    if act not in ACTIVATIONS:
+        raise ValueError(f"gated: act must be one of {ACTIVATIONS}, is {act!r}")
+    chosen = resolve("gated", impl, candidates(gate))
+    return _gated(gate.contiguous(), up.contiguous(), act, chosen)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, impl: str = "auto") -> Tensor:
+    """RoPE on halves of a head, as Llama does it.
+
+    Args:
+        x: [T, H, d] fp32, bf16 or fp16; rows may be strided. Differentiable.
+        cosine, sine: [T, d], same dtype, constant.
+        impl: "auto", "triton", "cpu" (fp32) or "reference".
+
+    Returns:
+        [T, H, d], contiguous.
+
+    Raises:
+        ValueError: A shape, dtype or device breaks the rules above, or d is odd.
+    """
+    if x.dim() != 3 or x.shape[2] % 2:
+        raise ValueError(f"rotate: x must be [T, H, d] with an even d, got {tuple(x.shape)}")
+    shape = (x.shape[0], x.shape[2])
+    _check("rotate", x, {"cosine": (cosine, shape), "sine": (sine, shape)})
+    if x.stride(2) != 1 or x.stride(1) != x.shape[2]:
+        x = x.contiguous()
+    chosen = resolve("rotate", impl, candidates(x))
+    return _rotate(x, cosine.contiguous(), sine.contiguous(), False, chosen)
