@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -139,7 +139,7 @@ def fit(
             source, log=log, checkpoints=run.checkpoints if run else None, resume=resume
         )
     model.codebooks = result.codebooks
-    model.start = result.start
+    model.start, model.head = result.start, result.head
     counts = ItemCounts([f.codebook_size for f in config.fields], data.num_items)
     found, sure = [], [torch.zeros(0, len(config.fields))]
     totals = np.zeros(4)
@@ -215,6 +215,7 @@ def fit(
                 }
                 for name, u in usage.items()
             },
+            **({"amortised": asdict(result.head_report)} if result.head_report else {}),
             "model_fingerprint": model.fingerprint,
             "seed": config.em.seed,
         }

@@ -197,7 +197,9 @@ def fit(
     lm: Lm = None,
     quantization: Quantization = None,
     device: Device = None,
-    estep: Annotated[str | None, _panel(_RUN, "gradient, or posterior (gradient).")] = None,
+    estep: Annotated[
+        str | None, _panel(_RUN, "gradient, posterior or amortised (gradient).")
+    ] = None,
     recipe: Annotated[str | None, _panel(_RUN, "userip, or paper, as published (userip).")] = None,
     rounds: Annotated[int | None, _panel(_RUN, "EM rounds, at most.")] = None,
     steps: Annotated[int | None, _panel(_RUN, "Adam steps of an E-step, at most.")] = None,

@@ -142,11 +142,12 @@ class EMConfig:
 
     recipe: Literal["userip", "paper"] = "userip"
     """"paper" is the public code's algorithm: random starts, one joint loss, dense AdamW."""
-    estep: Literal["gradient", "posterior"] = "gradient"
+    estep: Literal["gradient", "posterior", "amortised"] = "gradient"
     """"gradient": soft prompts by descent, then the nearest codeword. "posterior": p(code |
-    behaviour) from the LM's likelihoods under codewords."""
+    behaviour) from the LM's likelihoods under codewords. "amortised": codewords as "posterior",
+    users by one pass and a head that learned its answers."""
     rounds: int | None = None
-    """E-step + M-step sweeps, at most; None is 2 (gradient) or 8 (posterior)."""
+    """E-step + M-step sweeps, at most; None is 2 (gradient) or 8."""
     steps: int = 6
     """Adam steps of an E-step, at most; users that stop improving leave earlier."""
     lr: float = 0.04
@@ -183,6 +184,10 @@ class EMConfig:
     gain: float = 5e-4
     """Posterior: a round that raises the objective by less than this share of it is the last; so is
     one in vain after its steps were halved twice."""
+    head_users: int = 4_096
+    """Amortised: the head learns from the posterior of the first so many users."""
+    sure: float = 0.8
+    """Amortised: where the head gives a field's code less, the posterior decides; 0 is nowhere."""
     commitment: float = 0.0
     """beta of beta * ||theta - C[z]||^2 / (D rms^2), in the refining steps."""
     codebook_update: Literal["kmeans", "ema", "mse"] = "kmeans"
@@ -211,6 +216,7 @@ class EMConfig:
             "steps",
             "restarts",
             "fit_users",
+            "head_users",
             "codeword_steps",
             "patience",
             "kmeans_restarts",
@@ -233,6 +239,7 @@ class EMConfig:
         ):
             _require(getattr(self, name) >= 0, f"em.{name}", "0 or more", getattr(self, name))
         _require(0 <= self.ema_decay < 1, "em.ema_decay", "in [0, 1)", self.ema_decay)
+        _require(0 <= self.sure <= 1, "em.sure", "in [0, 1]", self.sure)
         _require(0 <= self.prune_share < 1, "em.prune_share", "in [0, 1)", self.prune_share)
         _require(0 <= self.held_out <= 0.5, "em.held_out", "in [0, 0.5]", self.held_out)
         # The first sweep scores a field while others are not known yet.

@@ -6,6 +6,7 @@ On disk a model is a folder that is whole or absent:
     config.json             everything that decided the result
     codebooks.safetensors   codewords [K_j, m_j D] of each field
     start.safetensors       shared start [S, D]
+    head.safetensors        of an amortised E-step
     catalogue.parquet       training items with counts, to sample negatives from
     codes.json              code cards: words and typical items
     lm/                     the embedded LM, where that is the one
@@ -34,6 +35,7 @@ from userip_fast.behaviour_stream import StreamSource
 from userip_fast.codebook import Codebook
 from userip_fast.config import Config
 from userip_fast.data import Catalogue, Interactions, InteractionStream
+from userip_fast.em.amortised import Head
 from userip_fast.em.cache import DiskCache
 from userip_fast.em.checkpoints import load_codebooks
 from userip_fast.em.trainer import Log, Trainer, profiles_total
@@ -84,6 +86,7 @@ class Model:
     catalogue: Catalogue
     cards: dict[str, list[dict[str, Any]]]
     trainer: Trainer | None = None
+    head: Head | None = None
 
     @property
     def template(self) -> PromptTemplate:
@@ -100,6 +103,7 @@ class Model:
         fields = [(f.name, f.prompt, f.num_virtual_tokens) for f in self.config.fields]
         digest.update(json.dumps([fields, self.format.to_dict()], sort_keys=True).encode())
         learned = [x for b in self.codebooks for x in (b.codewords, b.log_prior) if x is not None]
+        learned += self.head.state().values() if self.head else ()
         for tensor in (self.start, *learned):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -181,7 +185,7 @@ class Model:
     def ready_trainer(self, show: bool = False) -> Trainer:
         """The trainer that `fit` left, or one for inferring."""
         trainer = self.trainer or make_trainer(self.config, self.lm, show)
-        trainer.show = show
+        trainer.show, trainer.head = show, self.head
         return trainer
 
     def bank_writer(self, out: str | Path, update: bool = False) -> BankWriter:
@@ -220,6 +224,8 @@ class Model:
                 {f"{j}.{k}": v for j, b in enumerate(self.codebooks) for k, v in b.state().items()},
             )
             write_tensors(tmp / "start.safetensors", {"start": self.start})
+            if self.head is not None:
+                write_tensors(tmp / "head.safetensors", self.head.state())
             pq.write_table(self.catalogue.to_table(), tmp / "catalogue.parquet")
             write_json(tmp / "codes.json", self.cards)
             if self.lm.embedded:
@@ -273,6 +279,9 @@ class Model:
                 raise FormatError(f"{root / 'config.json'}: {e}") from e
             codebooks = load_codebooks(root / "codebooks.safetensors", len(config.fields))
             start = read_tensors(root / "start.safetensors")["start"]
+            head = None
+            if config.em.estep == "amortised":
+                head = Head.from_state(read_tensors(root / "head.safetensors"))
             catalogue = Catalogue.from_table(pq.read_table(root / "catalogue.parquet"))
             fmt = BehaviourFormat.from_dict(manifest["behaviour"])
             for f, book in zip(config.fields, codebooks):
@@ -312,6 +321,7 @@ class Model:
             start,
             catalogue,
             read_json(root / "codes.json"),
+            head=head,
         )
 
 

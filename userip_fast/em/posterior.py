@@ -239,7 +239,7 @@ def _ascent(scorer: Scorer) -> _Found:
     who, codes, weight = (torch.cat(x) for x in zip(*parts))
     # The codes found stand in every line.
     pairs = torch.cat([who[:, None], codes], dim=1)
-    rows, same = torch.unique(pairs, dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
+    rows, same = torch.unique(pairs, dim=0, return_inverse=True)
     weight = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, same, weight)
     return _Found(
         z,

@@ -23,6 +23,7 @@ from torch import Tensor
 from userip_fast.behaviour import Source
 from userip_fast.codebook import Codebook
 from userip_fast.config import Config, EMConfig
+from userip_fast.em.amortised import AmortisedEStep, Head, HeadReport, features, train_head
 from userip_fast.em.cache import BlockCache, DiskCache
 from userip_fast.em.checkpoints import Checkpoint, Checkpoints
 from userip_fast.em.distributed import Processes
@@ -46,10 +47,13 @@ Log = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class FitResult:
-    """Codebooks, and the shared start [S, D] they were learned from."""
+    """Codebooks, and the shared start [S, D] they were learned from; of an amortised E-step also
+    its head, and how that does on users it has not learned from."""
 
     codebooks: list[Codebook]
     start: Tensor
+    head: Head | None = None
+    head_report: HeadReport | None = None
 
 
 class Trainer:
@@ -62,6 +66,7 @@ class Trainer:
         processes: This process among those that share the users.
 
     Attributes:
+        head: What an amortised E-step answers with.
         swept_s, waited_s: Seconds spent in sweeps so far, and of these waiting for input.
     """
 
@@ -78,6 +83,7 @@ class Trainer:
         # What `fit` leaves for an `infer` of the same users: descents already made, or, in the
         # published recipe, the thetas that were trained with the codebooks.
         self._estep: EStep | None = None
+        self.head: Head | None = None
         self._trained: tuple[str, Profiles] | None = None
 
     def fit(
@@ -122,8 +128,12 @@ class Trainer:
                 if self.processes.rank == 0:
                     kept.clear()
                 self.processes.barrier()
-        if em.estep == "posterior":
-            return FitResult(self._fit_mixture(source, start, kept, resume, log), start)
+        if em.estep != "gradient":
+            books = self._fit_mixture(source, start, kept, resume, log)
+            if em.estep == "posterior":
+                return FitResult(books, start)
+            self.head, report = self._fit_head(source, books, start)
+            return FitResult(books, start, self.head, report)
         estep = GradientEStep(self.engine, start, em, cache=cache)
         mstep = ThetaMStep(self.config.fields, self.engine.layout.field_slices, em)
         state = EMState()
@@ -191,8 +201,11 @@ class Trainer:
                 yield run_paper(block, self.engine, fields, em, codebooks, self.show)[1]
             return
         estep = self._estep
-        if em.estep == "posterior":
-            estep = PosteriorEStep(self.engine, em)
+        if em.estep != "gradient":
+            estep = slow = PosteriorEStep(self.engine, em)
+            if em.estep == "amortised":
+                assert self.head is not None, "an amortised E-step needs the head of its model"
+                estep = AmortisedEStep(self.engine, start, self.head, slow, em)
         elif estep is None:
             estep = GradientEStep(self.engine, start, em)
         yield from self._sweep(
@@ -244,6 +257,27 @@ class Trainer:
                 if _is_last(record, em):
                     return at.codebooks
         raise AssertionError("EM goes on until its last round")
+
+    def _fit_head(
+        self, source: Source, codebooks: list[Codebook], start: Tensor
+    ) -> tuple[Head, HeadReport]:
+        """A head that learned from the posterior of the first `head_users` users.
+
+        Each process learns it for itself, as it does the codewords.
+        """
+        em = self.config.em
+        users = (0, min(em.head_users, source.num_users))
+        slow = PosteriorEStep(self.engine, em)
+        x, answers = [], []
+        done = 0
+        what = "posterior for the head"
+        for profiles in self._sweep(what, slow, source, codebooks, EMState(), users):
+            block = self._block(source, done, done + len(profiles.nll))
+            x.append(features(self.engine, block.behaviour, start, em)[0])
+            assert profiles.log_resp is not None
+            answers.append(profiles.log_resp)
+            done += len(profiles.nll)
+        return train_head(torch.cat(x), [torch.cat(r) for r in zip(*answers)], em)
 
     def run_key(self, source: Source, start: Tensor) -> str:
         """Digest of what decides the profiles of users: data, LM, prompts and settings."""

@@ -84,9 +84,12 @@ class PackedEngine:
         rows: Tensor | None = pack.loss_rows
         if self.last_layer is None or not 0 < len(pack.loss_rows) <= _FEW * pack.num_tokens:
             rows = None
-        hidden = self.hidden_states(pack, soft_rows, rows)
+        return self.loss(self.hidden_states(pack, soft_rows, rows)[pack.loss_rows], pack)
+
+    def loss(self, hidden: Tensor, pack: Pack) -> Tensor:
+        """[U] weighted NLL from the final hidden states [R, D] of the loss rows."""
         return linear_cross_entropy(
-            hidden[pack.loss_rows],
+            hidden,
             self.lm.head_weight,
             pack.target,
             pack.loss_weight,
