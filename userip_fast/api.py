@@ -33,6 +33,7 @@ from userip_fast.model import (
     behaviour_source,
     check_probabilities,
     make_trainer,
+    orders_like,
     truncated_users,
 )
 from userip_fast.names import ItemCounts, code_cards
@@ -87,6 +88,7 @@ def fit(
     max_users: int | None = None,
     resume: bool = False,
     probabilities: bool = False,
+    like: str | os.PathLike[str] | None = None,
     show: bool = False,
 ) -> Model:
     """Learns codebooks on the users of `data`, and writes model, bank, metrics and report.
@@ -104,16 +106,21 @@ def fit(
         max_users: Only the first so many users in hash order.
         resume: Goes on after the last checkpoint of `out`.
         probabilities: Whether the bank keeps each code's probability given the behaviour.
+        like: Folder of an earlier model with the same LM and fields; each code gets the number of
+            the one nearest to it there.
         show: Whether to show progress.
 
     Raises:
         DataError: The data breaks a rule (see `read_interactions`), or has fewer users than codes.
         ConfigError: A setting is wrong.
         UnsupportedError, UnavailableError: The LM cannot be used, and why.
+        MismatchError: `like` has another LM or other fields.
     """
     loaded = lm if isinstance(lm, FrozenLM) else None
     config = _config(config, loaded.source if loaded else lm, fields)
     check_probabilities(config, probabilities)
+    if like is not None and config.em.recipe == "paper":
+        raise ConfigError("like: the published recipe trains codes and users at once; fit without")
     if resume and out is None:
         raise ConfigError("resume=True needs `out`, the run folder to go on in")
     if max_users is not None:
@@ -140,11 +147,15 @@ def fit(
         )
     model.codebooks = result.codebooks
     model.start, model.head = result.start, result.head
+    if like is not None:
+        orders = orders_like(os.fspath(like), model)
+        model.codebooks = [b.reordered(order) for b, order in zip(model.codebooks, orders)]
+        model.head = trainer.head = model.head and model.head.reordered(orders)
     counts = ItemCounts([f.codebook_size for f in config.fields], data.num_items)
     found, sure = [], [torch.zeros(0, len(config.fields))]
     totals = np.zeros(4)
     done = trainer.own_users(source)[0]
-    for profiles in trainer.infer(source, result.codebooks, result.start):
+    for profiles in trainer.infer(source, model.codebooks, model.start):
         assert profiles.code_ids is not None
         users = len(profiles.nll)
         counts.add(profiles.code_ids.numpy(), source.events_of(done, done + users))

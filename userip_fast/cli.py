@@ -208,6 +208,9 @@ def fit(
     set: Settings = None,
     max_users: MaxUsers = None,
     probabilities: Probabilities = False,
+    like: Annotated[
+        Path | None, _panel(_RUN, "Model folder of an earlier fit whose code numbers are kept.")
+    ] = None,
     resume: Annotated[bool, _panel(_RUN, "Go on after the last checkpoint of --out.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -224,7 +227,13 @@ def fit(
     from userip_fast.terminal import print_results
 
     model = run_fit(
-        data, config=settings, out=out, resume=resume, probabilities=probabilities, show=not quiet
+        data,
+        config=settings,
+        out=out,
+        resume=resume,
+        probabilities=probabilities,
+        like=like,
+        show=not quiet,
     )
     if not quiet:
         run = Run(out)
@@ -386,6 +395,51 @@ def ctr(
     if not quiet:
         print_ctr(result)
         print(f"{out}: ctr.json")
+
+
+@app.command()
+def tune(
+    ctx: typer.Context,
+    interactions: Log,
+    items: Items = None,
+    user: User = None,
+    item: Item = None,
+    rating: Rating = None,
+    time: Time = None,
+    text: ItemText = None,
+    filter: Filter = None,
+    on_bad: OnBad = None,
+    min_history: MinHistory = None,
+    max_tokens: MaxTokens = None,
+    codes: Annotated[str, _panel(_FIELDS, "Numbers of codes to try in every field.")] = "4,8,16",
+    seeds: Annotated[int, _panel(_RUN, "Runs per choice; two or more tell stability.")] = 2,
+    template: Template = None,
+    field: Fields = None,
+    lm: Lm = None,
+    quantization: Quantization = None,
+    device: Device = None,
+    rounds: Annotated[int | None, _panel(_RUN, "EM rounds, at most.")] = None,
+    config: ConfigFile = None,
+    set: Settings = None,
+    max_users: Annotated[int, _panel(_RUN, "Users, in hash order.")] = 600,
+    out: Annotated[Path | None, _panel(_RUN, "JSON file that gets the table.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compare numbers of codes, and fields, by users held out: likelihood, usage, stability."""
+    from userip_fast.flags import settings_of
+
+    settings = settings_of(ctx.params).override({"em.estep": "posterior"})
+    sizes = [int(k) if k.strip().isdecimal() else 0 for k in codes.split(",")]
+    data = _read(interactions, items, settings, max_users, quiet, None)
+    _silence_transformers()
+    from userip_fast.files import write_json
+    from userip_fast.terminal import print_choices
+    from userip_fast.tune import tune as run_tune
+
+    choices = run_tune(data, settings, sizes, seeds=seeds, show=not quiet)
+    print_choices(choices)
+    if out is not None:
+        write_json(out, [choice.to_dict() for choice in choices])
 
 
 @app.command()

@@ -208,6 +208,10 @@ class Codebook:
             book.log_prior = state["log_prior"].float().clone()
         return book
 
+    def reordered(self, order: Tensor) -> Codebook:
+        """The same codes under other numbers: code k is the old code `order[k]`."""
+        return Codebook.from_state({name: x[order] for name, x in self.state().items()})
+
     def _move_to_far(
         self, x: Tensor, codes: Tensor, distance: Tensor, generator: torch.Generator
     ) -> Tensor:

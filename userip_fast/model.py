@@ -38,6 +38,7 @@ from userip_fast.data import Catalogue, Interactions, InteractionStream
 from userip_fast.em.amortised import Head
 from userip_fast.em.cache import DiskCache
 from userip_fast.em.checkpoints import load_codebooks
+from userip_fast.em.matching import numbered_like
 from userip_fast.em.trainer import Log, Trainer, profiles_total
 from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
 from userip_fast.files import (
@@ -388,6 +389,28 @@ def check_probabilities(config: Config, wanted: bool) -> None:
     """Raises ConfigError when codes have no probabilities to keep."""
     if wanted and (config.em.estep == "gradient" or config.em.recipe == "paper"):
         raise ConfigError("probabilities: a nearest codeword has none; choose em.estep=posterior")
+
+
+def orders_like(path: str | Path, model: Model) -> list[Tensor]:
+    """Per field the order of the codes of `model` that matches the model folder at `path`.
+
+    Raises:
+        FormatError: There is no model.
+        MismatchError: It has another LM or other codebooks, so that codewords do not compare.
+    """
+    root = Path(path)
+    manifest = read_json(root / "manifest.json")
+    try:
+        old = load_codebooks(
+            root / "codebooks.safetensors", len(read_json(root / "config.json")["fields"])
+        )
+        same_lm = manifest["lm"]["fingerprint"] == model.lm.fingerprint
+    except (KeyError, TypeError) as e:
+        raise FormatError(f"{root}: the manifest lacks or garbles {e}") from e
+    shapes = [[book.codewords.shape for book in books] for books in (old, model.codebooks)]
+    if not same_lm or shapes[0] != shapes[1]:
+        raise MismatchError(f"like: {root} has another LM or other fields; codes do not compare")
+    return numbered_like(model.codebooks, old)
 
 
 def _verify(root: Path, files: dict[str, str]) -> None:

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from userip_fast.data import Interactions, InteractionStream
     from userip_fast.doctor import Check
     from userip_fast.model import Model
+    from userip_fast.tune import Choice
 
 METHODS = {
     "gradient": "userip, gradient E-step",
     "posterior": "userip, posterior E-step",
     "posterior_random": "the same from random codewords",
+    "amortised": "amortised: a head learned its answers",
     "paper": "the published recipe",
     "kmeans_states": "k-means on mean LM states",
     "oracle": "Bayes-optimal labelling",
@@ -42,6 +44,31 @@ def print_scores(metrics: Mapping[str, Any]) -> None:
         ]
         cost = first["forward_equivalents"].get(method)
         table.add_row(METHODS.get(method, method), *scores, "" if cost is None else f"{cost:.0f}")
+    _print(table)
+    if (agreement := metrics.get("amortised_agreement")) is not None:
+        print(f"the head alone has {agreement:.1%} of new users as the posterior E-step has them")
+
+
+def print_choices(choices: Sequence[Choice]) -> None:
+    """Numbers of codes by what they are worth on users held out, the likeliest first."""
+    table = Table("codes", "ELBO\nper user", "gain", title="users held out", show_lines=False)
+    names = list(choices[0].codes)
+    for name in names:
+        table.add_column(f"{name}\nin use", justify="right")
+        table.add_column("\nstable", justify="right")
+    table.add_column("LM passes\nper user", justify="right")
+    for c in choices:
+        values = [
+            value
+            for name in names
+            for value in (
+                f"{c.perplexity[name]:.1f}",
+                "-" if c.stability is None else f"{c.stability[name]:.0%}",
+            )
+        ]
+        codes = " x ".join(map(str, c.codes.values()))
+        row = (codes, f"{c.elbo:.3f}", f"{c.gain:.3f}", *values, f"{c.forward_equivalents:.0f}")
+        table.add_row(*row)
     _print(table)
 
 

@@ -46,6 +46,12 @@ class Head:
         x = (x - self.mean) / self.scale
         return [(x @ w.T + b).log_softmax(1) for w, b in zip(self.weight, self.bias)]
 
+    def reordered(self, orders: list[Tensor]) -> Head:
+        """For codebooks whose codes got other numbers; see `Codebook.reordered`."""
+        weight = [w[order] for w, order in zip(self.weight, orders)]
+        bias = [b[order] for b, order in zip(self.bias, orders)]
+        return Head(weight, bias, self.mean, self.scale)
+
     def state(self) -> dict[str, Tensor]:
         """Everything, by name."""
         fields = {f"weight.{j}": w for j, w in enumerate(self.weight)}

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,6 +180,17 @@ class Mixture:
             else:
                 best = replace(best, gain=0.0, lr=best.lr / 2)
 
+    def record(self, at: Fitted, round_: int) -> dict[str, Any]:
+        """What metrics.jsonl says of a round: ELBO and gain in nats per user."""
+        trained, judged = len(self.training.hashes), len(self.held_out.hashes)
+        return {
+            "round": round_,
+            "elbo": at.objective / trained,
+            "elbo_held_out": at.held_out / judged if judged else None,
+            "gain": None if at.gain is None else at.gain / trained,
+            "lr": at.lr,
+        }
+
     def _judge(self, codebooks: list[Codebook], lr: float) -> Fitted:
         profiles = self.estep.run(self.training, codebooks, EMState())
         held_out = 0.0
@@ -200,6 +212,13 @@ class Mixture:
             value = last.objective + last.held_out
             logger.info("start %d of %d: ELBO %.2f", i + 1, config.restarts, value)
         return max(found, key=lambda f: f.objective + f.held_out).codebooks
+
+
+def is_last(record: dict[str, Any], em: EMConfig) -> bool:
+    """Whether the round of a `Mixture.record` is the last."""
+    if record["round"] >= em.max_rounds or record["lr"] <= em.codeword_lr / 4:
+        return True
+    return bool(record["gain"]) and record["gain"] < em.gain * abs(record["elbo"])
 
 
 def _total(profiles: Profiles) -> float:

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from userip_fast.behaviour import Source
 from userip_fast.codebook import Codebook
-from userip_fast.config import Config, EMConfig
+from userip_fast.config import Config
 from userip_fast.em.amortised import AmortisedEStep, Head, HeadReport, features, train_head
 from userip_fast.em.cache import BlockCache, DiskCache
 from userip_fast.em.checkpoints import Checkpoint, Checkpoints
 from userip_fast.em.distributed import Processes
 from userip_fast.em.gradient import GradientEStep
-from userip_fast.em.mixture import Mixture
+from userip_fast.em.mixture import Mixture, is_last
 from userip_fast.em.mstep import Stats, ThetaMStep, check_codebook_sizes
 from userip_fast.em.paper import run_paper
 from userip_fast.em.posterior import PosteriorEStep
@@ -227,7 +227,7 @@ class Trainer:
             books, records = last.codebooks, last.records
             for record in records:
                 log(record)
-            if _is_last(records[-1], em):
+            if is_last(records[-1], em):
                 return books
         else:
             books = mixture.best_start(self.config.fields, start)
@@ -236,25 +236,15 @@ class Trainer:
             next(rounds)  # where the last record stands
         with progress("EM", em.max_rounds, "rounds", self.show) as bar:
             for at in rounds:
-                trained, judged = len(mixture.training.hashes), len(mixture.held_out.hashes)
-                record = {
-                    **self._record(
-                        len(records),
-                        profiles_total(at.profiles),
-                        _usage(at.codebooks, at.profiles.code_ids),
-                        revived=0,
-                    ),
-                    "elbo": at.objective / trained,
-                    "elbo_held_out": at.held_out / judged if judged else None,
-                    "gain": None if at.gain is None else at.gain / trained,
-                    "lr": at.lr,
-                }
+                usage = _usage(at.codebooks, at.profiles.code_ids)
+                record = self._record(len(records), profiles_total(at.profiles), usage, 0)
+                record |= mixture.record(at, len(records))
                 records.append(record)
                 if kept is not None and self.processes.rank == 0:
                     kept.save(Checkpoint(len(records), at.codebooks, None, records))
                 log(record)
                 bar.advance(len(records) > 1, elbo=record["elbo"])
-                if _is_last(record, em):
+                if is_last(record, em):
                     return at.codebooks
         raise AssertionError("EM goes on until its last round")
 
@@ -428,13 +418,6 @@ def _run_in_memory(
 def _settled(records: list[dict[str, Any]]) -> bool:
     """Whether the last round left every code as it was."""
     return bool(records) and records[-1].get("changed") == 0.0 and not records[-1]["revived"]
-
-
-def _is_last(record: dict[str, Any], em: EMConfig) -> bool:
-    """Whether a mixture's record is that of its last round."""
-    if record["round"] >= em.max_rounds or record["lr"] <= em.codeword_lr / 4:
-        return True
-    return bool(record["gain"]) and record["gain"] < em.gain * abs(record["elbo"])
 
 
 class _Ticker:

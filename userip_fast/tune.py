@@ -1,0 +1,162 @@
+"""How many codes, and which fields: judged on users held out, by likelihood, use and stability.
+
+Every choice learns a mixture of soft prompts once per seed; a seed draws its own start and trains
+on its own part of the training users. All are judged on the same other users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+
+import numpy as np
+
+from userip_fast.api import prepare
+from userip_fast.config import Config
+from userip_fast.data import Interactions
+from userip_fast.em.matching import agreement
+from userip_fast.em.mixture import Mixture, is_last
+from userip_fast.em.posterior import PosteriorEStep
+from userip_fast.em.steps import Block, EMState, Profiles
+from userip_fast.em.trainer import shared_start
+from userip_fast.errors import ConfigError
+from userip_fast.lm import FrozenLM
+from userip_fast.packing import Int64
+from userip_fast.progress import progress
+
+_JUDGES = 4  # every fourth user judges
+_SHARE = 0.8  # of the training users that one seed sees
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What so many codes per field are worth. Values are means over seeds.
+
+    Attributes:
+        codes: Field -> number of codes.
+        elbo: Of the users who judge, nats per user.
+        gain: By how much that is more than with one code per field, that is without profiles.
+        perplexity: Field -> codes in even use.
+        stability: Field -> share of users with the same code under two seeds, codes matched; None
+            for one seed.
+        forward_equivalents: Passes through the LM per user, to infer.
+    """
+
+    codes: dict[str, int]
+    elbo: float
+    gain: float
+    perplexity: dict[str, float]
+    stability: dict[str, float] | None
+    forward_equivalents: float
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def tune(
+    data: Interactions,
+    config: Config,
+    sizes: Sequence[int],
+    *,
+    lm: FrozenLM | None = None,
+    seeds: int = 2,
+    show: bool = False,
+) -> list[Choice]:
+    """Tries `sizes` codes in every field, and the config's own sizes without each field in turn.
+
+    A field is left out by giving it one code, so that the LM reads the same prompt.
+
+    Args:
+        data: Histories; the first 4/3 `em.fit_users` users in hash order are used.
+        config: LM, fields and EM; the E-step is the posterior.
+        sizes: Numbers of codes, 2 or more.
+        lm: The frozen LM; None loads the config's.
+        seeds: Runs per choice.
+        show: Whether to show progress.
+
+    Returns:
+        The choices, likeliest first; the one without profiles among them.
+
+    Raises:
+        ConfigError: There is nothing to try.
+        DataError: There are fewer users than codes.
+    """
+    if not sizes or min(sizes) < 2 or seeds < 1:
+        raise ConfigError(
+            f"tune: sizes must be 2 or more, and seeds 1 or more; got {list(sizes)}, {seeds}"
+        )
+    own = [f.codebook_size for f in config.fields]
+    wanted = [[1] * len(own), *([k] * len(own) for k in sizes), own]
+    if len(own) > 1:
+        wanted += [[1 if i == j else k for i, k in enumerate(own)] for j in range(len(own))]
+    tried = list(dict.fromkeys(map(tuple, wanted)))
+    largest = [max(codes[j] for codes in tried) for j in range(len(own))]
+
+    everyone = data.head_users(min(data.num_users, config.em.fit_users * _JUDGES // (_JUDGES - 1)))
+    model, source = prepare(everyone, _with_codes(config, largest), lm=lm, show=show)
+    assert model.trainer is not None
+    engine = model.trainer.engine
+    start = shared_start(engine, config, source)
+    behaviour = source.block(model.lm.tokenizer, engine.layout, 0, source.num_users)
+    users = Block(behaviour, source.hashes_of(0, source.num_users))
+    index = np.arange(source.num_users)
+    training, judges = index[index % _JUDGES > 0], users.select(index[index % _JUDGES == 0])
+
+    choices: list[Choice] = []
+    with progress("tuning", len(tried) * seeds, "fits", show) as bar:
+        for codes in tried:
+            found = []
+            for seed in range(config.em.seed, config.em.seed + seeds):
+                em = replace(config.em, seed=seed)
+                part = users.select(_part(training, seed))
+                mixture = Mixture(part, engine, em)
+                books = mixture.best_start(_with_codes(config, list(codes)).fields, start)
+                for r, at in enumerate(mixture.rounds(books)):
+                    if is_last(mixture.record(at, r), em):
+                        break
+                found.append(PosteriorEStep(engine, em).run(judges, at.codebooks, EMState()))
+                bar.advance(1)
+            choices.append(_judge(config, list(codes), found, choices))
+    return sorted(choices, key=lambda c: -c.elbo)
+
+
+def _judge(config: Config, codes: list[int], found: list[Profiles], before: list[Choice]) -> Choice:
+    elbo = float(np.mean([float(p.elbo.mean()) for p in found if p.elbo is not None]))
+    ids = [p.code_ids.numpy() for p in found if p.code_ids is not None]
+    names = [f.name for f in config.fields]
+    stability = None
+    if len(ids) > 1:
+        stability = {
+            name: float(
+                np.mean([agreement(a[:, j], b[:, j], codes[j]) for a, b in combinations(ids, 2)])
+            )
+            for j, name in enumerate(names)
+        }
+    return Choice(
+        codes=dict(zip(names, codes)),
+        elbo=elbo,
+        gain=elbo - (before[0].elbo if before else elbo),
+        perplexity={
+            name: float(np.mean([_perplexity(z[:, j], codes[j]) for z in ids]))
+            for j, name in enumerate(names)
+        },
+        stability=stability,
+        forward_equivalents=float(np.mean([float(p.forward_equivalents.mean()) for p in found])),
+    )
+
+
+def _with_codes(config: Config, codes: list[int]) -> Config:
+    fields = zip(config.fields, codes)
+    return replace(config, fields=tuple(replace(f, codebook_size=k) for f, k in fields))
+
+
+def _part(training: Int64, seed: int) -> Int64:
+    """Some of the training users, in order."""
+    count = max(1, round(_SHARE * len(training)))
+    return np.sort(np.random.default_rng(seed).choice(training, count, replace=False))
+
+
+def _perplexity(z: Int64, k: int) -> float:
+    p = np.bincount(z, minlength=k) / max(len(z), 1)
+    return float(np.exp(-(p * np.log(np.maximum(p, 1e-300))).sum()))
