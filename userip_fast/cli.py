@@ -643,6 +643,20 @@ def merge(
 
 
 @bank_app.command()
+def drift(
+    old: Annotated[Path, typer.Argument(help="Bank folder, before.")],
+    new: Annotated[Path, typer.Argument(help="Bank folder, after.")],
+) -> None:
+    """Print how far two banks are apart, as JSON: shares, users who changed, where they went."""
+    import json
+
+    from userip_fast.bank import FeatureBank
+    from userip_fast.bank.drift import drift as compare
+
+    print(json.dumps(compare(FeatureBank.open(old), FeatureBank.open(new)), indent=2))
+
+
+@bank_app.command()
 def info(bank: Annotated[Path, typer.Argument(help="Bank folder.")]) -> None:
     """Print what a bank holds and what it costs, as JSON."""
     import json
