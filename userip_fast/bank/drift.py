@@ -22,8 +22,8 @@ def drift(old: FeatureBank, new: FeatureBank) -> dict[str, Any]:
 
     `psi` is the population stability index of a field's code shares, the sum over codes of
     (new - old) ln(new / old) with half a user added to every code; by custom below 0.1 is stable,
-    and above 0.25 has shifted. `changed` is among users of both banks. With two models the numbers mean
-    the same only where the codebooks were fitted one like the other (`userip fit --like`).
+    and above 0.25 has shifted. `changed` is among users of both banks. With two models the numbers
+    mean the same only where the codebooks were fitted one like the other (`userip fit --like`).
 
     Raises:
         MismatchError: The banks have other fields, codebook sizes or key types.
