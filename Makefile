@@ -3,6 +3,7 @@
 #   make test        set up .venv, run the tests
 #   make lint        ruff, mypy, clang-format, typos and text rules (the pre-commit hooks)
 #   make bench       the benchmark suite on this machine
+#   make sanitize    the CPU kernels of assign_codes under ASan, UBSan and TSan (GCC)
 #   make gpu-check   on a GPU machine, offline: build in place, gpu tests, sanitizers, benchmarks
 #   make clean       remove build products (`make distclean`: and .venv)
 # PYTHON=python3.12 chooses the interpreter; pip's own settings (PIP_*, pip.conf) pass through.
@@ -16,9 +17,9 @@ PIP := $(BIN)/python -m pip
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints.txt)
 NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test lint bench gpu-check clean distclean
+.PHONY: help demo test lint bench sanitize gpu-check clean distclean
 help:
-	@sed -n '2,8s/^# //p' Makefile
+	@sed -n '2,9s/^# //p' Makefile
 
 demo: .venv/.installed
 	$(BIN)/userip demo
@@ -31,6 +32,10 @@ bench: .venv/.installed
 
 lint: .venv/.linters
 	PATH="$(CURDIR)/$(BIN):$$PATH" PRE_COMMIT_HOME=.venv/.pre-commit pre-commit run --all-files
+
+sanitize: .venv/.installed
+	$(PIP) install 'pybind11>=2.13' 'cmake>=3.24' ninja
+	$(BIN)/python tests/sanitize_assign_codes.py
 
 # No .venv and no download: torch, triton, transformers, pybind11, cmake, ninja are already there.
 gpu-check:
