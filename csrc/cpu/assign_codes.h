@@ -47,7 +47,7 @@ struct Problem {
 struct Scratch {
     std::vector<float> piece;   // [block_rows, depth of a block], so that rows share no cache set
     std::vector<float> scores;  // [block_rows, codes of a block]
-    std::vector<float> row;     // [dim], one row as fp32 where it is not in place
+    std::vector<float> row;     // [2, dim], whole rows as fp32 where they are not in place
 };
 
 struct Isa {

@@ -18,6 +18,7 @@ constexpr int64_t kChain = 128;       // distances are summed in chains of so ma
 constexpr int64_t kFewPanels = 8;     // up to here x is read where it lies, panels pass from L2
 constexpr int64_t kStreamBytes = 256 << 10;  // of panels that stay in L2 while x streams by
 constexpr int64_t kAhead = 512;              // floats from here to what is prefetched
+constexpr int64_t kFewCodes = 4;  // up to here lanes go over columns: over codes most would idle
 
 typedef float Vec __attribute__((vector_size(4 * USERIP_LANES)));
 typedef double WideVec __attribute__((vector_size(8 * USERIP_LANES)));
@@ -318,10 +319,12 @@ struct Block {
         const int64_t next = d + kAhead;  // the same rows further on, or the next group's
         return {here + next / p.dim * kGroup * row + next % p.dim * sizeof(float), row, 64};
     }
-    const float* whole_row(int64_t r) const {
+    // `slot` 0 or 1: both may be in use at a time.
+    const float* whole_row(int64_t r, int slot = 0) const {
         if (p.plain()) return address(r);
-        load(p, j, first + r, 0, p.dim, scale[r], scratch.row.data());
-        return scratch.row.data();
+        float* row = scratch.row.data() + slot * p.dim;
+        load(p, j, first + r, 0, p.dim, scale[r], row);
+        return row;
     }
 };
 
@@ -364,11 +367,68 @@ inline void score(const Block& b, int64_t first_panel, int64_t panels) {
     }
 }
 
+// out[r * stride + k] = |x_r - c_k|^2 of two rows and kFewCodes codes.
+inline void pair_distances(const float* const* x, const float* const* c, int64_t dim,
+                           Prefetch prefetch, float* out, int64_t stride) {
+    Vec acc[2][kFewCodes] = {};
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) {
+        if (prefetch.at != 0) {
+            __builtin_prefetch(reinterpret_cast<const void*>(prefetch.at));
+            __builtin_prefetch(reinterpret_cast<const void*>(prefetch.at + prefetch.row));
+            prefetch.at += prefetch.step;
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < kFewCodes; ++k) {
+            const Vec code = load_vec(c[k] + d);
+#pragma GCC unroll 2
+            for (int r = 0; r < 2; ++r) {
+                const Vec e = load_vec(x[r] + d) - code;
+                acc[r][k] = acc[r][k] + e * e;
+            }
+        }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r) {
+#pragma GCC unroll 4
+        for (int k = 0; k < kFewCodes; ++k) {
+            float tail = 0;
+            for (int64_t t = d; t < dim; ++t) tail += (x[r][t] - c[k][t]) * (x[r][t] - c[k][t]);
+            out[r * stride + k] = reduce_lanes(acc[r][k], plus)[0] + tail;
+        }
+    }
+}
+
+// Distances [rows, width of the one panel].
+inline void few_distances(const Block& b) {
+    const Problem& p = b.p;
+    const float* c[kFewCodes];
+    for (int64_t k = 0; k < kFewCodes; ++k) {
+        c[k] = b.book.codewords + std::min(k, b.book.size - 1) * p.dim;
+    }
+    const int64_t vec = sizeof(Vec), width = b.book.width, row = p.stride_row * sizeof(float);
+    for (int64_t r = 0; r < b.rows; r += 2) {
+        const float* x[2] = {b.whole_row(r), b.whole_row(std::min(r + 1, b.rows - 1), 1)};
+        Prefetch prefetch;
+        if (p.plain() && p.stride_row == p.dim && p.dim <= 1024) {  // in the order of memory
+            prefetch = {reinterpret_cast<uintptr_t>(x[0] + 4 * kAhead), vec, 2 * vec};
+        } else if (p.plain()) {  // the next two rows
+            prefetch = {reinterpret_cast<uintptr_t>(x[0]) + 2 * row, row, vec};
+        }
+        pair_distances(x, c, p.dim, prefetch, b.scratch.scores.data() + r * width, width);
+    }
+}
+
 // Few codes: every distance is formed directly and none needs a second look.
-template <int kVecs>
 inline void assign_direct(const Block& b) {
-    const int64_t codes = b.book.num_panels * kVecs * kLanes;
-    score<true, kVecs>(b, 0, b.book.num_panels);
+    const int64_t codes = b.book.num_panels * b.book.width;
+    if (b.book.size <= kFewCodes) {
+        few_distances(b);
+    } else if (b.book.width == kLanes) {
+        score<true, 1>(b, 0, b.book.num_panels);
+    } else {
+        score<true, 2>(b, 0, b.book.num_panels);
+    }
     for (int64_t r = 0; r < b.rows; ++r) {
         float* distance = b.scratch.scores.data() + r * codes;
         float near, far = kInfinity;
@@ -409,7 +469,7 @@ void assign(const Problem& p, int64_t j, int64_t begin, int64_t end, Scratch& sc
     const int64_t block_rows = stream ? kGroup : kBlockRows;
     scratch.scores.resize(block_rows * std::min(book.num_panels * book.width, kBlockCodes));
     scratch.piece.resize(block_rows * kBlockDepth);
-    scratch.row.resize(p.plain() ? 0 : p.dim);
+    scratch.row.resize(p.plain() ? 0 : 2 * p.dim);
     Block b{p, book, scratch, j, begin, 0, false, {}};
     for (; b.first < end; b.first += b.rows) {
         b.rows = std::min(block_rows, end - b.first);
@@ -419,13 +479,7 @@ void assign(const Problem& p, int64_t j, int64_t begin, int64_t end, Scratch& sc
             b.scale[r] = 1.0f;
             if (p.normalize) b.scale[r] = inverse_norm(b.whole_row(r), p.dim);
         }
-        if (!book.direct) {
-            assign_by_score(b);
-        } else if (book.width == kLanes) {
-            assign_direct<1>(b);
-        } else {
-            assign_direct<2>(b);
-        }
+        book.direct ? assign_direct(b) : assign_by_score(b);
         if (sums == nullptr) continue;
         for (int64_t r = 0; r < b.rows; ++r) {
             const int64_t id = p.code_ids[j * p.rows + b.first + r];
