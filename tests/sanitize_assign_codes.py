@@ -3,8 +3,9 @@
     make sanitize        (or, with cmake and pybind11 there: python tests/sanitize_assign_codes.py)
 
 Builds csrc once for each in build/sanitize-*, then runs itself with the sanitizer's runtime in
-front. Torch is not imported: sanitizers would watch it too. Each call's arrays end where they should, so
-that a step past one is seen; ids are checked against NumPy. Any report ends a run with a failure.
+front. Torch is not imported: sanitizers would watch it too. Each call's arrays end where they
+should, so that a step past one is seen; ids are checked against NumPy. Any report ends a run with a
+failure.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def run_under(name: str, extension: Path) -> int:
         **os.environ,
         "LD_PRELOAD": runtime,
         "OMP_NUM_THREADS": "4",
+        "OPENBLAS_NUM_THREADS": "1",  # NumPy's threads are not instrumented
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
         "TSAN_OPTIONS": "halt_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
