@@ -98,23 +98,25 @@ def peers(x: torch.Tensor, c: torch.Tensor) -> dict[str, Run]:
     return out
 
 
-def check(x: torch.Tensor, c: torch.Tensor, runs: dict[str, Run]) -> None:
-    """On the first rows: nobody's codeword is nearer than ours, nor farther, beyond rounding."""
+def check(x: torch.Tensor, c: torch.Tensor, runs: dict[str, Run], device: str) -> dict[str, float]:
+    """Peak MiB of each; on the first rows nobody's codeword is farther than rounding allows."""
+    memory = {}
     xs, words = x[:512].double(), c.double()
     best = torch.cdist(xs, words).square().min(1).values
     eps = torch.finfo(x.dtype).eps
     band = 8 * eps * (xs.norm(dim=1) + words.norm(dim=1).max()).square()
     for name, run in runs.items():
-        ids = run()
+        memory[name], ids = resident_rise_mib(run, device)
         got = (xs - words[(ids[0] if isinstance(ids, tuple) else ids)[:512]]).square().sum(1)
         if not bool((got <= best + band).all()):
             raise SystemExit(f"{name} is wrong at K={len(c)} D={x.shape[1]}: no numbers")
+    return memory
 
 
-def resident_rise_mib(run: Run, device: str) -> float:
-    """Peak memory of one call in MiB, C++ buffers included."""
+def resident_rise_mib(run: Run, device: str) -> tuple[float, Any]:
+    """Peak memory of one call in MiB, C++ buffers included; and what it returned."""
     if device == "cuda":
-        return peak_mib(run, device)
+        return peak_mib(run, device), run()
 
     def status(key: str) -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -124,9 +126,8 @@ def resident_rise_mib(run: Run, device: str) -> float:
 
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
-    kept = run()
-    del kept
-    return round((status("VmHWM") - before) / 1024, 1)
+    out = run()
+    return round((status("VmHWM") - before) / 1024, 1), out
 
 
 def measure(
@@ -138,8 +139,7 @@ def measure(
     c = torch.randn(k, dim, device=device).to(dtype)
     others = peers(x, c)
     runs: dict[str, Run] = {"ours": lambda: ops.assign_codes(x, c), **others}
-    check(x, c, runs)
-    memory = {name: resident_rise_mib(run, device) for name, run in runs.items()}
+    memory = check(x, c, runs, device)
     runs["ours, stats"] = lambda: ops.assign_codes_with_stats(x, c)
     ids = ops.assign_codes(x, c)[0]
     sums = torch.zeros(k, dim, device=device)
@@ -149,7 +149,7 @@ def measure(
         sums.index_add_(0, ids, x.float())
 
     runs["index_add"] = index_add
-    times = compare(runs, device, seconds=seconds)
+    times = compare(runs, device, seconds=seconds, warm_up=device == "cuda")
     flops, nbytes = 2.0 * n * k * dim, x.nbytes + c.nbytes
     floor = max(flops / limits["gemm_tflops"] / 1e9, nbytes / limits["read_gb_per_s"] / 1e6)
     ours = times["ours"]["best_ms"]
@@ -272,13 +272,13 @@ def run(device: str, quick: bool) -> dict[str, Any]:
     for ks in GROUPS.values():
         for k in ks:
             for dim in DIMS:
-                # 1 GB of x where bandwidth binds, else about 50 GFLOP
-                n = (1 << 28) // dim if k <= 16 else int(5e10 / (2 * k * dim))
+                # 1 GB of x where bandwidth binds, else 25 GFLOP and more rows than pay for packing
+                n = (1 << 28) // dim if k <= 16 else max(1536, int(2.5e10 / (2 * k * dim)))
                 n = min(n, 1000) if quick else n * (8 if device == "cuda" else 1)
                 rows.append(measure(n, k, dim, device, limits, 0.2 if quick else 3.0))
     clusterings = []
     if device == "cpu":
-        for k, dim, n in ((16, 256, 100_000), (64, 256, 100_000), (16, 4096, 8_000)):
+        for k, dim, n in ((16, 256, 50_000), (64, 256, 50_000), (16, 4096, 4_000)):
             clusterings.append(kmeans(k, dim, min(n, 2000) if quick else n))
     group = {name: [r for r in rows if r["k"] in ks] for name, ks in GROUPS.items()}
     threads = torch.get_num_threads()
