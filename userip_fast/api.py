@@ -155,7 +155,8 @@ def fit(
     found, sure = [], [torch.zeros(0, len(config.fields))]
     totals = np.zeros(4)
     done = trainer.own_users(source)[0]
-    for profiles in trainer.infer(source, model.codebooks, model.start):
+    kept = trainer.infer_cache(run.checkpoints, model.start) if run else None
+    for profiles in trainer.infer(source, model.codebooks, model.start, cache=kept):
         assert profiles.code_ids is not None
         users = len(profiles.nll)
         counts.add(profiles.code_ids.numpy(), source.events_of(done, done + users))

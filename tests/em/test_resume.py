@@ -18,7 +18,9 @@ from userip_fast.config import Config, DataConfig, EMConfig
 from userip_fast.em.cache import DiskCache
 from userip_fast.em.checkpoints import Checkpoint, Checkpoints
 from userip_fast.em.gradient import GradientEStep
+from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.steps import Profiles
+from userip_fast.em.trainer import Trainer
 from userip_fast.errors import FormatError, MismatchError, StorageError
 from userip_fast.files import atomic_dir, atomic_file, read_tensors, sha256_file, write_tensors
 from userip_fast.interrupts import deferred_interrupts
@@ -117,6 +119,40 @@ def test_blocks_of_other_settings_are_not_reused(lm, tmp_path, descents):
     descents.made = 0
     uf.fit(read(), lm, config=other, out=tmp_path / "run")  # begins anew
     assert descents.made == 5
+
+
+def test_the_last_pass_of_a_posterior_fit_repeats_no_block(lm, tmp_path, monkeypatch):
+    config = replace(CONFIG, em=replace(CONFIG.em, estep="posterior", rounds=1, fit_users=8))
+    uf.fit(read(), lm, config=config, out=tmp_path / "whole")
+    runs, stop_at = 0, None
+    real = PosteriorEStep.run
+
+    def run(self, block, *args):
+        nonlocal runs
+        if len(block.hashes) > 5 or runs is None:
+            return real(self, block, *args)
+        if runs == stop_at:
+            raise StopHereError
+        runs += 1
+        return real(self, block, *args)
+
+    sweep = Trainer.infer
+
+    def infer(self, *args, **kwargs):
+        nonlocal runs
+        runs = 0
+        yield from sweep(self, *args, **kwargs)
+
+    monkeypatch.setattr(PosteriorEStep, "run", run)
+    monkeypatch.setattr(Trainer, "infer", infer)
+    runs, stop_at = None, 3  # counted from the last pass on, of 5 blocks
+    with pytest.raises(StopHereError):
+        uf.fit(read(), lm, config=config, out=tmp_path / "run")
+    runs, stop_at = None, None
+    uf.fit(read(), lm, config=config, out=tmp_path / "run", resume=True)
+    assert runs == 2
+    whole = contents(tmp_path / "whole" / "model", tmp_path / "whole" / "bank")
+    assert contents(tmp_path / "run" / "model", tmp_path / "run" / "bank") == whole
 
 
 def test_infer_that_goes_on_repeats_no_block(lm, tmp_path, descents):

@@ -350,6 +350,15 @@ class Trainer:
             self.waited_s += blocks.waited_s
         self.swept_s += time.perf_counter() - began
 
+    def infer_cache(self, checkpoints: Path, start: Tensor) -> DiskCache | None:
+        """Where the pass over everybody that ends a fit keeps its blocks.
+
+        The gradient E-step needs none: its descents are kept, and the rest is cheap.
+        """
+        if self.config.em.estep == "gradient":
+            return None
+        return DiskCache(checkpoints / "blocks", self.settings_key(start))
+
     def forget(self, checkpoints: Path) -> None:
         """Drops the blocks that a fit, now safe elsewhere, kept in `checkpoints`."""
         self._estep = None
