@@ -155,7 +155,7 @@ class Model:
             found = trainer.infer(source, self.codebooks, self.start)
             return np.concatenate([_codes(p.code_ids) for p in found])
         # Beside the bank and on the same disk; found again by the next run, gone once it is done.
-        cache = DiskCache(Path(f"{out}.part"), trainer.settings_key(self.start))
+        cache = DiskCache(Path(f"{out}.part"), self.block_key(trainer))
         sweep_leftovers(cache.folder / "profiles")
         with self.bank_writer(out, update) as writer:
             done, totals = 0, np.zeros(4)
@@ -182,6 +182,10 @@ class Model:
         """Behaviour of the users of `data` as this model reads it; see `behaviour_source`."""
         rule = on_bad or self.config.data.on_bad
         return behaviour_source(data, self.format, self.catalogue, self.lm.tokenizer, rule)
+
+    def block_key(self, trainer: Trainer) -> bytes:
+        """What the profiles of a block depend on beside its users."""
+        return trainer.settings_key(self.start) + self.fingerprint.encode()
 
     def ready_trainer(self, show: bool = False) -> Trainer:
         """The trainer that `fit` left, or one for inferring."""

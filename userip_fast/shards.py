@@ -83,7 +83,7 @@ def infer_shard(
     except FormatError:
         pass  # not there, or damaged
     users = source.users_between(*hash_range(index, count))
-    cache = DiskCache(path.with_suffix(".part"), trainer.settings_key(model.start))
+    cache = DiskCache(path.with_suffix(".part"), model.block_key(trainer))
     codes, keys, at = [], [source.keys_of(users[0], users[0])], users[0]
     for profiles in trainer.infer(source, model.codebooks, model.start, users=users, cache=cache):
         assert profiles.code_ids is not None
