@@ -101,6 +101,19 @@ def test_ascent_is_a_fixed_point_and_never_above_exact():
     assert found.forward_equivalents.max() < best.forward_equivalents.max()
 
 
+def test_ascent_finds_the_codes_of_exact_where_fields_speak_for_themselves():
+    """As in the demo: codewords so near to each other that their effects add up."""
+    engine, block, books = make(2, users=120)
+    books = [Codebook(b.codewords[:1] + 0.02 * torch.randn_like(b.codewords)) for b in books]
+    best, found = (
+        PosteriorEStep(engine, replace(CONFIG, posterior=p)).run(block, books, EMState())
+        for p in ("exact", "ascent")
+    )
+    assert (found.elbo <= best.elbo + 1e-4).all()
+    assert (found.code_ids == best.code_ids).all(1).double().mean() >= 0.99
+    assert len(best.code_ids.unique(dim=0)) > 4
+
+
 def test_one_field_is_exact_either_way():
     engine, block, books = make(1)
     a, b = (

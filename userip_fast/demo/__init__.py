@@ -123,7 +123,7 @@ def _one_seed(seed: int, out: Path | None, full: bool, show: bool) -> dict[str, 
     if full:
         # The head has seen none of the users it answers for.
         others = _read(make_world(_HEAD_USERS, seed=2000 + seed, first=_HEAD_FIRST_KEY))
-        own = replace(config, em=replace(config.em, estep="amortised", sure=0.0))
+        own = replace(config, em=replace(config.em, estep="amortised", sure=0.0, rounds=1))
         quick = fit(others, lm, config=own, show=show)
         codes["amortised"], cost["amortised"] = _codes_and_cost(quick, data)
         own = replace(config, em=replace(config.em, estep="posterior"))

@@ -43,21 +43,15 @@ class PosteriorEStep:
     Args:
         engine: Scores packs.
         config: `posterior`, `sweeps`, `prune_share`, `prune_nats`, pack size.
-        temperature: Divides log likelihoods; above 1 where the LM is surer than it should be.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        config: EMConfig,
-        temperature: float = 1.0,
-    ) -> None:
-        self.engine, self.config, self.temperature = engine, config, temperature
+    def __init__(self, engine: Engine, config: EMConfig) -> None:
+        self.engine, self.config = engine, config
 
     def run(self, block: Block, codebooks: list[Codebook] | None, state: EMState) -> Profiles:
         """See `EStep.run`; the codebooks must be there."""
         assert codebooks is not None, "a posterior over codes needs codebooks"
-        scorer = Scorer(self.engine, block.behaviour, codebooks, self.config, self.temperature)
+        scorer = Scorer(self.engine, block.behaviour, codebooks, self.config)
         exact = is_exact(self.config, scorer.sizes)
         found = _exact(scorer) if exact else _ascent(scorer)
         return Profiles(
@@ -95,10 +89,8 @@ class Scorer:
         behaviour: Behaviour,
         codebooks: list[Codebook],
         config: EMConfig,
-        temperature: float = 1.0,
     ) -> None:
         self.engine, self.behaviour, self.config = engine, behaviour, config
-        self.temperature = temperature
         self.sizes = [len(book) for book in codebooks]
         self.log_prior = [torch.cat([log_prior(b), torch.zeros(1).double()]) for b in codebooks]
         # Row K_j stands where nothing is known of a field yet: the mean codeword.
@@ -120,7 +112,7 @@ class Scorer:
         return self.behaviour.num_users
 
     def log_likelihood(self, users: Tensor, codes: Tensor, prefix: bool = False) -> Tensor:
-        """[N] fp64 of the behaviour of `users` [N] under `codes` [N, J], over the temperature.
+        """[N] fp64 of the behaviour of `users` [N] under `codes` [N, J].
 
         Args:
             prefix: Of the short prefix instead of all behaviour.
@@ -131,7 +123,7 @@ class Scorer:
         soft = self.engine.layout.num_soft
         share = behaviour.pack_rows(soft) / self.behaviour.pack_rows(soft)
         self.cost.index_add_(0, users, torch.from_numpy(share)[users])
-        return -out.double() / self.temperature
+        return -out.double()
 
     def prior_of(self, codes: Tensor) -> Tensor:
         """[...] log prior of `codes` [..., J]; a neutral codeword adds nothing."""
@@ -179,7 +171,7 @@ def _exact(scorer: Scorer) -> _Found:
     who, which = (weight >= _MIN_WEIGHT).nonzero(as_tuple=True)
     return _Found(
         code_ids,
-        -log_p[every, at] * scorer.temperature,
+        -log_p[every, at],
         log_resp,
         elbo,
         Candidates(who, combos[which], weight[who, which]),
@@ -228,7 +220,7 @@ def _ascent(scorer: Scorer) -> _Found:
         others = z.clone()
         others[:, j] = _OWN
         fits = (given[:, j] == others).all(1)
-        nll[fits] = (scorer.prior_of(z) - line[j][every, z[:, j]])[fits] * scorer.temperature
+        nll[fits] = (scorer.prior_of(z) - line[j][every, z[:, j]])[fits]
     parts = []
     for j, r in enumerate(log_resp):
         weight = r.exp() / fields
