@@ -217,6 +217,7 @@ def fit(
     """Learn profile codebooks from an interaction log; write model, bank and report to --out."""
     from userip_fast.flags import settings_of
 
+    quiet = quiet or os.environ.get("RANK", "0") != "0"  # of torchrun's processes, one speaks
     settings = settings_of(ctx.params)
     data = _read(interactions, items, settings, max_users, quiet, stream)
     _silence_transformers()

@@ -151,3 +151,14 @@ def test_slack_rows_and_users_leave_no_trace():
     for u in range(behaviour.num_users):
         alone = engine.nll(make_pack(behaviour, np.array([u]), layout, lm.device), theta[u : u + 1])
         torch.testing.assert_close(alone[0], together[u], rtol=1e-5, atol=1e-5)
+
+
+def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):
+    from userip_fast.lm.frozen import resolve_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert resolve_device("auto") == torch.device("cuda", 3)
+    assert resolve_device("cpu") == torch.device("cpu")

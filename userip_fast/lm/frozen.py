@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -287,9 +288,10 @@ class FrozenLM:
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" is the first GPU where there is one, else the CPU."""
+    """ "auto" is the first GPU (under torchrun each process's own) where there is one, else CPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = f":{os.environ['LOCAL_RANK']}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+        return torch.device(f"cuda{own}" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnavailableError(f"lm.device={name!r}: torch sees no CUDA device; use cpu or auto")
