@@ -8,7 +8,8 @@ with double quantisation, 16 name tokens a field, a table of 20,000 users, 32 us
 behaviour of 30 to 300 tokens. `b100_j2` has 2 fields and about 100 tokens a user, `b50_j8` 8 fields
 and about 50 (15 to 150). A step is forward, backward to the soft prompts, and the optimiser.
 
-- ours: packed rows, constant prefix, loss rows only, Adam on the rows of the step.
+- ours: packed rows, constant prefix, loss rows only, Adam on the rows of the step; element-wise
+  parts of the model fused where there are kernels for it, as a loaded model has them.
 - public: whole prompts padded, plain causal mask, logits of every position, dense AdamW over the
   whole table; padded to the longest text of the data set (as is) or, without the dense optimiser,
   of the batch.
@@ -41,6 +42,7 @@ from _timing import add_arguments, apply_arguments, ceilings, compare, machine, 
 
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
 from userip_fast.lm.attention import register
+from userip_fast.lm.fuse import fuse, pays
 from userip_fast.nf4 import NF4Weight
 from userip_fast.ops import nf4_dequantize, sparse_adam
 from userip_fast.packing import Behaviour, Pack, make_pack
@@ -197,8 +199,18 @@ class Dense:
         self.optimiser.step()
 
 
-def ours(case: Case) -> Callable[[], Any]:
-    engine, rows = PackedEngine(case.lm, case.layout), Rows(case)
+def as_loaded(lm: FrozenLM) -> FrozenLM:
+    """The LM as `FrozenLM.load` leaves it, element-wise parts fused, around the same weights."""
+    if not pays(lm.token_embedding):
+        return lm
+    weights = {id(x): x for x in (*lm.model.parameters(), *lm.model.buffers())}
+    model = copy.deepcopy(lm.model, weights)
+    fuse(model)
+    return FrozenLM(model, NoTokenizer(), source=lm.source, quantization=lm.quantization)
+
+
+def ours(case: Case, lm: FrozenLM) -> Callable[[], Any]:
+    engine, rows = PackedEngine(lm, case.layout), Rows(case)
 
     def step() -> None:
         x = rows.read(case)
@@ -334,7 +346,8 @@ def check(case: Case) -> float:
 def contenders(case: Case) -> dict[str, Callable[[], Any]]:
     """Ours, and the public way piece by piece."""
     return {
-        "ours": ours(case),
+        "ours": ours(case, as_loaded(case.lm)),
+        "split_fused": ours(case, case.lm),
         "split_prefix": padded(case, width=False, all_logits=False),
         "split_padding": padded(case, all_logits=False),
         "public_batch": padded(case),
@@ -374,7 +387,8 @@ def measure(lm: FrozenLM, fields: int, mean: int, device: str, rounds: int) -> d
               f"{memory[name]:10.1f}{state[name]:9.1f}")  # fmt: skip
     ratio = {name: round(t["best_ms"] / best, 3) for name, t in times.items()}
     split = {
-        "prefix": ratio["split_prefix"],
+        "fused": ratio["split_fused"],
+        "prefix": round(ratio["split_prefix"] / ratio["split_fused"], 3),
         "padding": round(ratio["split_padding"] / ratio["split_prefix"], 3),
         "logits": round(ratio["public_batch"] / ratio["split_padding"], 3),
         "padding_to_data_set": round(ratio["public_longest"] / ratio["public_batch"], 3),
