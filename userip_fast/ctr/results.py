@@ -66,14 +66,16 @@ def run_plan(
     found: dict[str, dict[str, Any]] = {}
     for name, dataset in plan["datasets"].items():
         found[name] = {}
-        config = Config.from_dict(_settings(plan, dataset, quick))
+        asked = _settings(plan, dataset, quick)
+        config = Config.from_dict(asked)
         data = None
         short = plan.get("quick", {}) if quick else {}
         for evaluation in short.get("evaluations", plan["evaluations"]):
             settings, over = plan["evaluations"][evaluation], short.get("ctr", {})
-            ctr = CTRConfig(**_tuples({**plan.get("ctr", {}), **settings, **over}))
+            merged = {**plan.get("ctr", {}), **settings, **over}
+            ctr = CTRConfig(**_tuples(merged))
             folder = out / name / evaluation
-            want = {"ctr": ctr.to_dict(), "config": config.to_dict()}
+            want = {"ctr": merged, "config": asked}  # what the plan says, not a version's defaults
             stamp = folder / "settings.json"
             if (folder / "ctr.json").is_file() and stamp.is_file() and read_json(stamp) == want:
                 found[name][evaluation] = read_json(folder / "ctr.json")
