@@ -17,7 +17,8 @@ line, JSON, each figure is the worst over D and K of its group:
   less than 2 times to gain).
 
 torch cdist and vector-quantize-pytorch hold N x K several times over: on CPU they are timed on a
-sixteenth of the rows, times 16. `peak_mib` on CPU is the rise of the process's resident memory during a call, outputs included.
+sixteenth of the rows, times 16. `peak_mib` on CPU is the rise of the process's resident memory in
+a call, outputs included.
 """
 
 from __future__ import annotations
