@@ -231,7 +231,10 @@ def _table(r: Mapping[str, Any]) -> list[str]:
     for feature in r["settings"]["features"]:  # a file keeps no order
         by = r["auc"][feature]
         if by is None:
-            cells = [f"n/a: {r['reasons'][feature]}", *[""] * (len(backbones) - 1)]
+            cells = [
+                "n/a: " + r["reasons"][feature].replace("|", "\\|"),
+                *[""] * (len(backbones) - 1),
+            ]
         else:
             cells = []
             for b in backbones:
