@@ -145,15 +145,21 @@ class BankWriter:
         if self._keep_others and (self.path / CURRENT).is_file():
             self._append_others(Generation.open(*current_generation(self.path)))
         columns = list(zip(*self._blocks, strict=True))
-        keys, hashes, order = in_hash_order(
-            "user_keys", pa.concat_arrays(columns[0]), np.concatenate(columns[1])
-        )
+        keys, hashes = pa.concat_arrays(columns[0]), np.concatenate(columns[1])
+        codes = np.concatenate(columns[2])
+        p = None if columns[3][0] is None else np.concatenate(columns[3])
+        self._blocks.clear()
+        del columns  # nothing is held twice
+        if not (hashes[1:] > hashes[:-1]).all():  # inference delivers users in order
+            keys, hashes, order = in_hash_order("user_keys", keys, hashes)
+            codes = codes[order]
+            p = None if p is None else p[order]
         write = partial(
             write_generation,
             keys=keys,
             hashes=hashes,
-            codes=np.concatenate(columns[2])[order],
-            probabilities=None if columns[3][0] is None else np.concatenate(columns[3])[order],
+            codes=codes,
+            probabilities=p,
             fields=self._fields,
             model_fingerprint=self._fingerprint,
             metadata=self._metadata,
