@@ -393,6 +393,8 @@ def test_an_interrupted_fit_leaves_nothing_behind(log, tmp_path):
             env=env,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell that runs the tests in the background has SIGINT ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     for stop, process in running.items():
         deadline = time.monotonic() + 120

@@ -208,7 +208,8 @@ def test_the_last_checkpoint_that_can_be_read_is_taken(tmp_path, caplog):
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_waits_for_the_block_and_a_second_one_does_not(stop):
-    old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell that runs the tests in the background has SIGINT ignored.
+    old = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         with deferred_interrupts() as let_through:
             os.kill(os.getpid(), stop)
@@ -220,7 +221,8 @@ def test_a_signal_waits_for_the_block_and_a_second_one_does_not(stop):
         assert done
         assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for s, handler in old.items():
+            signal.signal(s, handler)
 
 
 def test_prefetch_hands_on_results_errors_and_ends_its_thread():
