@@ -12,7 +12,7 @@ constexpr int64_t kLanes = USERIP_LANES;
 constexpr int kGroup = USERIP_GROUP;
 constexpr int64_t kPanel = 2 * kLanes;  // most codes of a panel
 constexpr int64_t kBlockRows = 32 * kGroup;
-constexpr int64_t kBlockCodes = 256;
+constexpr int64_t kBlockCodes = 1024;
 constexpr int64_t kBlockDepth = 256;  // a panel of it is half of a 32 KiB L1 (AVX2)
 constexpr int64_t kChain = 128;       // distances are summed in chains of so many columns
 constexpr int64_t kFewPanels = 8;     // up to here x is read where it lies, panels pass from L2
@@ -118,9 +118,22 @@ struct Prefetch {
 };
 
 // out[r][0 : kVecs vectors] (+)= over d of x[r][d] * panel[d][...], or of the squared differences.
+//
+// Not inlined: among a caller's variables GCC keeps the strides in memory, to reload them per
+// column.
 template <bool kDirect, int kVecs>
-inline void tile(const float* x, int64_t stride, const float* panel, int64_t depth, float* out,
-                 int64_t out_stride, bool first, Prefetch prefetch) {
+__attribute__((noinline)) void tile(const float* x, int64_t stride, const float* panel,
+                                    int64_t depth, float* out, int64_t out_stride, bool first,
+                                    Prefetch prefetch) {
+    if (!first) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kGroup; ++r) {
+#pragma GCC unroll 2
+            for (int v = 0; v < kVecs; ++v) {
+                __builtin_prefetch(out + r * out_stride + v * kLanes, 1);
+            }
+        }
+    }
     Vec acc[kGroup][kVecs] = {};
     const float* row[kGroup / 3];  // of every third; the others are a fixed stride away
 #pragma GCC unroll 16
@@ -136,7 +149,7 @@ inline void tile(const float* x, int64_t stride, const float* panel, int64_t dep
             prefetch.at += prefetch.step;
         }
         const float* const stop = std::min(end, panel + 16 * kVecs * kLanes);
-#pragma GCC unroll 2
+#pragma GCC unroll 1  // unrolled, GCC runs out of registers and spills
         for (; panel < stop; panel += kVecs * kLanes) {
             Vec code[kVecs];
 #pragma GCC unroll 2
@@ -328,12 +341,15 @@ struct Block {
     }
 };
 
-// Scores [rows up to a group, panels of kVecs vectors] of all columns, for a few of the panels.
+// Scores of the block's rows by a few of the panels (kVecs vectors wide) over all columns.
+// Distances lie [row][code], scores [panel][row][lane], so that what a tile adds to is one run of
+// memory.
 template <bool kDirect, int kVecs>
 inline void score(const Block& b, int64_t first_panel, int64_t panels) {
     const Problem& p = b.p;
     const int64_t width = kVecs * kLanes, groups = (b.rows + kGroup - 1) / kGroup;
-    const int64_t score_stride = panels * width;
+    const int64_t row_step = kDirect ? panels * width : width;
+    const int64_t panel_step = kDirect ? width : groups * kGroup * width;
     for (int64_t d0 = 0; d0 < p.dim; d0 += kBlockDepth) {
         const int64_t depth = std::min(kBlockDepth, p.dim - d0);
         const float* x = b.in_place ? b.address(0) + d0 : b.scratch.piece.data();
@@ -345,23 +361,34 @@ inline void score(const Block& b, int64_t first_panel, int64_t panels) {
             }
         }
         const float* panel = b.book.panels + (first_panel * p.dim + d0) * width;
-        const auto run = [&](int64_t g, int64_t q, bool prefetch) {
+        const auto run = [&](int64_t g, int64_t q, const auto& prefetch) {
             const int64_t chain = kDirect ? kChain : kBlockDepth;
             for (int64_t d = 0; d < depth; d += chain) {
                 tile<kDirect, kVecs>(
                     x + g * kGroup * stride + d, stride, panel + (q * p.dim + d) * width,
                     std::min(chain, depth - d),
-                    b.scratch.scores.data() + g * kGroup * score_stride + q * width, score_stride,
-                    d0 + d == 0, prefetch ? b.prefetch(g, d0 + d) : Prefetch());
+                    b.scratch.scores.data() + g * kGroup * row_step + q * panel_step, row_step,
+                    d0 + d == 0, prefetch(d));
             }
         };
         if (b.book.num_panels > kFewPanels) {  // a panel stays in L1, the rows pass from L2
             for (int64_t q = 0; q < panels; ++q) {
-                for (int64_t g = 0; g < groups; ++g) run(g, q, false);
+                // Every eighth group asks for its share of the next panel.
+                const auto next = reinterpret_cast<uintptr_t>(panel + (q + 1) * p.dim * width);
+                for (int64_t g = 0; g < groups; ++g) {
+                    run(g, q, [&](int64_t) -> Prefetch {
+                        if (q + 1 == panels || g % 8 != 0) return {};
+                        return {next + g / 8 * kGroup * 4 * depth, 64, 64 * kGroup};
+                    });
+                }
             }
         } else {  // rows stay in L1 while the few panels pass from L2
             for (int64_t g = 0; g < groups; ++g) {
-                for (int64_t q = 0; q < panels; ++q) run(g, q, b.in_place && q == 0);
+                for (int64_t q = 0; q < panels; ++q) {
+                    run(g, q, [&](int64_t d) {
+                        return b.in_place && q == 0 ? b.prefetch(g, d0 + d) : Prefetch();
+                    });
+                }
             }
         }
     }
@@ -447,11 +474,12 @@ inline void assign_by_score(const Block& b) {
     for (int64_t p0 = 0; p0 < b.book.num_panels; p0 += most) {
         const int64_t panels = std::min(most, b.book.num_panels - p0);
         score<false, 2>(b, p0, panels);
-        for (int64_t r = 0; r < b.rows; ++r) {
-            for (int64_t q = 0; q < panels; ++q) {
-                const int64_t k = (p0 + q) * kPanel;
-                offer_panel(top[r], b.scratch.scores.data() + (r * panels + q) * kPanel,
-                            b.book.penalty + k, k);
+        const int64_t padded = (b.rows + kGroup - 1) / kGroup * kGroup;
+        for (int64_t q = 0; q < panels; ++q) {
+            const int64_t k = (p0 + q) * kPanel;
+            const float* scores = b.scratch.scores.data() + q * padded * kPanel;
+            for (int64_t r = 0; r < b.rows; ++r) {
+                offer_panel(top[r], scores + r * kPanel, b.book.penalty + k, k);
             }
         }
     }

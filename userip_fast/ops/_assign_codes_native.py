@@ -42,7 +42,7 @@ def assign_codes_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `assign_codes_reference`; `isa` is one of `_C.assign_codes_isas()`.
 
-    Memory beside the outputs: the codebook packed once more, a few hundred KiB per thread, and for
+    Memory beside the outputs: the codebook packed once more, 1 to 2 MiB per thread, and for
     statistics at most 32 MiB or 8 times the codebook, whichever is more.
     """
     books, rows, dim = x.shape

@@ -136,7 +136,9 @@ def _assign_codes(
     need_stats: bool,
     impl: str,
 ) -> Assignment:
-    sq_norm = torch.linalg.vector_norm(codewords, dim=1, dtype=torch.float64).square()
+    # In fp32 a norm too large becomes Inf and is refused too; fp64 would copy the codebook.
+    wide = torch.promote_types(codewords.dtype, torch.float32)
+    sq_norm = torch.linalg.vector_norm(codewords, dim=1, dtype=wide).square()
     if not bool((sq_norm <= _MAX_SQ_NORM).all()):
         k = int((~(sq_norm <= _MAX_SQ_NORM)).nonzero()[0])
         raise ValueError(
