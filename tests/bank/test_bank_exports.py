@@ -95,6 +95,33 @@ def test_a_new_version_replaces_the_old_one_and_older_ones_go(server, tmp_path):
         RedisBank(server.url, "other")
 
 
+def test_a_name_that_is_used_again_holds_no_user_of_before(server, tmp_path, monkeypatch):
+    """Complete or cut off, other users' keys of an earlier bank are gone; readers are kept."""
+    old, _ = bank(tmp_path / "old", np.arange(0, 500), 0)
+    new, codes = bank(tmp_path / "new", np.arange(400, 600), 1)
+    export_redis(old, server.url, version="a")
+    with pytest.raises(ConfigError, match="version='a': readers use a version of that name"):
+        export_redis(new, server.url, version="a")
+    assert export_redis(old, server.url, version="a") == "a"  # the same bank: written again
+    assert RedisBank(server.url).model_fingerprint == "m0"
+
+    export_redis(old, server.url, version="b")
+    with monkeypatch.context() as patch:
+        import redis
+
+        patch.setattr(redis.Redis, "unlink", lambda *_: (_ for _ in ()).throw(OSError("cut off")))
+        with pytest.raises(UnavailableError):  # while "a" is cleared for the new bank
+            export_redis(new, server.url, version="a")
+    export_redis(new, server.url, version="a")
+    online = RedisBank(server.url)
+    assert (online.version, online.model_fingerprint) == ("a", "m1")
+    assert np.array_equal(online.lookup(np.arange(400, 600)), codes)
+    with pytest.raises(DataError, match="400 of 400 are not in the bank"):
+        online.lookup(np.arange(400))
+    stored = connect(server.url).scan_iter("userip:a:u:*", count=1000)
+    assert len(list(stored)) == 200
+
+
 def test_a_redis_that_goes_away_keeps_the_version_before(server, tmp_path, monkeypatch):
     import redis
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -247,6 +249,13 @@ class FeatureBank:
     def model_fingerprint(self) -> str:
         """Which model the codes come from."""
         return self._generation.model_fingerprint
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over fields, users and codes: banks of equal digests give equal look-ups."""
+        files = {name: entry["sha256"] for name, entry in self._generation.files.items()}
+        about = json.dumps([self.fields, self.model_fingerprint, files], sort_keys=True)
+        return hashlib.sha256(about.encode()).hexdigest()
 
     @property
     def metadata(self) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """A bank in Redis, for online stores: one key per user, and one pointer that switches versions.
 
     NS:current          the version that readers use, a string
-    NS:VERSION:about    JSON: fields, code dtype, model fingerprint, number of users
+    NS:VERSION:about    JSON: fields, code dtype, model fingerprint, number of users, digest
     NS:VERSION:u:KEY    the user's J codes, little-endian, in the bank's own type
 
 All users of a version are written, in pipelines, before NS:current names it: a reader sees one
 version or the other. An export that was cut off leaves the pointer alone; run again, it writes the
-same keys.
+same keys. `about` is the first key of a version to be written and the last to be removed, so that
+no key of another bank is left under a name that is used again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from userip_fast.bank.layout import Field
-from userip_fast.errors import ConfigError, DataError, FormatError, UnavailableError
+from userip_fast.errors import (
+    ConfigError,
+    DataError,
+    FormatError,
+    UnavailableError,
+    UserIPError,
+)
 
 if TYPE_CHECKING:
     from userip_fast.bank.feature_bank import FeatureBank
@@ -83,6 +90,8 @@ def _told(url: str) -> Iterator[None]:
 
     try:
         yield
+    except UserIPError:
+        raise
     except redis.AuthenticationError as e:
         raise UnavailableError(f"{redacted(url)}: Redis refuses user or password") from e
     except (redis.RedisError, OSError, ValueError) as e:
@@ -107,7 +116,8 @@ def export_redis(
     Args:
         url: See `connect`.
         namespace: Prefix of all keys.
-        version: Name of this version; None takes it from the generation and the model.
+        version: Name of this version; None takes it from the generation and the model. A name used
+            before is cleared of another bank's users first.
         batch: Users per pipeline.
         keep: Versions to keep, this one included; keys of older ones are removed.
 
@@ -115,7 +125,8 @@ def export_redis(
         The version.
 
     Raises:
-        ConfigError: A bad URL, namespace or version.
+        ConfigError: A bad URL, namespace or version; or readers use a version of that name, and it
+            is of another bank.
         UnavailableError: Redis went away; the pointer is where it was.
     """
     if version is None:
@@ -133,10 +144,20 @@ def export_redis(
         "key_type": bank.key_type,
         "users": len(bank),
         "model_fingerprint": bank.model_fingerprint,
+        "digest": bank.digest,
     }
     keys, codes = bank.keys(), np.ascontiguousarray(bank.codes())
     width = codes.itemsize * codes.shape[1]
     with _told(url):
+        before = client.get(f"{prefix}:about")
+        if before and json.loads(before).get("digest") != bank.digest:
+            if client.get(f"{namespace}:current") == version.encode():
+                raise ConfigError(
+                    f"version={version!r}: readers use a version of that name, of another bank; "
+                    "choose another name, readers change over to it by themselves"
+                )
+            _remove(client, namespace, version)
+        client.set(f"{prefix}:about", json.dumps(about))
         for start in range(0, len(bank), batch):
             part = keys.slice(start, batch).to_pylist()
             packed = codes[start : start + batch].tobytes()
@@ -145,7 +166,6 @@ def export_redis(
                 {f"{prefix}:u:{k}": packed[i * width :][:width] for i, k in enumerate(part)}
             )
             pipeline.execute()
-        client.set(f"{prefix}:about", json.dumps(about))
         pipeline = client.pipeline(transaction=True)
         pipeline.set(f"{namespace}:current", version)
         pipeline.lrem(f"{namespace}:versions", 0, version)
@@ -157,15 +177,16 @@ def export_redis(
 
 
 def _remove(client: Any, namespace: str, version: str) -> None:
-    """Removes a version's keys, then its name, so that an interrupted removal is taken up again."""
+    """Removes a version's users, then what names it: an interrupted removal is taken up again."""
     found = []
-    for key in client.scan_iter(match=f"{namespace}:{version}:*", count=10_000):
+    for key in client.scan_iter(match=f"{namespace}:{version}:u:*", count=10_000):
         found.append(key)
         if len(found) == 10_000:
             client.unlink(*found)
             found.clear()
     if found:
         client.unlink(*found)
+    client.unlink(f"{namespace}:{version}:about")
     client.lrem(f"{namespace}:versions", 0, version)
 
 
