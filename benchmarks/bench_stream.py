@@ -6,9 +6,10 @@ A log of synthetic users (2 events each) is written as Parquet; a tiny random Ll
 fitted on a thousand users infer everybody's codes into a bank, each run in a process of its own:
 `stream` (sorted on disk, then read a block at a time) over all sizes, `memory` over the largest but
 one. First the two must give the same bank, else there is no number. `peak_rss_mib` is the process's
-peak, `bank_and_keys_mib` what its bank keeps per user (20 bytes). `wait_share` is the time the
-model waited for its input. The last line is JSON; `ratios.users_per_s` is stream over memory,
-`ratios.peak_rss` the largest stream's peak over the smallest's.
+peak; `peak_anonymous_mib` is that of its own pages and `peak_mapped_mib` that of files mapped by it
+(libraries, weights), which the kernel may take back, both looked at 50 times a second. `wait_share`
+is the time the model waited for its input. The last line is JSON; `ratios.users_per_s` is stream
+over memory, `ratios.peak_rss` the largest stream's peak over the smallest's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -99,8 +101,26 @@ def prepare(folder: Path) -> None:
     uf.fit(data, config=config, out=folder / "run")
 
 
+class Memory(threading.Thread):
+    """Looks at this process's memory."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = {"RssAnon": 0, "RssFile": 0}
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                name, _, value = line.partition(":")
+                if name in self.peak:
+                    self.peak[name] = max(self.peak[name], int(value.split()[0]) // 1024)
+            time.sleep(0.02)
+
+
 def worker(folder: Path, users: int, how: str) -> dict[str, Any]:
     log, items = folder / f"log{users}", folder / "items.parquet"
+    memory = Memory()
     started = time.perf_counter()
     reading: dict[str, Any] = {"rating": "rating", "time": "time"}
     if how == "stream":
@@ -123,8 +143,9 @@ def worker(folder: Path, users: int, how: str) -> dict[str, Any]:
         "infer_s": round(seconds, 2),
         "users_per_s": round(users / trainer.swept_s),
         "wait_share": round(trainer.waited_s / trainer.swept_s, 4),
-        "bank_and_keys_mib": round(20 * users / 2**20, 1),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_anonymous_mib": memory.peak["RssAnon"],
+        "peak_mapped_mib": memory.peak["RssFile"],
     }
 
 

@@ -1,6 +1,7 @@
 // userip_fast._C: names only. Functions take raw addresses (tensor.data_ptr()), sizes, strides in
 // elements and, on CUDA, device and stream; outputs are allocated by Python and passed in; the GIL
-// is released.
+// is released. (The bank's look-up takes arrays: one key is found faster than an address is asked
+// for.)
 #include "bindings.h"
 
 PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {

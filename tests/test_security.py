@@ -1,7 +1,12 @@
 """What must never be in the source."""
 
 import ast
+import re
+import tomllib
+from importlib import metadata
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*(ROOT / "userip_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
@@ -43,3 +48,41 @@ def test_nothing_is_unpickled_and_nothing_is_executed():
         assert path == PLAIN_UNPICKLER or not imports & {"pickle", "marshal", "dill", "shelve"}, (
             path
         )
+
+
+# How packages' metadata say what the table calls a licence.
+LICENCES = {
+    "BSD-3-Clause": r"BSD-3-Clause|BSD License",
+    "Apache-2.0": r"Apache",
+    "MIT": r"MIT",
+    "PSF-based": r"Python Software Foundation|PSF",
+}
+
+
+def licence_table():
+    text = (ROOT / "docs" / "security.md").read_text().split("## Licences")[1]
+    rows = [row.strip("| \n").split(" | ") for row in text.splitlines() if row.startswith("| ")]
+    return {
+        name: licence.split(";")[0] for names, licence in rows[1:] for name in names.split(", ")
+    }
+
+
+def test_the_licence_table_names_every_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    needed = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    needed += [r for e in extras if e not in ("test", "bench", "dev") for r in extras[e]]
+    names = {re.match(r"[\w-]+", r)[0] for r in needed} - {"setuptools", "cmake", "ninja"}
+    assert len(names) > 10
+    assert names <= set(licence_table())
+
+
+@pytest.mark.parametrize("name", licence_table())
+def test_the_licence_table_says_what_the_package_says(name):
+    try:
+        about = metadata.metadata(name)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"{name} is not installed")
+    said = [about.get("License-Expression") or "", (about.get("License") or "")[:200]]
+    said += [c for c in about.get_all("Classifier") or [] if c.startswith("License ::")]
+    assert re.search(LICENCES[licence_table()[name]], " ".join(said)), said

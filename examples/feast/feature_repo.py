@@ -3,7 +3,7 @@
     userip bank export BANK examples/feast/codes.parquet --layout feast
     cd examples/feast && feast apply && feast materialize-incremental $(date -u +%Y-%m-%dT%H:%M:%S)
 
-    store = feast.FeatureStore("examples/feast")
+    store = feast.FeatureStore(".")
     store.get_online_features(["codes:taste"], entity_rows=[{"user_id": 3}]).to_dict()
 
 Replace the fields by those of your bank (`userip bank info BANK`).

@@ -39,6 +39,51 @@ def test_blocks_in_any_order_make_the_same_files(tmp_path):
     assert len(blocks) == 100
 
 
+@pytest.mark.parametrize("strings", [False, True])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_users_that_wait_on_disk_make_the_same_files(tmp_path, monkeypatch, strings, probabilities):
+    """Blocks larger and smaller than what waits in memory; in hash order and not; updates too."""
+    rng = np.random.default_rng(0)
+    keys = [f"user {i} é" * (i % 3) + str(i) for i in range(700)] if strings else list(range(700))
+    codes, p = rng.integers(0, 10, (2, 700, 1)), rng.random((2, 700, 1))
+
+    def blocks(writer, rows, which):
+        for part in np.split(rows, [0, 3, 130, 131, 400]):
+            here = p[which, part] if probabilities else None
+            writer.append([keys[i] for i in part], codes[which, part], here)
+
+    def make(path):
+        with BankWriter(path, **SETTINGS) as writer:
+            blocks(writer, rng.permutation(500), 0)
+            (waiting,) = [*path.glob(".gen-*.tmp")] or [None]
+        assert not [*path.glob(".*")]
+        with BankWriter(path, **SETTINGS, keep_others=True) as writer:
+            blocks(writer, np.arange(300, 700), 1)
+        with BankWriter(path, **SETTINGS, keep_others=True):
+            pass  # nobody new
+        return waiting
+
+    assert make(tmp_path / "memory") is None
+    monkeypatch.setattr("userip_fast.bank.spool.WAITING_USERS", 64)
+    assert make(tmp_path / "disk") is not None
+    bank = FeatureBank.open(tmp_path / "disk", verify=True)
+    want = np.concatenate([codes[0, :300], codes[1, 300:]])
+    np.testing.assert_array_equal(bank.lookup(keys), want)
+    for generation in ("gen-000002", "gen-000003"):
+        files = sorted((tmp_path / "memory" / generation).iterdir())
+        assert len(files) == (6 if strings else 4) + probabilities
+        for file in files:
+            assert file.read_bytes() == (tmp_path / "disk" / generation / file.name).read_bytes()
+    writer = BankWriter(tmp_path / "disk", **SETTINGS)
+    blocks(writer, np.arange(700), 0)
+    writer.append(keys[:1], codes[0, :1], p[0, :1] if probabilities else None)
+    with pytest.raises(DataError, match="1 occur more than once"):
+        writer.close()
+    assert sorted(f.name for f in (tmp_path / "disk").iterdir()) == [
+        "CURRENT", "LOCK", "gen-000002", "gen-000003",
+    ]  # fmt: skip
+
+
 def test_writer_refuses_what_does_not_fit_together(tmp_path):
     writer = BankWriter(tmp_path / "b", **SETTINGS)
     writer.append([1, 2], [[0], [0]])

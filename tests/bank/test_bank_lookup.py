@@ -219,7 +219,7 @@ def test_colliding_hashes_cost_time_not_answers(tmp_path, monkeypatch, keys, dis
 
     for module in ("index", "layout", "writer"):
         monkeypatch.setattr(f"userip_fast.bank.{module}.hash_keys", skewed)
-    monkeypatch.setattr(HashIndex, "_native", lambda self, codes: None)  # it hashes for itself
+    monkeypatch.setattr(HashIndex, "_native", lambda *_: None)  # it hashes for itself
     keys = list(keys)
     bank = write(tmp_path / "b", keys[:400])
     bank.verify()
@@ -334,10 +334,10 @@ def test_the_compiled_lookup_is_the_numpy_one(tmp_path, monkeypatch, users, size
     index = bank._generation.index
     for n in (0, 1, 63, 64, 65, 200):
         asked = rng.choice(pool, n)
-        assert users == 0 or index._native(bank.codes()) is not None
+        assert users == 0 or index._native(bank.codes(), bank._reserved) is not None
         fast = index.lookup(pa.array(asked), bank.codes(), bank._reserved)
         with monkeypatch.context() as patch:
-            patch.setattr(HashIndex, "_native", lambda self, codes: None)
+            patch.setattr(HashIndex, "_native", lambda *_: None)
             slow = index.lookup(pa.array(asked), bank.codes(), bank._reserved)
         for a, b in zip(fast, slow):
             np.testing.assert_array_equal(a, b)

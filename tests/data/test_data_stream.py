@@ -17,6 +17,7 @@ def _small_parts(monkeypatch):
     monkeypatch.setattr(stream, "_BATCH_ROWS", 50)
     monkeypatch.setattr(stream, "_PART_ROWS", 100)
     monkeypatch.setattr(stream, "_WAITING_ROWS", 120)
+    monkeypatch.setattr(stream, "_WAITING_ROWS_PART", 1)
 
 
 def write(folder, *, strings=False, bad=False, files=3, own_text=False, constant=False):

@@ -39,6 +39,8 @@ class FeatureBank:
         self.path = path
         self._generation = generation
         self._reserved = np.array([f["codebook_size"] for f in generation.fields], np.int64)
+        self._codes = generation.codes
+        self._integers = generation.key_type == "int64"
 
     @classmethod
     def write(
@@ -110,13 +112,15 @@ class FeatureBank:
         """
         if on_unknown not in ("error", "code"):
             raise ConfigError(f"on_unknown={on_unknown!r}: must be 'error' or 'code'")
-        keys = self._as_keys("user_ids", user_ids)
-        rows, codes = self._generation.index.lookup(keys, self.codes(), self._reserved)
-        if on_unknown == "error" and rows.min(initial=0) < 0:
-            missing = keys.filter(pa.array(rows < 0))
+        keys = self._as_numbers(user_ids)
+        if keys is None:
+            keys = self._as_keys("user_ids", user_ids)
+        missing, codes = self._generation.index.lookup(keys, self._codes, self._reserved)
+        if missing and on_unknown == "error":
+            names = as_keys("user_ids", keys).filter(pa.array(self.rows(keys) < 0))
             raise DataError(
-                f"user_ids: {len(missing)} of {len(keys)} are not in the bank {self.path}: "
-                f"{name_some(missing)}; on_unknown='code' gives them the reserved code"
+                f"user_ids: {missing} of {len(keys)} are not in the bank {self.path}: "
+                f"{name_some(names)}; on_unknown='code' gives them the reserved code"
             )
         return codes
 
@@ -299,10 +303,20 @@ class FeatureBank:
         names = [field["name"] for field in self.fields]
         return f"FeatureBank({str(self.path)!r}, users={len(self)}, fields={names})"
 
+    def _as_numbers(self, values: Any) -> NDArray[np.int64] | None:
+        """`values` where they need no look at each: what a single look-up costs is mostly that."""
+        if self._integers and len(self._codes):
+            if type(values) is int and -(2**63) <= values < 2**63:
+                return np.array((values,), np.int64)
+            if isinstance(values, np.ndarray) and values.dtype == np.int64 and values.ndim == 1:
+                return values
+            if isinstance(values, pa.Int64Array) and values.null_count == 0:
+                numbers: NDArray[np.int64] = values.to_numpy()
+                return numbers
+        return None
+
     def _as_keys(self, name: str, values: Any) -> pa.Array:
-        own = pa.int64() if self.key_type == "int64" else pa.large_string()
-        if isinstance(values, np.ndarray) and values.dtype == np.int64 and values.ndim == 1:
-            values = pa.array(values)
+        own = pa.int64() if self._integers else pa.large_string()
         if isinstance(values, pa.Array) and values.type == own and values.null_count == 0:
             return values  # canonical already, as in any tight loop
         keys = as_keys(name, values)

@@ -9,9 +9,8 @@ keys. A bucket may be of any size and hashes may collide: both cost time, never 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +78,15 @@ def name_some(keys: pa.Array) -> str:
     return shown + (", ..." if len(keys) > 10 else "")
 
 
-def in_hash_order(
-    name: str, keys: pa.Array, hashes: NDArray[np.uint64]
-) -> tuple[pa.Array, NDArray[np.uint64], NDArray[np.int64]]:
-    """(keys, hashes, order): both sorted by hash, ties by key; `order` sorts what goes with them.
+def in_hash_order(name: str, keys: pa.Array, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The order that sorts by hash, ties by key.
 
     Raises:
         DataError: A key occurs more than once.
     """
     order = key_order(keys, hashes)
-    keys, hashes = keys.take(pa.array(order)), hashes[order]
-    refuse_duplicates(name, keys, hashes)
-    return keys, hashes, order
+    refuse_duplicates(name, keys.take(pa.array(order)), hashes[order])
+    return order
 
 
 def directory_bits(num_users: int) -> int:
@@ -102,17 +98,19 @@ def directory_dtype(num_users: int) -> str:
     return "<u4" if num_users < 2**32 else "<u8"
 
 
-def build_directory(hashes: NDArray[np.uint64]) -> NDArray[Any]:
+def build_directory(hashes: Iterable[NDArray[np.uint64]], num_users: int) -> NDArray[Any]:
     """First row of each bucket, [2**b + 1]; the last entry is the number of users.
 
     Args:
-        hashes: [n] sorted hashes.
+        hashes: All users' hashes, sorted, in pieces that are not empty.
     """
-    bits = directory_bits(len(hashes))
-    bucket = (hashes >> np.uint64(64 - bits)).astype(np.int64)
-    directory = np.zeros(2**bits + 1, directory_dtype(len(hashes)))
-    np.cumsum(np.bincount(bucket, minlength=2**bits), out=directory[1:])
-    return directory
+    bits = directory_bits(num_users)
+    directory = np.zeros(2**bits + 1, directory_dtype(num_users))
+    for piece in hashes:
+        bucket = (piece >> np.uint64(64 - bits)).astype(np.int64)
+        first, last = bucket[0], bucket[-1]
+        directory[first + 1 : last + 2] += np.bincount(bucket - first).astype(directory.dtype)
+    return np.cumsum(directory, dtype=directory.dtype)
 
 
 @dataclass(frozen=True)
@@ -165,49 +163,41 @@ class HashIndex:
         return array
 
     def lookup(
-        self, queries: pa.Array, codes: NDArray[Any], unknown: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Row of each key, [n], as `find` gives it, and its codes, [n, J].
+        self, queries: pa.Array | NDArray[np.int64], codes: NDArray[Any], unknown: NDArray[np.int64]
+    ) -> tuple[int, NDArray[np.int64]]:
+        """How many keys are not there, and the codes of each, [n, J].
 
         Integer keys go through the compiled extension where it is there.
 
         Args:
+            queries: [n] canonical keys of the bank's type; integers also as numpy array.
             codes: [users, J], C-contiguous, of the bank.
             unknown: [J], the codes of a key that is not there.
         """
-        if (native := self._native(codes)) is None:
-            rows = self.find(queries)
-            known = rows >= 0
-            if known.all():  # the usual case needs no mask
-                return rows, codes.take(rows, axis=0).astype(np.int64)
-            out = np.empty((len(queries), len(unknown)), np.int64)
-            out[:] = unknown
-            out[known] = codes.take(rows[known], axis=0)
-            return rows, out
-        numbers = np.ascontiguousarray(queries.to_numpy())
-        rows = np.empty(len(numbers), np.int64)
-        out = np.empty((len(numbers), len(unknown)), np.int64)
-        ok = native(
-            queries=numbers.ctypes.data,
-            num_queries=len(numbers),
-            unknown=unknown.ctypes.data,
-            rows=rows.ctypes.data,
-            out=out.ctypes.data,
-        )
-        if not ok:
-            raise self._damaged()
-        return rows, out
+        out = np.empty((len(queries), len(unknown)), np.int64)
+        if (native := self._native(codes, unknown)) is not None:
+            numbers = queries if isinstance(queries, np.ndarray) else queries.to_numpy()
+            missing = native(np.ascontiguousarray(numbers), out)
+            if missing < 0:
+                raise self._damaged()
+            return missing, out
+        rows = self.find(pa.array(queries) if isinstance(queries, np.ndarray) else queries)
+        known = rows >= 0
+        out[:] = unknown
+        out[known] = codes.take(rows[known], axis=0)
+        return len(rows) - int(known.sum()), out
 
-    def _native(self, codes: NDArray[Any]) -> Callable[..., bool] | None:
+    def _native(
+        self, codes: NDArray[Any], unknown: NDArray[np.int64]
+    ) -> Callable[[NDArray[np.int64], NDArray[np.int64]], int] | None:
         """The compiled look-up in these arrays, or None where there is none."""
-        if self._bound and self._bound[0] is codes:
-            known: Callable[..., bool] | None = self._bound[1]
+        if self._bound and self._bound[0] is codes and self._bound[1] is unknown:
+            known: Callable[..., int] | None = self._bound[2]
             return known
-        bound: Callable[..., bool] | None = None
+        bound: Callable[..., int] | None = None
         extension = _extension.load()
         if extension is not None and self.integers is not None and len(self):
-            bound = partial(
-                extension.bank_lookup,
+            bound = extension.BankIndex(
                 keys=self.integers.ctypes.data,
                 users=len(self),
                 directory=self.directory.ctypes.data,
@@ -215,9 +205,10 @@ class HashIndex:
                 bits=(len(self.directory) - 1).bit_length() - 1,
                 codes=codes.ctypes.data,
                 code_bytes=codes.itemsize,
-                fields=codes.shape[1],
-            )
-        self._bound[:] = codes, bound
+                fields=len(unknown),
+                unknown=unknown.ctypes.data,
+            ).lookup
+        self._bound[:] = codes, unknown, bound
         return bound
 
     def _damaged(self) -> FormatError:

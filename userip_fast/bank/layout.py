@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,14 @@ from userip_fast.bank.index import (
     key_type,
     refuse_duplicates,
 )
+from userip_fast.bank.spool import Users
 from userip_fast.errors import ConfigError, DataError, FormatError
 from userip_fast.files import read_json, sha256_file, write_json
 from userip_fast.keys import hash_keys, key_order
 
 FORMAT = "userip_fast.bank"
 VERSION = 1
+_PIECE = 1 << 16  # values read at once
 
 Field = dict[str, Any]
 """`{"name": str, "codebook_size": int, "code_names": [str, ...] | None}`"""
@@ -130,13 +132,40 @@ def check_probabilities(shape: tuple[int, int], probabilities: Any) -> NDArray[n
     return p
 
 
+class _Growing:
+    """The file of an array that is written a piece at a time."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.path, self.dtype = path, dtype.newbyteorder("<")
+        self._sha256 = hashlib.sha256()
+        self._shape = [0]
+
+    def append(self, array: NDArray[Any]) -> None:
+        array = np.ascontiguousarray(array, self.dtype)
+        with open(self.path, "ab") as file:
+            file.write(array.data)
+        self._sha256.update(array.data)
+        self._shape = [self._shape[0] + len(array), *array.shape[1:]]
+
+    def pieces(self) -> Iterator[NDArray[Any]]:
+        """What was written, read back."""
+        with open(self.path, "rb") as file:
+            while len(piece := np.fromfile(file, self.dtype, _PIECE)):
+                yield piece
+
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {
+            "dtype": self.dtype.str,
+            "shape": self._shape,
+            "sha256": self._sha256.hexdigest(),
+        }
+
+
 def write_generation(
     folder: Path,
     *,
-    keys: pa.Array,
-    hashes: NDArray[np.uint64],
-    codes: NDArray[Any],
-    probabilities: NDArray[np.float32] | None,
+    parts: Iterable[Users],
     fields: Sequence[Field],
     model_fingerprint: str,
     metadata: Mapping[str, Any],
@@ -145,48 +174,61 @@ def write_generation(
 
     Args:
         folder: An empty folder.
-        keys: [n] canonical keys in hash order, unique.
-        hashes: [n] their hashes.
-        codes: [n, J], see `check_codes`.
-        probabilities: [n, J], see `check_probabilities`.
+        parts: At least one, of one key type, all with probabilities or none; together the users in
+            hash order, unique.
     """
-    if key_type(keys) == "int64":
-        arrays: dict[str, NDArray[Any]] = {"keys.bin": keys.to_numpy()}
+    files: dict[str, _Growing] = {}
+
+    def append(name: str, array: NDArray[Any]) -> None:
+        if name not in files:
+            files[name] = _Growing(folder / name, array.dtype)
+        files[name].append(array)
+
+    users = text_bytes = 0
+    kind = ""
+    for part in parts:
+        kind = key_type(part.keys)
+        if kind == "int64":
+            append("keys.bin", part.keys.to_numpy())
+        else:
+            offsets, text = _string_arrays(part.keys)
+            # Each part's first offset is the last of the part before.
+            append("key_offsets.bin", offsets["key_offsets.bin" in files :] + text_bytes)
+            append("key_text.bin", text)
+            append("key_hashes.bin", part.hashes)
+            text_bytes += len(text)
+        append("codes.bin", part.codes)
+        if part.probabilities is not None:
+            append("probabilities.bin", part.probabilities)
+        users += len(part)
+    hashes: Iterable[NDArray[np.uint64]]
+    if kind == "int64":
+        hashes = (hash_keys(piece) for piece in files["keys.bin"].pieces())
     else:
-        arrays = _string_arrays(keys) | {"key_hashes.bin": hashes}
-    arrays |= {"directory.bin": build_directory(hashes), "codes.bin": codes}
-    if probabilities is not None:
-        arrays["probabilities.bin"] = probabilities
-    files = {}
-    for name, array in arrays.items():
-        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-        array.tofile(folder / name)
-        files[name] = {
-            "dtype": array.dtype.str,
-            "shape": list(array.shape),
-            "sha256": hashlib.sha256(array.data).hexdigest(),
-        }
+        hashes = files["key_hashes.bin"].pieces()
+    append("directory.bin", build_directory(hashes, users))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "users": len(keys),
-        "key_type": key_type(keys),
+        "users": users,
+        "key_type": kind,
         "fields": list(fields),
         "model_fingerprint": model_fingerprint,
         "metadata": dict(metadata),
-        "files": files,
+        "files": {name: file.entry() for name, file in files.items()},
     }
     write_json(folder / MANIFEST, manifest)
 
 
-def _string_arrays(keys: pa.Array) -> dict[str, NDArray[Any]]:
+def _string_arrays(keys: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Offsets, from 0 on, and text of string keys."""
     n = len(keys)
     _, offset_buffer, text_buffer = keys.buffers()
     offsets = np.zeros(1, np.int64)
     if n:
         offsets = np.frombuffer(offset_buffer, np.int64)[keys.offset : keys.offset + n + 1]
     text = np.frombuffer(text_buffer or b"", np.uint8)[offsets[0] : offsets[-1]]
-    return {"key_offsets.bin": offsets - offsets[0], "key_text.bin": text}
+    return offsets - offsets[0], text
 
 
 @dataclass(frozen=True)
@@ -280,7 +322,9 @@ class Generation:
             raise FormatError(f"{self.folder}: {e}") from e
         if self.index.hashes is not None and not np.array_equal(self.index.hashes, hashes):
             raise FormatError(f"{self.folder / 'key_hashes.bin'}: not the hashes of the keys")
-        if not np.array_equal(self.index.directory, build_directory(hashes)):
+        if not np.array_equal(
+            self.index.directory, build_directory([hashes] if len(keys) else [], len(keys))
+        ):
             raise FormatError(f"{self.folder / 'directory.bin'}: does not fit the keys")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+import pyarrow.compute as pc
 
 from userip_fast.bank.generations import CURRENT, current_generation, publish, write_lock
-from userip_fast.bank.index import as_keys, in_hash_order, key_type
+from userip_fast.bank.index import as_keys, key_type
 from userip_fast.bank.layout import (
     Generation,
     check_codes,
@@ -24,8 +25,10 @@ from userip_fast.bank.layout import (
     check_probabilities,
     write_generation,
 )
+from userip_fast.bank.spool import Spool, Users
+from userip_fast.data.arrow import to_numpy
 from userip_fast.errors import ConfigError, MismatchError
-from userip_fast.keys import hash_keys
+from userip_fast.keys import hash_keys, shard_of
 
 LOCK_TIMEOUT_S = 30.0
 """How long a writer waits for another one before it gives up."""
@@ -39,8 +42,8 @@ class BankWriter:
                 writer.append(block.user_keys, block.code_ids)
 
     Leaving the `with` block publishes; leaving it by an exception abandons, and the bank stays
-    what it was. The write lock is held throughout. Until `close`, users are kept in memory: their
-    key, a 64-bit hash, their codes and probabilities (about 20 bytes a user with an integer key).
+    what it was. The write lock is held throughout. Until `close`, users wait on the bank's disk:
+    memory holds half a byte of directory per user, and a bounded number of users.
 
     Args:
         path: The bank; created, or if it is one already, given a new generation with exactly these
@@ -77,11 +80,10 @@ class BankWriter:
         self._fingerprint = model_fingerprint
         self._metadata = check_metadata(metadata)
         self._keep_others = keep_others
-        self._blocks: list[
-            tuple[pa.Array, NDArray[np.uint64], NDArray[Any], NDArray[np.float32] | None]
-        ] = []
+        self._spool = Spool(self.path)
         self._open = ExitStack()
         self._open.enter_context(write_lock(self.path, lock_timeout_s))
+        self._open.callback(self._spool.clear)
         self._closed = False
 
     def append(self, user_keys: Any, code_ids: Any, probabilities: Any = None) -> None:
@@ -96,6 +98,7 @@ class BankWriter:
             DataError: A code or probability out of range, or arrays that do not fit together.
             MismatchError: Keys of another type than those before, or probabilities for some blocks
                 only.
+            StorageError: The bank's disk is full.
         """
         if self._closed:
             raise ValueError(f"{self.path}: the writer is closed")
@@ -104,16 +107,15 @@ class BankWriter:
         p = None if probabilities is None else check_probabilities(codes.shape, probabilities)
         if len(keys) == 0:
             return  # it has no key type
-        if self._blocks:
-            first_keys, _, _, first_p = self._blocks[0]
-            if keys.type != first_keys.type:
+        if (before := self._spool.first) is not None:
+            if keys.type != before.keys.type:
                 raise MismatchError(
-                    f"user_keys: {key_type(keys)} keys after {key_type(first_keys)} keys; "
+                    f"user_keys: {key_type(keys)} keys after {key_type(before.keys)} keys; "
                     "a bank has one key type"
                 )
-            if (p is None) != (first_p is None):
+            if (p is None) != (before.probabilities is None):
                 raise MismatchError("probabilities: give them with every block or with none")
-        self._blocks.append((keys, hash_keys(keys), codes, p))
+        self._spool.add(Users(keys, hash_keys(keys), codes, p))
 
     def close(self) -> None:
         """Publishes the generation. Does nothing on a writer that is closed.
@@ -133,69 +135,62 @@ class BankWriter:
     def abandon(self) -> None:
         """Forgets what was appended and releases the bank, which stays what it was."""
         self._closed = True
-        self._blocks.clear()
         self._open.close()
 
     def _publish(self) -> None:
-        if not self._blocks:  # a bank of nobody
-            keys, codes = as_keys("user_keys", []), np.empty((0, len(self._fields)), np.int64)
-            self._blocks.append(
-                (keys, hash_keys(keys), check_codes(self._fields, keys, codes), None)
-            )
+        others = None
         if self._keep_others and (self.path / CURRENT).is_file():
-            self._append_others(Generation.open(*current_generation(self.path)))
-        columns = list(zip(*self._blocks, strict=True))
-        keys, hashes = pa.concat_arrays(columns[0]), np.concatenate(columns[1])
-        codes = np.concatenate(columns[2])
-        p = None if columns[3][0] is None else np.concatenate(columns[3])
-        self._blocks.clear()
-        del columns  # nothing is held twice
-        if not (hashes[1:] > hashes[:-1]).all():  # inference delivers users in order
-            keys, hashes, order = in_hash_order("user_keys", keys, hashes)
-            codes = codes[order]
-            p = None if p is None else p[order]
+            others = Generation.open(*current_generation(self.path))
+            self._check_others(others)
+            if len(others.index) == 0:
+                others = None
+        if self._spool.first is None:
+            if others is None:  # a bank of nobody
+                keys, codes = as_keys("user_keys", []), np.empty((0, len(self._fields)), np.int64)
+                nobody = check_codes(self._fields, keys, codes)
+                self._spool.add(Users(keys, hash_keys(keys), nobody, None))
+            else:
+                self._spool.add(_users(others, 0, 0))
         write = partial(
             write_generation,
-            keys=keys,
-            hashes=hashes,
-            codes=codes,
-            probabilities=p,
+            parts=self._parts(others),
             fields=self._fields,
             model_fingerprint=self._fingerprint,
             metadata=self._metadata,
         )
         publish(self.path, write)
 
-    def _append_others(self, current: Generation) -> None:
-        """Users of `current` whom no block holds."""
-        stored = current.index.keys()
-        appended = pa.concat_arrays([block[0] for block in self._blocks])
+    def _parts(self, others: Generation | None) -> Iterator[Users]:
+        """The users in hash order, together with those of `others` who were not appended."""
+        row = 0
+        for _, stop, users in self._spool.parts():
+            users = users.in_hash_order()
+            if others is not None:
+                first, row = row, _first_row(others, stop)
+                kept = _users(others, first, row)
+                stays = ~to_numpy(pc.is_in(kept.keys, value_set=users.keys))
+                users = Users.concat([users, kept.take(np.flatnonzero(stays))]).in_hash_order()
+            yield users
+
+    def _check_others(self, current: Generation) -> None:
+        """Whether what was appended can be added to `current`."""
         if current.model_fingerprint != self._fingerprint or current.fields != self._fields:
             raise MismatchError(
                 f"{self.path}: holds codes of model {current.model_fingerprint[:12]}, these are "
                 f"of {self._fingerprint[:12]}; only codes of one model and its fields can be added "
                 "to one another. Write all users, or choose another path"
             )
-        if len(stored) == 0:
+        appended, stored = self._spool.first, current.index.keys()
+        if appended is None or len(stored) == 0:
             return
-        if len(appended) == 0:
-            self._blocks.clear()
-        elif stored.type != appended.type:
+        if stored.type != appended.keys.type:
             raise MismatchError(
-                f"user_keys: {key_type(appended)} keys, the bank {self.path} has {key_type(stored)}"
+                f"user_keys: {key_type(appended.keys)} keys, the bank {self.path} has "
+                f"{key_type(stored)}"
             )
-        stays = np.ones(len(stored), np.bool_)
-        if len(appended):
-            p = self._blocks[0][3]
-            if (p is None) != (current.probabilities is None):
-                has = "has no" if current.probabilities is None else "has"
-                raise MismatchError(f"probabilities: the bank {self.path} {has} probabilities")
-            rows = current.index.find(appended)
-            stays[rows[rows >= 0]] = False
-        keys = stored.filter(pa.array(stays))
-        if len(keys):
-            p = None if current.probabilities is None else current.probabilities[stays]
-            self._blocks.append((keys, hash_keys(keys), current.codes[stays], p))
+        if (appended.probabilities is None) != (current.probabilities is None):
+            has = "has no" if current.probabilities is None else "has"
+            raise MismatchError(f"probabilities: the bank {self.path} {has} probabilities")
 
     def __enter__(self) -> BankWriter:
         return self
@@ -210,3 +205,23 @@ class BankWriter:
             self.close()
         else:
             self.abandon()
+
+
+def _users(generation: Generation, start: int, stop: int) -> Users:
+    """Users `start:stop` of a generation, copied."""
+    keys = generation.index.keys()[start:stop].take(pa.array(np.arange(stop - start)))
+    p = generation.probabilities
+    return Users(
+        keys,
+        hash_keys(keys),
+        generation.codes[start:stop].copy(),
+        None if p is None else p[start:stop].copy(),
+    )
+
+
+def _first_row(generation: Generation, shard: int) -> int:
+    """The first row of a generation whose hash is of `shard` or a later one."""
+    keys = generation.index.keys()
+    return bisect_left(
+        range(len(keys)), shard, key=lambda i: int(shard_of(hash_keys(keys[i : i + 1]))[0])
+    )

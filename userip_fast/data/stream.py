@@ -60,10 +60,11 @@ from userip_fast.files import (
 from userip_fast.keys import hash_keys
 
 _VERSION = 1
-_BATCH_ROWS = 1 << 17
-_PART_ROWS = 1 << 18  # rows of a part, on average at most
-_MAX_BITS = 12
-_WAITING_ROWS = 1 << 21  # dealt out in memory before they are appended to the parts' files
+_BATCH_ROWS = 1 << 16
+_PART_ROWS = 1 << 16  # rows of a part, on average at most
+_MAX_BITS = 13
+_WAITING_ROWS = 1 << 17  # dealt out in memory before they are appended to the parts' files,
+_WAITING_ROWS_PART = 512  # or so many per part
 
 
 class InteractionStream:
@@ -194,7 +195,7 @@ class InteractionStream:
             constant_rating=self.constant_rating,
             report=self.report,
         )
-        while len(self._opened) > 2:
+        while len(self._opened) > 1:
             self._opened.pop(next(iter(self._opened)), None)
         self._opened[at] = found
         return found
@@ -368,10 +369,10 @@ class _Sorter:
             raise DataError(f"min_history must be at least 1, got {min_history}")
         c = self.columns
         wanted = [c.user, c.item, *(x for x in (c.rating, c.time) if x), *self.filter_columns]
-        waiting = 0
+        waiting, most = 0, max(_WAITING_ROWS, _WAITING_ROWS_PART << self.bits)
         for log in self._batches(list(dict.fromkeys(wanted))):
             waiting += self._deal(log)
-            if waiting >= _WAITING_ROWS:
+            if waiting >= most:
                 self._append(folder)
                 waiting = 0
         self._append(folder)
@@ -393,6 +394,7 @@ class _Sorter:
                     ratings[float(value)] = ratings.get(float(value), 0) + int(count)
             short += few[: max(0, NUM_EXAMPLES - len(short))].to_pylist()
             short_users += len(few)
+        pa.default_memory_pool().release_unused()  # it would keep what sorting took
         report = BadRows(
             rows_read=self.rows_read,
             rows_filtered=self.rows_filtered,

@@ -24,7 +24,7 @@ from userip_fast.behaviour import Source
 from userip_fast.codebook import Codebook
 from userip_fast.config import Config
 from userip_fast.em.amortised import AmortisedEStep, Head, HeadReport, features, train_head
-from userip_fast.em.cache import BlockCache, DiskCache
+from userip_fast.em.cache import BlockCache, DiskCache, MemoryCache
 from userip_fast.em.checkpoints import Checkpoint, Checkpoints
 from userip_fast.em.distributed import Processes
 from userip_fast.em.gradient import GradientEStep
@@ -207,7 +207,8 @@ class Trainer:
                 assert self.head is not None, "an amortised E-step needs the head of its model"
                 estep = AmortisedEStep(self.engine, start, self.head, slow, em)
         elif estep is None:
-            estep = GradientEStep(self.engine, start, em)
+            # Each user comes once: a kept descent would only take memory.
+            estep = GradientEStep(self.engine, start, em, cache=MemoryCache(0))
         yield from self._sweep(
             "inferring profiles", estep, source, codebooks, EMState(em.max_rounds), users, cache
         )
