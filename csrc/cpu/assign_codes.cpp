@@ -134,12 +134,9 @@ namespace avx512 {
 USERIP_ISA_END
 #endif
 
-// Forming a distance takes a subtraction more than a score, and no second look at x. Up to one
-// panel memory is the limit anyway; AMD's cores subtract beside the multiplications, for free.
-#define USERIP_ISA_ENTRY(ns, direct_panels)                                                    \
-    Isa {                                                                                      \
-        #ns, ns::kLanes, ns::kBlockRows, (direct_panels) * ns::kPanel, &ns::pack, &ns::assign, \
-            &ns::load                                                                          \
+#define USERIP_ISA_ENTRY(ns)                                                           \
+    Isa {                                                                              \
+        #ns, ns::kLanes, ns::kBlockRows, ns::kPanel, &ns::pack, &ns::assign, &ns::load \
     }
 
 // Those this processor can run, best first.
@@ -147,16 +144,15 @@ std::vector<Isa> usable_isas() {
     std::vector<Isa> out;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const int panels = __builtin_cpu_is("amd") ? 4 : 1;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-        out.push_back(USERIP_ISA_ENTRY(avx512, panels));
+        out.push_back(USERIP_ISA_ENTRY(avx512));
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        out.push_back(USERIP_ISA_ENTRY(avx2, panels));
+        out.push_back(USERIP_ISA_ENTRY(avx2));
     }
 #endif
-    out.push_back(USERIP_ISA_ENTRY(baseline, 1));
+    out.push_back(USERIP_ISA_ENTRY(baseline));
     return out;
 }
 

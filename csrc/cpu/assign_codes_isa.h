@@ -12,6 +12,7 @@ constexpr int64_t kLanes = USERIP_LANES;
 constexpr int kGroup = USERIP_GROUP;
 constexpr int64_t kPanel = 2 * kLanes;  // most codes of a panel
 constexpr int64_t kBlockRows = 32 * kGroup;
+constexpr int64_t kFewRows = 4 * kGroup;
 constexpr int64_t kBlockCodes = 1024;
 constexpr int64_t kBlockDepth = 256;  // a panel of it is half of a 32 KiB L1 (AVX2)
 constexpr int64_t kChain = 128;       // distances are summed in chains of so many columns
@@ -287,26 +288,62 @@ inline void finish(const Problem& p, int64_t id, float near, float far, int64_t 
     if (p.second_sq_distance != nullptr) p.second_sq_distance[out] = far;
 }
 
+// What rounding can do to the difference of two scores: a chain of `dim` FMAs is off by at most
+// dim u |x| |c|, u = 2^-24, and a half norm by a few u |c|^2. `near` is a squared distance of x.
+inline float rounding_of(const Book& book, float near, int64_t dim) {
+    const float norm = 1.01f * std::sqrt(near) + book.max_norm;  // at least |x|
+    return 0x1p-23f * float(dim + 4) * (norm + book.max_norm) * book.max_norm;
+}
+
 // Decides between the best two by score. The second's distance is only needed where rounding could
-// have swapped them: two chains of `dim` FMAs are off by at most 2 dim u |x| |c|, u = 2^-24, and
-// the half norms by a few u |c|^2.
+// have swapped them.
 inline void decide(const Problem& p, const Book& book, const Top2& top, const float* x,
                    int64_t out) {
     int64_t id = top.best_id, other = top.second_id;
     float near = kInfinity, far = kInfinity;
     if (id >= 0) near = squared_distance(x, book.codewords + id * p.dim, p.dim);
-    if (other >= 0) {
-        const float norm = 1.01f * std::sqrt(near) + book.max_norm;  // at least |x|
-        const float rounding = 0x1p-23f * float(p.dim + 4) * (norm + book.max_norm) * book.max_norm;
-        if (p.second_sq_distance != nullptr || !(top.best - top.second > rounding)) {
-            far = squared_distance(x, book.codewords + other * p.dim, p.dim);
-        }
+    if (other >= 0 && (p.second_sq_distance != nullptr ||
+                       !(top.best - top.second > rounding_of(book, near, p.dim)))) {
+        far = squared_distance(x, book.codewords + other * p.dim, p.dim);
     }
     if (far < near || (far == near && other >= 0 && other < id)) {
         std::swap(near, far);
         std::swap(id, other);
     }
     finish(p, id, near, far, out);
+}
+
+// The same for a row whose scores are all there (panels `step` apart), where nobody wants the
+// second and rounding cannot have touched the first; false where that is not so. Keeping the best
+// two costs more than a few codes are worth.
+inline bool decide_clear(const Problem& p, const Book& book, const float* scores, int64_t step,
+                         const float* x, int64_t out) {
+    const auto each = [&](const auto& see) {
+        for (int64_t q = 0; q < book.num_panels; ++q) {
+#pragma GCC unroll 2
+            for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+                see(load_vec(scores + q * step + lane) - load_vec(book.penalty + q * kPanel + lane),
+                    q * kPanel + lane);
+            }
+        }
+    };
+    Vec most = splat(-kInfinity);
+    each([&](Vec s, int64_t) { most = greater(s, most); });
+    most = reduce_lanes(most, greater);
+    int64_t id = -1;
+    each([&](Vec s, int64_t first) {
+        const unsigned bits = USERIP_BITS(s == most);
+        if (bits != 0 && id < 0) id = first + __builtin_ctz(bits);
+    });
+    if (id < 0) return false;  // NaN
+    const float near = squared_distance(x, book.codewords + id * p.dim, p.dim);
+    const Vec rounding = splat(rounding_of(book, near, p.dim));
+    int rivals = 0;
+    each(
+        [&](Vec s, int64_t) { rivals += __builtin_popcount(USERIP_BITS(~(most - s > rounding))); });
+    if (rivals > 1) return false;
+    finish(p, id, near, kInfinity, out);
+    return true;
 }
 
 // A run of rows on its way through the codebook, and how to reach them as fp32.
@@ -325,12 +362,14 @@ struct Block {
     Prefetch prefetch(int64_t g, int64_t d) const {
         const auto here = reinterpret_cast<uintptr_t>(address(g * kGroup));
         const int64_t row = p.stride_row * sizeof(float);
-        if (rows > kGroup) return {here + kGroup * row + d * sizeof(float), row, 64};  // next group
-        if (p.stride_row == p.dim && p.dim <= 1024) {  // one run of memory: in its order
+        if ((g + 1) * kGroup < rows) return {here + kGroup * row + d * sizeof(float), row, 64};
+        if (rows == kGroup && p.stride_row == p.dim && p.dim <= 1024) {  // one run: in its order
             return {here + kGroup * row + (d * kGroup + kAhead) * sizeof(float), 64, 64 * kGroup};
         }
-        const int64_t next = d + kAhead;  // the same rows further on, or the next group's
-        return {here + next / p.dim * kGroup * row + next % p.dim * sizeof(float), row, 64};
+        // The first group's next columns, or the next block's.
+        const auto begin = reinterpret_cast<uintptr_t>(address(0));
+        const int64_t next = d + (rows == kGroup ? kAhead : kBlockDepth);
+        return {begin + next / p.dim * rows * row + next % p.dim * sizeof(float), row, 64};
     }
     // `slot` 0 or 1: both may be in use at a time.
     const float* whole_row(int64_t r, int slot = 0) const {
@@ -468,13 +507,31 @@ inline void assign_direct(const Block& b) {
     }
 }
 
-inline void assign_by_score(const Block& b) {
+// Few panels: a row's scores are all there at once.
+inline void assign_few(const Block& b) {
+    score<false, 2>(b, 0, b.book.num_panels);
+    const int64_t step = (b.rows + kGroup - 1) / kGroup * kGroup * kPanel;
+    for (int64_t r = 0; r < b.rows; ++r) {
+        const float* scores = b.scratch.scores.data() + r * kPanel;
+        const float* x = b.whole_row(r);
+        const int64_t out = b.j * b.p.rows + b.first + r;
+        if (b.p.second_sq_distance == nullptr && decide_clear(b.p, b.book, scores, step, x, out)) {
+            continue;
+        }
+        Top2 top;
+        for (int64_t q = 0; q < b.book.num_panels; ++q) {
+            offer_panel(top, scores + q * step, b.book.penalty + q * kPanel, q * kPanel);
+        }
+        decide(b.p, b.book, top, x, out);
+    }
+}
+
+inline void assign_many(const Block& b) {
+    const int64_t most = kBlockCodes / kPanel, padded = (b.rows + kGroup - 1) / kGroup * kGroup;
     Top2 top[kBlockRows];
-    const int64_t most = kBlockCodes / kPanel;
     for (int64_t p0 = 0; p0 < b.book.num_panels; p0 += most) {
         const int64_t panels = std::min(most, b.book.num_panels - p0);
         score<false, 2>(b, p0, panels);
-        const int64_t padded = (b.rows + kGroup - 1) / kGroup * kGroup;
         for (int64_t q = 0; q < panels; ++q) {
             const int64_t k = (p0 + q) * kPanel;
             const float* scores = b.scratch.scores.data() + q * padded * kPanel;
@@ -494,7 +551,8 @@ void assign(const Problem& p, int64_t j, int64_t begin, int64_t end, Scratch& sc
     // A small book stays in L2 while x streams by, a group of whole rows at a time.
     const int64_t bytes = book.num_panels * book.width * p.dim * sizeof(float);
     const bool stream = book.num_panels <= kFewPanels && bytes <= kStreamBytes;
-    const int64_t block_rows = stream ? kGroup : kBlockRows;
+    const bool few = book.num_panels <= kFewPanels;
+    const int64_t block_rows = stream ? kGroup : few ? kFewRows : kBlockRows;
     scratch.scores.resize(block_rows * std::min(book.num_panels * book.width, kBlockCodes));
     scratch.piece.resize(block_rows * kBlockDepth);
     scratch.row.resize(p.plain() ? 0 : 2 * p.dim);
@@ -507,7 +565,7 @@ void assign(const Problem& p, int64_t j, int64_t begin, int64_t end, Scratch& sc
             b.scale[r] = 1.0f;
             if (p.normalize) b.scale[r] = inverse_norm(b.whole_row(r), p.dim);
         }
-        book.direct ? assign_direct(b) : assign_by_score(b);
+        book.direct ? assign_direct(b) : few ? assign_few(b) : assign_many(b);
         if (sums == nullptr) continue;
         for (int64_t r = 0; r < b.rows; ++r) {
             const int64_t id = p.code_ids[j * p.rows + b.first + r];
