@@ -10,20 +10,22 @@ line, JSON, each figure is the worst over D and K of its group:
 - `ratios`: the fastest peer's best time over ours. `fused_stats` (K <= 16) and `fused_stats_k64`:
   the fastest peer's assignment followed by index_add, over ours with statistics. `kmeans`: five
   rounds of Lloyd from the same start.
-- `share`: the time that the binding ceiling of this run (sgemm rate or read bandwidth) would need,
-  over ours.
+- `share`: the time that the binding ceiling (sgemm rate or read bandwidth) would need, over ours.
+  The ceilings are measured beside the contenders, turn by turn, on the same threads, as theirs the
+  best time: a square torch.mm, and torch's sum and amax of 256 MiB.
 - `gates`: K <= 16: 3 times the fastest peer or 85 % of the ceiling; K = 64: 2 times or 85 %;
   K >= 1024: 0.95 times and 80 %; statistics: 2 times, at K = 64 or 85 % (the GEMM alone may leave
   less than 2 times to gain).
 
-torch cdist and vector-quantize-pytorch hold N x K several times over: on CPU they are timed on a
-sixteenth of the rows, times 16. `peak_mib` on CPU is the rise of the process's resident memory in
-a call, outputs included.
+All run on all rows; the slow ones (torch cdist, vector-quantize-pytorch) once instead of in turns.
+`peak_mib` on CPU is the rise of the process's resident memory in a call, outputs included (the
+kernel's high-water mark, reset before; malloc's free blocks given back before).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +33,7 @@ from typing import Any
 
 import pytest
 import torch
-from _timing import add_arguments, apply_arguments, ceilings, compare, machine, peak_mib
+from _timing import add_arguments, apply_arguments, compare, machine, peak_mib, time_ms
 
 from userip_fast import ops
 
@@ -87,7 +89,6 @@ PEERS: dict[str, Callable[[torch.Tensor, torch.Tensor], Run]] = {
     "vector-quantize-pytorch": vector_quantize,
 }
 
-
 SLOW = {"torch cdist", "vector-quantize-pytorch"}
 
 
@@ -103,25 +104,22 @@ def peers(x: torch.Tensor, c: torch.Tensor) -> dict[str, Run]:
     return out
 
 
-def check(x: torch.Tensor, c: torch.Tensor, runs: dict[str, Run], device: str) -> dict[str, float]:
-    """Peak MiB of each; on the first rows nobody's codeword is farther than rounding allows."""
-    memory = {}
-    xs, words = x[:512].double(), c.double()
+def check(x: torch.Tensor, c: torch.Tensor, name: str, ids: Any) -> None:
+    """On the first and last rows no codeword of `name` may be farther than rounding allows."""
+    rows = torch.cat([torch.arange(min(512, len(x))), torch.arange(max(0, len(x) - 512), len(x))])
+    rows = rows.to(x.device)
+    xs, words = x[rows].double(), c.double()
     best = torch.cdist(xs, words).square().min(1).values
-    eps = torch.finfo(x.dtype).eps
-    band = 8 * eps * (xs.norm(dim=1) + words.norm(dim=1).max()).square()
-    for name, run in runs.items():
-        memory[name], ids = resident_rise_mib(run, device)
-        got = (xs - words[(ids[0] if isinstance(ids, tuple) else ids)[:512]]).square().sum(1)
-        if not bool((got <= best + band).all()):
-            raise SystemExit(f"{name} is wrong at K={len(c)} D={x.shape[1]}: no numbers")
-    return memory
+    band = 8 * torch.finfo(x.dtype).eps * (xs.norm(dim=1) + words.norm(dim=1).max()).square()
+    got = (xs - words[(ids[0] if isinstance(ids, tuple) else ids)[rows]]).square().sum(1)
+    if not bool((got <= best + band).all()):
+        raise SystemExit(f"{name} is wrong at K={len(c)} D={x.shape[1]}: no numbers")
 
 
-def resident_rise_mib(run: Run, device: str) -> tuple[float, Any]:
-    """Peak memory of one call in MiB, C++ buffers included; and what it returned."""
+def first_call(run: Run, device: str) -> tuple[Any, float, float]:
+    """What it returns, its milliseconds, and peak memory in MiB with buffers of C++ libraries."""
     if device == "cuda":
-        return peak_mib(run, device), run()
+        return run(), time_ms(run, device), peak_mib(run, device)
 
     def status(key: str) -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -129,14 +127,29 @@ def resident_rise_mib(run: Run, device: str) -> tuple[float, Any]:
                 return int(line.split()[1])
         raise SystemExit(f"/proc/self/status has no {key}")
 
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
-    out = run()
-    return round((status("VmHWM") - before) / 1024, 1), out
+    out = []
+    ms = time_ms(lambda: out.append(run()), device)
+    return out[0], ms, round((status("VmHWM") - before) / 1024, 1)
+
+
+def ceilings(device: str) -> dict[str, tuple[Run, float]]:
+    """Name -> what to run, and its GFLOP or GB."""
+    cuda = device == "cuda"
+    n = 8192 if cuda else 1536
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    source = torch.randn((1 << 30 if cuda else 1 << 28) // 4, device=device)  # far beyond caches
+    return {
+        "sgemm": (lambda: a @ a, 2e-9 * n**3),
+        "read, sum": (source.sum, source.nbytes / 1e9),
+        "read, amax": (source.amax, source.nbytes / 1e9),
+    }
 
 
 def measure(
-    n: int, k: int, dim: int, device: str, limits: dict[str, float], seconds: float
+    n: int, k: int, dim: int, device: str, limits: dict[str, tuple[Run, float]], seconds: float
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -144,8 +157,14 @@ def measure(
     c = torch.randn(k, dim, device=device).to(dtype)
     others = peers(x, c)
     runs: dict[str, Run] = {"ours": lambda: ops.assign_codes(x, c), **others}
-    checked = {name: run for name, run in runs.items() if name not in SLOW or n <= 1 << 16}
-    memory = check(x, c, checked, device)
+    memory, times = {}, {}
+    for name, run in runs.items():
+        ids, ms, memory[name] = first_call(run, device)
+        check(x, c, name, ids)
+        if name in SLOW:
+            times[name] = {"best_ms": round(ms, 4)}
+    for name in SLOW & set(runs):
+        del runs[name]
     runs["ours, stats"] = lambda: ops.assign_codes_with_stats(x, c)
     ids = ops.assign_codes(x, c)[0]
     sums = torch.zeros(k, dim, device=device)
@@ -155,18 +174,13 @@ def measure(
         sums.index_add_(0, ids, x.float())
 
     runs["index_add"] = index_add
-    # Those that hold N x K several times over are slow, linear in N: timed on a part, and scaled.
-    times = {}
-    part = max(1, n // 16)
-    slow = peers(x[:part], c) if device == "cpu" else {}
-    for name in SLOW & set(slow):
-        del runs[name]
-        once = compare({name: slow[name]}, device, seconds=0.0, at_least=1, warm_up=False)
-        times[name] = {key: round(t * n / part, 4) for key, t in once[name].items()}
+    runs |= {name: run for name, (run, _) in limits.items()}
     times |= compare(runs, device, seconds=seconds, warm_up=device == "cuda")
+    rate = {name: 1e3 * work / times.pop(name)["best_ms"] for name, (_, work) in limits.items()}
+    read = max(rate["read, sum"], rate["read, amax"])
     flops, nbytes = 2.0 * n * k * dim, x.nbytes + c.nbytes
-    floor = max(flops / limits["gemm_tflops"] / 1e9, nbytes / limits["read_gb_per_s"] / 1e6)
-    ours = times["ours"]["best_ms"]
+    floor = max(flops / rate["sgemm"], nbytes / read) / 1e6
+    ours, with_stats = times["ours"]["best_ms"], times["ours, stats"]["best_ms"]
     fastest = min(times[name]["best_ms"] for name in others)
     row = {
         "n": n,
@@ -174,22 +188,25 @@ def measure(
         "dim": dim,
         "ratio": round(fastest / ours, 3),
         "share": round(floor / ours, 3),
-        "fused_stats": round(
-            (fastest + times["index_add"]["best_ms"]) / times["ours, stats"]["best_ms"], 3
-        ),
-        "stats_share": round(floor / times["ours, stats"]["best_ms"], 3),
+        "binds": "sgemm" if flops / rate["sgemm"] > nbytes / read else "read",
+        "fused_stats": round((fastest + times["index_add"]["best_ms"]) / with_stats, 3),
+        "stats_share": round(floor / with_stats, 3),
+        "sgemm_gflops": round(rate["sgemm"], 1),
+        "read_gb_per_s": round(read, 2),
         "peak_mib": memory,
         "times": times,
     }
     print(
-        f"N={n} K={k} D={dim}: {row['ratio']}x the fastest peer, share {row['share']}; with "
+        f"N={n} K={k} D={dim}: {row['ratio']}x the fastest peer, share {row['share']} of "
+        f"{row['binds']} ({row['sgemm_gflops']} GFLOP/s, {row['read_gb_per_s']} GB/s); with "
         f"statistics {row['fused_stats']}x, share {row['stats_share']}"
     )
     for name, t in times.items():
         print(
-            f"    {name}: best {t['best_ms']} ms (median {t['median_ms']}), "
-            f"{flops / t['best_ms'] / 1e6:.1f} GFLOP/s, {nbytes / t['best_ms'] / 1e6:.2f} GB/s"
-            + (f", peak {memory[name]} MiB" if name in memory else "")
+            f"    {name}: best {t['best_ms']} ms, {flops / t['best_ms'] / 1e6:.1f} GFLOP/s, "
+            f"{nbytes / t['best_ms'] / 1e6:.2f} GB/s"
+            + (f", peak {memory[name]} MiB" if name in memory else ""),
+            flush=True,
         )
     return row
 
@@ -281,13 +298,12 @@ def gates(rows: list[dict[str, Any]]) -> dict[str, bool]:
 
 def run(device: str, quick: bool) -> dict[str, Any]:
     limits = ceilings(device)
-    print("ceilings:", limits)
     rows = []
     for ks in GROUPS.values():
         for k in ks:
             for dim in DIMS:
-                # 1 GB of x where bandwidth binds, else 25 GFLOP and more rows than pay for packing
-                n = (1 << 28) // dim if k <= 16 else max(1536, int(2.5e10 / (2 * k * dim)))
+                # 1 GB of x where bandwidth may bind, else 25 GFLOP and rows that pay for packing
+                n = (1 << 28) // dim if k <= 16 else max(3072, int(2.5e10 / (2 * k * dim)))
                 n = min(n, 1000) if quick else n * (8 if device == "cuda" else 1)
                 rows.append(measure(n, k, dim, device, limits, 0.2 if quick else 3.0))
     clusterings = []
@@ -306,7 +322,6 @@ def run(device: str, quick: bool) -> dict[str, Any]:
         },
         "share": {name: min(r["share"] for r in part) for name, part in group.items()},
         "gates": gates(rows),
-        "ceilings": limits,
         "scaling": scaling(threads) if device == "cpu" and threads > 1 else None,
         "results": rows,
         "kmeans": clusterings,
