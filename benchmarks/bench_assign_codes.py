@@ -1,6 +1,7 @@
 """assign_codes against torch, FAISS, scikit-learn and vector-quantize-pytorch.
 
     python benchmarks/bench_assign_codes.py --device cpu|cuda [--threads N] [--clock cpu] [--quick]
+        [--out RESULT.json] [--plot RESULT.png]
     pytest benchmarks/bench_assign_codes.py --benchmark-only
 
 x [N, D] fp32 on CPU (bf16 on CUDA), one codebook [K, D]; x is 1 GB for K <= 16. Correctness first:
@@ -279,6 +280,7 @@ def scaling(limit: int) -> dict[str, float]:
             timed = compare({"ours": lambda x=x, c=c: ops.assign_codes(x, c)}, "cpu", seconds=1.0)
             best[threads] = timed["ours"]["best_ms"]
         out[f"k{k}"] = round(best[1] / best[limit], 2)
+    print(f"{limit} threads are so many times as fast as one: {out}")
     return out
 
 
@@ -305,7 +307,7 @@ def run(device: str, quick: bool) -> dict[str, Any]:
                 # 1 GB of x where bandwidth may bind, else 25 GFLOP and rows that pay for packing
                 n = (1 << 28) // dim if k <= 16 else max(3072, int(2.5e10 / (2 * k * dim)))
                 n = min(n, 1000) if quick else n * (8 if device == "cuda" else 1)
-                rows.append(measure(n, k, dim, device, limits, 0.2 if quick else 3.0))
+                rows.append(measure(n, k, dim, device, limits, 0.2 if quick else 5.0))
     clusterings = []
     if device == "cpu":
         for k, dim, n in ((16, 256, 50_000), (64, 256, 50_000), (16, 4096, 4_000)):
@@ -329,6 +331,28 @@ def run(device: str, quick: bool) -> dict[str, Any]:
     }
 
 
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Speed of every contender in GFLOP/s, case by case, under what the ceilings allow."""
+    from matplotlib.figure import Figure
+
+    rows = result["results"]
+    names = ["ours", *(name for name in PEERS if name in rows[0]["times"])]
+    axes = (figure := Figure(figsize=(11, 4.5), layout="constrained")).subplots()
+    for i, name in enumerate(names):
+        speed = [2e-6 * r["n"] * r["k"] * r["dim"] / r["times"][name]["best_ms"] for r in rows]
+        at = [r + 0.8 * (i - (len(names) - 1) / 2) / len(names) for r in range(len(rows))]
+        axes.bar(at, speed, 0.8 / len(names), label=name)
+    for i, r in enumerate(rows):
+        ours = 2e-6 * r["n"] * r["k"] * r["dim"] / r["times"]["ours"]["best_ms"]
+        label = "ceiling (GEMM or read bandwidth)" if i == 0 else None
+        axes.hlines(ours / r["share"], i - 0.45, i + 0.45, colors="black", label=label)
+    axes.set_xticks(range(len(rows)), [f"K={r['k']}\nD={r['dim']}" for r in rows])
+    axes.set_ylabel("GFLOP/s of 2 N K D")
+    axes.set_title(f"{result['device']}, {result['threads']} thread(s), {result['clock']} clock")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 @pytest.mark.parametrize("k", [16, 256])
 def test_assign_codes(benchmark: Any, k: int) -> None:
     x, c = torch.randn(4096, 256), torch.randn(k, 256)
@@ -338,9 +362,16 @@ def test_assign_codes(benchmark: Any, k: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
+    parser.add_argument("--out", type=Path, help="write the last line there too")
+    parser.add_argument("--plot", type=Path, help="draw it (PNG, SVG; needs matplotlib)")
     args = parser.parse_args()
     apply_arguments(args)
-    print(json.dumps(run(args.device, args.quick)))
+    result = run(args.device, args.quick)
+    if args.out:
+        args.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(result, args.plot)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
