@@ -1,8 +1,9 @@
 """Timing and memory of contenders side by side, for the scripts in this folder.
 
-Contenders take turns, round after round, so that other load on the machine hits all alike. Ratios
-are of the best time: load only ever adds. Quantiles are reported beside it. On a machine that is
-never idle, `--clock cpu --threads 1` counts the processor time of this process instead.
+Contenders take turns, round after round and every other round in turned order, so that other load
+on the machine, and what the one before leaves behind, hits all alike. Ratios are of the best time:
+load only ever adds. Quantiles are reported beside it. On a machine that is never idle,
+`--clock cpu --threads 1` counts the processor time of this process instead.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def compare(
     for done in range(rounds):
         if done >= at_least and time.perf_counter() - begin > seconds:
             break
-        for name, run in contenders.items():
+        for name, run in list(contenders.items())[:: -1 if done % 2 else 1]:
             times[name].append(time_ms(run, device))
     out = {}
     for name, values in times.items():

@@ -1,7 +1,13 @@
 """Where the weights lie changes nothing that the engine reads; FP8 little, or it is refused."""
 
 import copy
+import hashlib
+import importlib.util
 import logging
+import os
+import subprocess
+import sys
+import textwrap
 from collections import OrderedDict
 from contextlib import nullcontext
 
@@ -39,6 +45,38 @@ def read(lm, text_weight=0.5):
     theta.requires_grad_()
     nll = engine.nll(make_pack(behaviour, np.arange(users), engine.layout, lm.device), theta)
     return nll.detach(), torch.autograd.grad(nll.sum(), theta)[0]
+
+
+def digest_of_a_load(folder, quantization):
+    """Of the NLL and gradient that a load of `folder` gives."""
+    lm = FrozenLM.load(folder, LMConfig(quantization=quantization, device="cpu"))
+    nll, grad = read(lm)
+    assert torch.isfinite(nll).all()
+    assert grad.abs().max() > 0
+    return hashlib.sha256(nll.numpy().tobytes() + grad.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4-double"])
+def test_nf4_runs_without_bitsandbytes_and_gives_the_same_bits(tmp_path, quantization):
+    """In a process that cannot import it."""
+    folder = str(tiny.save("llama", tmp_path / "lm"))
+    code = """
+        import sys
+        sys.modules["bitsandbytes"] = None  # neither found nor imported
+        from test_residency import digest_of_a_load
+        print(digest_of_a_load(*sys.argv[1:]))
+        assert not any(name.startswith("bitsandbytes.") for name in sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), folder, quantization],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.split()[-1]
+    assert found != digest_of_a_load(folder, "none")
+    if importlib.util.find_spec("bitsandbytes"):
+        assert found == digest_of_a_load(folder, quantization)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
