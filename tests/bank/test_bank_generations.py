@@ -1,6 +1,7 @@
 """Updates under open readers, interrupted writers, two writers at once."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -39,8 +40,7 @@ def test_blocks_in_any_order_make_the_same_files(tmp_path):
     assert len(blocks) == 100
 
 
-@pytest.mark.parametrize("strings", [False, True])
-@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize(("strings", "probabilities"), [(False, False), (True, True)])
 def test_users_that_wait_on_disk_make_the_same_files(tmp_path, monkeypatch, strings, probabilities):
     """Blocks larger and smaller than what waits in memory; in hash order and not; updates too."""
     rng = np.random.default_rng(0)
@@ -56,6 +56,8 @@ def test_users_that_wait_on_disk_make_the_same_files(tmp_path, monkeypatch, stri
         with BankWriter(path, **SETTINGS) as writer:
             blocks(writer, rng.permutation(500), 0)
             (waiting,) = [*path.glob(".gen-*.tmp")] or [None]
+            if waiting:  # as a kill would leave it
+                shutil.copytree(waiting, path / ".gen-000000.killed_1.tmp")
         assert not [*path.glob(".*")]
         with BankWriter(path, **SETTINGS, keep_others=True) as writer:
             blocks(writer, np.arange(300, 700), 1)
@@ -64,7 +66,7 @@ def test_users_that_wait_on_disk_make_the_same_files(tmp_path, monkeypatch, stri
         return waiting
 
     assert make(tmp_path / "memory") is None
-    monkeypatch.setattr("userip_fast.bank.spool.WAITING_USERS", 64)
+    monkeypatch.setattr("userip_fast.bank.spool.WAITING_USERS", 200)
     assert make(tmp_path / "disk") is not None
     bank = FeatureBank.open(tmp_path / "disk", verify=True)
     want = np.concatenate([codes[0, :300], codes[1, 300:]])
