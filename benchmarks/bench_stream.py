@@ -6,10 +6,11 @@ A log of synthetic users (2 events each) is written as Parquet; a tiny random Ll
 fitted on a thousand users infer everybody's codes into a bank, each run in a process of its own:
 `stream` (sorted on disk, then read a block at a time) over all sizes, `memory` over the largest but
 one. First the two must give the same bank, else there is no number. `peak_rss_mib` is the process's
-peak; `peak_anonymous_mib` is that of its own pages and `peak_mapped_mib` that of files mapped by it
-(libraries, weights), which the kernel may take back, both looked at 50 times a second. `wait_share`
-is the time the model waited for its input. The last line is JSON; `ratios.users_per_s` is stream
-over memory, `ratios.peak_rss` the largest stream's peak over the smallest's.
+peak (`VmHWM`; `ru_maxrss` would begin at its parent's). `peak_anonymous_mib` is that of its own
+pages and `peak_mapped_mib` that of files mapped by it (libraries, weights), which the kernel may
+take back, both looked at 50 times a second. `wait_share` is the time the model waited for its
+input. The last line is JSON; `ratios.users_per_s` is stream over memory, `ratios.peak_rss` the
+largest stream's peak over the smallest's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -106,16 +106,21 @@ class Memory(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.peak = {"RssAnon": 0, "RssFile": 0}
+        self.peak = {"RssAnon": 0, "RssFile": 0, "VmHWM": 0}
         self.start()
 
     def run(self) -> None:
         while True:
-            for line in Path("/proc/self/status").read_text().splitlines():
-                name, _, value = line.partition(":")
-                if name in self.peak:
-                    self.peak[name] = max(self.peak[name], int(value.split()[0]) // 1024)
+            self.look()
             time.sleep(0.02)
+
+    def look(self) -> dict[str, int]:
+        """Peaks in MiB until now."""
+        for line in Path("/proc/self/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in self.peak:
+                self.peak[name] = max(self.peak[name], int(value.split()[0]) // 1024)
+        return self.peak
 
 
 def worker(folder: Path, users: int, how: str) -> dict[str, Any]:
@@ -134,7 +139,7 @@ def worker(folder: Path, users: int, how: str) -> dict[str, Any]:
     bank = model.infer(data, folder / f"{how}{users}")
     seconds = time.perf_counter() - started
     assert len(bank) == users
-    trainer = model.trainer
+    trainer, peak = model.trainer, memory.look()
     return {
         "how": how,
         "users": users,
@@ -143,9 +148,9 @@ def worker(folder: Path, users: int, how: str) -> dict[str, Any]:
         "infer_s": round(seconds, 2),
         "users_per_s": round(users / trainer.swept_s),
         "wait_share": round(trainer.waited_s / trainer.swept_s, 4),
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "peak_anonymous_mib": memory.peak["RssAnon"],
-        "peak_mapped_mib": memory.peak["RssFile"],
+        "peak_rss_mib": peak["VmHWM"],
+        "peak_anonymous_mib": peak["RssAnon"],
+        "peak_mapped_mib": peak["RssFile"],
     }
 
 
