@@ -216,21 +216,21 @@ inline void offer_panel(Top2& top, const float* scores, const float* half_norm, 
     }
 }
 
-// The code of least distance + penalty among `codes` (whole vectors), the first of equals; -1 where
-// all are NaN.
-inline int64_t nearest(const float* distance, const float* penalty, int64_t codes, float& least) {
-    Vec most = splat(kInfinity);
-    for (int64_t k = 0; k < codes; k += kLanes) {
-        most = lesser(load_vec(distance + k) + load_vec(penalty + k), most);
+// The code of least distance + penalty in one panel, the first of equals; -1 where all are NaN.
+template <int kVecs>
+inline int64_t nearest(const float* distance, const float* penalty, float& least) {
+    Vec total[kVecs], most = splat(kInfinity);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) {
+        total[v] = load_vec(distance + v * kLanes) + load_vec(penalty + v * kLanes);
+        most = lesser(total[v], most);
     }
     most = reduce_lanes(most, lesser);
     least = most[0];
-    for (int64_t k = 0; k < codes; k += kLanes) {
-        const Mask at = load_vec(distance + k) + load_vec(penalty + k) == most;
-        const uint64_t bits = USERIP_BITS(at);
-        if (bits != 0) return k + __builtin_ctzll(bits);
-    }
-    return -1;
+    uint64_t bits = 0;
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) bits |= uint64_t(USERIP_BITS(total[v] == most)) << v * kLanes;
+    return bits == 0 ? -1 : __builtin_ctzll(bits);
 }
 
 inline float squared_distance(const float* x, const float* c, int64_t dim) {
@@ -485,23 +485,18 @@ inline void few_distances(const Block& b) {
     }
 }
 
-// Few codes: every distance is formed directly and none needs a second look.
+// One panel: every distance is formed directly and none needs a second look.
+template <int kVecs>
 inline void assign_direct(const Block& b) {
-    const int64_t codes = b.book.num_panels * b.book.width;
-    if (b.book.size <= kFewCodes) {
-        few_distances(b);
-    } else if (b.book.width == kLanes) {
-        score<true, 1>(b, 0, b.book.num_panels);
-    } else {
-        score<true, 2>(b, 0, b.book.num_panels);
-    }
+    const int64_t width = kVecs * kLanes;
+    b.book.size <= kFewCodes ? few_distances(b) : score<true, kVecs>(b, 0, 1);
     for (int64_t r = 0; r < b.rows; ++r) {
-        float* distance = b.scratch.scores.data() + r * codes;
+        float* distance = b.scratch.scores.data() + r * width;
         float near, far = kInfinity;
-        const int64_t id = nearest(distance, b.book.penalty, codes, near);
+        const int64_t id = nearest<kVecs>(distance, b.book.penalty, near);
         if (b.p.second_sq_distance != nullptr && id >= 0) {
             distance[id] = kInfinity;
-            nearest(distance, b.book.penalty, codes, far);
+            nearest<kVecs>(distance, b.book.penalty, far);
         }
         finish(b.p, id, near, far, b.j * b.p.rows + b.first + r);
     }
@@ -565,7 +560,11 @@ void assign(const Problem& p, int64_t j, int64_t begin, int64_t end, Scratch& sc
             b.scale[r] = 1.0f;
             if (p.normalize) b.scale[r] = inverse_norm(b.whole_row(r), p.dim);
         }
-        book.direct ? assign_direct(b) : few ? assign_few(b) : assign_many(b);
+        if (book.direct) {
+            book.width == kLanes ? assign_direct<1>(b) : assign_direct<2>(b);
+        } else {
+            few ? assign_few(b) : assign_many(b);
+        }
         if (sums == nullptr) continue;
         for (int64_t r = 0; r < b.rows; ++r) {
             const int64_t id = p.code_ids[j * p.rows + b.first + r];
