@@ -166,9 +166,10 @@ class EMConfig:
     """Posterior: candidates are first scored on this share of the behaviour; 0 is off."""
     prune_nats: float = 8.0
     """Posterior: candidates that far behind the best, in log probability, are dropped there."""
-    start: Literal["auto", "words", "kmeans++", "random"] = "auto"
-    """Posterior: first codewords. Candidate words, k-means++ on the thetas of the gradient E-step,
-    or random ones around the shared start; "auto" is words where a field has them, else random."""
+    start: Literal["auto", "words", "behaviour", "kmeans++", "random"] = "auto"
+    """Posterior: first codewords. Candidate words, k-means on the mean embedding of each user's
+    behaviour, k-means++ on the thetas of the gradient E-step, or random ones around the shared
+    start; "auto" is words where a field has them, else random."""
     start_spread: float = 0.5
     """Posterior: standard deviation of random codewords, in units of the embedding RMS."""
     restarts: int = 1

@@ -15,6 +15,7 @@ from userip_fast.em import Block, EMState
 from userip_fast.em.mixture import Mixture, MixtureMStep
 from userip_fast.em.posterior import PosteriorEStep, is_exact
 from userip_fast.em.starts import Starts
+from userip_fast.em.units import Units
 from userip_fast.errors import ConfigError
 from userip_fast.lm import PackedEngine
 from userip_fast.packing import make_pack
@@ -69,7 +70,14 @@ def test_exact_is_enumeration(fields, m, context):
         torch.testing.assert_close(r.double(), want, rtol=1e-4, atol=2e-4)
         assert torch.equal(found.code_ids[:, j], want.argmax(1))
         torch.testing.assert_close(r.exp().sum(1), torch.ones(len(r)))
-    assert found.forward_equivalents.tolist() == [float(np.prod(SIZES[:fields]))] * USERS
+    combinations = float(np.prod(SIZES[:fields]))
+    if context == "sequence":
+        assert found.forward_equivalents.tolist() == [combinations] * USERS
+    else:  # the users' six kinds of event are read once for all
+        assert found.forward_equivalents.max() < combinations
+        rows = Units.of(block.behaviour, engine.layout).behaviour.pack_rows(fields * m).sum()
+        own = torch.from_numpy(block.behaviour.pack_rows(fields * m))
+        assert float(found.forward_equivalents @ own.float()) == pytest.approx(rows * combinations)
     # NLL is that of the codes, priors aside.
     z = found.code_ids
     at = joint[(torch.arange(USERS), *z.T)]
@@ -243,6 +251,10 @@ def test_starts():
     words = [engine.lm.word_embedding(w) for w in many[0].candidates]
     assert len(chosen) == 2
     assert all(any(torch.allclose(c, w) for w in words) for c in chosen.codewords)
+    told = Starts(block, engine, replace(CONFIG, start="behaviour"), few, center)
+    assert told.told.shape == (USERS, engine.lm.hidden_size)
+    centres = told.draw(0)[1].codewords
+    assert torch.cdist(told.told, centres).argmin(1).unique().numel() == 2
     kmeans = Starts(block, engine, replace(CONFIG, start="kmeans++"), few, center).draw(0)
     assert [len(book) for book in kmeans] == [4, 2]
     with pytest.raises(ConfigError, match="field 'b' has no candidate words"):

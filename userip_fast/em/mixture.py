@@ -24,6 +24,7 @@ from userip_fast.config import EMConfig
 from userip_fast.em.posterior import PosteriorEStep, soft_tables
 from userip_fast.em.starts import Starts
 from userip_fast.em.steps import Block, Candidates, EMState, Profiles
+from userip_fast.em.units import Units
 from userip_fast.lm.engine import Engine
 from userip_fast.packing import iter_packs
 from userip_fast.prompts import ProfileField
@@ -82,14 +83,18 @@ class MixtureMStep:
         tables = soft_tables([book.codewords for book in codebooks], engine)
         gradient = [torch.zeros_like(book.codewords, dtype=torch.float64) for book in codebooks]
         counts = [torch.zeros(len(book), dtype=torch.float64) for book in codebooks]
+        for j, n in enumerate(counts):
+            n.index_add_(0, candidates.codes[:, j], candidates.weight)
+        units = Units.of(block.behaviour, engine.layout)
+        pairs = units.pairs(candidates.users, candidates.codes)
+        weights = pairs.spread(candidates.weight)
         total, done = 0.0, 0
-        users = candidates.users.numpy()
         for pack in iter_packs(
-            block.behaviour, users, engine.layout, engine.lm.device, self.config.pack_tokens
+            units.behaviour, pairs.unit, engine.layout, engine.lm.device, self.config.pack_tokens
         ):
             here = slice(done, done + pack.num_users)
             done += pack.num_users
-            codes, weight = candidates.codes[here], candidates.weight[here]
+            codes, weight = pairs.codes[here], weights[here]
             picked = codes.to(engine.lm.device)
             rows = torch.cat([t[picked[:, j]] for j, t in enumerate(tables)], dim=1)
             rows.requires_grad_()
@@ -99,7 +104,6 @@ class MixtureMStep:
             total += float(nll.detach().cpu().double() @ weight)
             for j, s in enumerate(slices):
                 gradient[j].index_add_(0, codes[:, j], grad[:, s].flatten(1))
-                counts[j].index_add_(0, codes[:, j], weight)
         return MixtureStats(gradient, counts, total)
 
     def apply(self, stats: MixtureStats, codebooks: list[Codebook]) -> list[Codebook]:

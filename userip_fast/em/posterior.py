@@ -29,6 +29,7 @@ from torch import Tensor
 from userip_fast.codebook import Codebook
 from userip_fast.config import EMConfig
 from userip_fast.em.steps import Block, Candidates, EMState, Profiles
+from userip_fast.em.units import Units
 from userip_fast.lm.engine import Engine
 from userip_fast.packing import Behaviour, Int64, iter_packs
 
@@ -101,10 +102,12 @@ class Scorer:
             ],
             engine,
         )
-        self.prefix: Behaviour | None = None
-        if config.prune_share:
+        self.units = Units.of(behaviour, engine.layout)
+        self.prefix: Units | None = None
+        # Of shared events a prefix leaves little less to read than all of them.
+        if config.prune_share and not self.units.shared:
             tokens = np.ceil(behaviour.lengths * config.prune_share).astype(np.int64)
-            self.prefix = behaviour.head(tokens)
+            self.prefix = Units.of(behaviour.head(tokens), engine.layout)
         self.cost = torch.zeros(behaviour.num_users, dtype=torch.float64)
 
     @property
@@ -117,13 +120,17 @@ class Scorer:
         Args:
             prefix: Of the short prefix instead of all behaviour.
         """
-        behaviour = self.prefix if prefix else self.behaviour
-        assert behaviour is not None
-        out = score(self.engine, behaviour, users.numpy(), codes, self.tables, self.config)
+        units = self.prefix if prefix else self.units
+        assert units is not None
+        pairs = units.pairs(users, codes)
+        nll = score(self.engine, units.behaviour, pairs.unit, pairs.codes, self.tables, self.config)
         soft = self.engine.layout.num_soft
-        share = behaviour.pack_rows(soft) / self.behaviour.pack_rows(soft)
-        self.cost.index_add_(0, users, torch.from_numpy(share)[users])
-        return -out.double()
+        # What several users share costs each of them its part.
+        rows = torch.from_numpy(units.behaviour.pack_rows(soft))[pairs.unit]
+        rows = pairs.sums(rows / pairs.spread(torch.ones(len(users))))
+        own = torch.from_numpy(self.behaviour.pack_rows(soft))
+        self.cost.index_add_(0, users, rows / own[users])
+        return -pairs.sums(nll)
 
     def prior_of(self, codes: Tensor) -> Tensor:
         """[...] log prior of `codes` [..., J]; a neutral codeword adds nothing."""

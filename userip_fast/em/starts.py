@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from userip_fast.em.steps import Block, EMState
 from userip_fast.errors import ConfigError
 from userip_fast.lm.engine import Engine
 from userip_fast.lm.frozen import FrozenLM
+from userip_fast.packing import telling
 from userip_fast.prompts import ProfileField
 
 _CHOOSING_USERS = 128  # who choose among more words than there are codes
@@ -64,6 +66,9 @@ class Starts:
             if kind == "kmeans++":
                 x = self.thetas[:, s].flatten(1)
                 codewords = Codebook.kmeans(x, f.codebook_size, seed=seed).codewords
+            elif kind == "behaviour":
+                told = self.told.repeat(1, f.num_virtual_tokens)
+                codewords = Codebook.kmeans(told, f.codebook_size, seed=seed).codewords
             elif kind == "words":
                 words = word_codewords(self.engine.lm, f)
                 codewords = torch.cat([words, codewords[len(words) :]])
@@ -76,6 +81,17 @@ class Starts:
         found = GradientEStep(self.engine, self.start, self.config).run(self.block, None, EMState())
         assert found.theta is not None
         return found.theta
+
+    @cached_property
+    def told(self) -> Tensor:
+        """[U, D] fp32: soft rows that tell of all of a user's behaviour, as those do that the
+        embedded LM is pre-trained with."""
+        b, lm = self.block.behaviour, self.engine.lm
+        kinds, kind = np.unique(b.ids, return_inverse=True)
+        table = lm.embed(torch.from_numpy(kinds).long().to(lm.device)).double().cpu()
+        users = pairwise(b.offsets.tolist())
+        rows = [torch.from_numpy(telling(b.weight[x:y])) @ table[kind[x:y]] for x, y in users]
+        return torch.stack(rows).float()
 
     def _chosen(self, books: list[Codebook]) -> list[Codebook]:
         """Of more words than codes those that some users' behaviour speaks for most."""

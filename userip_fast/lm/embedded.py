@@ -3,8 +3,8 @@
 It exists so that the whole pipeline is real on a laptop. Text, field names, segments and positions
 are exactly those that the E-step scores. What stands in a soft row during pre-training decides what
 the LM can read there later: words of the user's profile where they are known (the demo's planted
-world), else tokens drawn from the user's own behaviour, so that the LM learns that a soft row says
-something of the user.
+world), else the mean embedding of tokens of some of the user's other events, so that the LM learns
+what a soft row says of the user; now and then the shared start, which says nothing.
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from userip_fast.config import LMConfig
 from userip_fast.files import atomic_dir, write_json
-from userip_fast.packing import Behaviour, Int64
+from userip_fast.packing import Behaviour, Int64, telling
 from userip_fast.progress import progress
 from userip_fast.prompts import Layout, PromptTemplate
 
-_RECIPE = 1  # raise with any change that makes cached models stale
+_RECIPE = 2  # raise with any change that makes cached models stale
 _STEP_TOKENS = 2048
+_PROMPT_TOKENS = 128  # of independent events told in one prompt: many users in each step
+_UNTOLD = 0.15  # share of soft rows that tell nothing
 _BOS = "<s>"
 
 BehaviourOf = Callable[[Any, Layout], Behaviour]
@@ -66,7 +70,7 @@ def embedded_lm(
         content_key: Digest of the training users' behaviour; with config and template it names the
         cache
             entry.
-        slot_ids: Fills the soft rows; None draws from each user's own behaviour.
+        slot_ids: Fills the soft rows; None tells there of each user's own behaviour.
         seed: Of weights and batches.
         show: Whether to show progress.
     """
@@ -78,9 +82,9 @@ def embedded_lm(
         return folder
     tokenizer = _train_tokenizer(texts, template, config.embedded_vocab)
     layout = template.layout(tokenizer)
-    behaviour, user = behaviour_of(tokenizer, layout).by_sequence()
-    slots = slot_ids(tokenizer)[user] if slot_ids else None
-    model, curve = _train(tokenizer, layout, behaviour, slots, config, seed, show)
+    behaviour = behaviour_of(tokenizer, layout)
+    slots = slot_ids(tokenizer) if slot_ids else None
+    model, curve = _train(tokenizer, template, layout, behaviour, slots, config, seed, show)
     with atomic_dir(folder) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
@@ -109,6 +113,7 @@ def _train_tokenizer(texts: Sequence[str], template: PromptTemplate, vocab: int)
 
 def _train(
     tokenizer: Any,
+    template: PromptTemplate,
     layout: Layout,
     behaviour: Behaviour,
     slots: Int64 | None,
@@ -116,7 +121,8 @@ def _train(
     seed: int,
     show: bool,
 ) -> tuple[Any, dict[str, list[float]]]:
-    """The model, and its loss: `tokens` seen and mean `loss` since the point before."""
+    """The model, and since the point before: `tokens` seen, mean `loss` per token, and `scored`,
+    the loss on the tokens that an E-step scores."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     generator = np.random.default_rng(seed)
@@ -136,6 +142,8 @@ def _train(
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=None,
                 attn_implementation="sdpa",
+                # Llama's own 0.02 suits widths of thousands: here it costs most of the training.
+                initializer_range=hidden**-0.5,
             )
         )
     model.train()
@@ -145,108 +153,213 @@ def _train(
         [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
         betas=(0.9, 0.95),
     )
-    batches = _Batches(layout, behaviour, slots, generator)
+    batches = _Batches(tokenizer, template, layout, behaviour, slots, generator)
+    at_soft = torch.from_numpy(layout.soft_position).long()
+    embed = model.get_input_embeddings()
     steps = max(1, config.embedded_tokens // _STEP_TOKENS)
-    curve: dict[str, list[float]] = {"tokens": [], "loss": []}
-    recent: list[float] = []
+    curve: dict[str, list[float]] = {"tokens": [], "loss": [], "scored": []}
+    recent: list[tuple[float, float]] = []
     with progress("pre-training the LM", steps * _STEP_TOKENS, "tokens", show) as bar:
         for step in range(steps):
             warm = min(1.0, (step + 1) / min(50, steps))
             rate = 3e-3 * warm * (0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            ids, mask, position, target = batches.next()
-            out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False)
-            loss = F.cross_entropy(out.logits.flatten(0, 1), target.flatten(), ignore_index=-100)
-            loss.backward()  # type: ignore[no-untyped-call]
+            b = batches.next()
+            x = embed(b.ids).index_copy(1, at_soft, b.soft @ embed.weight)
+            out = model(
+                inputs_embeds=x, attention_mask=b.mask, position_ids=b.position, use_cache=False
+            )
+            told = F.cross_entropy(
+                out.logits.flatten(0, 1), b.target.flatten(), ignore_index=-100, reduction="none"
+            )
+            every = told.sum() / (b.target >= 0).sum().clamp_min(1)
+            scored = told @ b.weight.flatten() / b.weight.sum().clamp_min(1e-9)
+            # Half for language, half for what the E-step asks: of a dozen tokens one may be scored.
+            (0.5 * (every + scored)).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            recent.append(loss.item())
-            bar.advance(_STEP_TOKENS, loss=recent[-1])
+            recent.append((every.item(), scored.item()))
+            bar.advance(_STEP_TOKENS, loss=recent[-1][0])
             if (step + 1) % max(1, steps // 100) == 0:
                 curve["tokens"].append((step + 1) * _STEP_TOKENS)
-                curve["loss"].append(sum(recent) / len(recent))
+                for name, values in zip(("loss", "scored"), zip(*recent)):
+                    curve[name].append(sum(values) / len(values))
                 recent = []
     return model.eval(), curve
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """B prompts of up to T rows.
+
+    Attributes:
+        ids, position: [B, T] int64.
+        mask: [B, 1, T, T] bool, what a row sees.
+        soft: [B, S, V] fp32, the shares of tokens in each soft row.
+        target: [B, T] int64, the token after each row, -100 where there is no loss.
+        weight: [B, T] fp32, the E-step's weight of the target.
+    """
+
+    ids: Tensor
+    position: Tensor
+    mask: Tensor
+    soft: Tensor
+    target: Tensor
+    weight: Tensor
+
+
 class _Batches:
-    """Padded batches of whole prompts with the field mask, users of like length together."""
+    """Padded batches of prompts with the field mask, those of like length together.
+
+    A prompt holds one sequence of a user; of independent events, which need no company, a few.
+    Its soft rows tell of events that the prompt is not asked for: of the user's others, or where
+    there are none of a part of its own, which then carries no loss. So the LM learns what a telling
+    soft row predicts of other behaviour, not to copy.
+    """
 
     def __init__(
-        self, layout: Layout, behaviour: Behaviour, slots: Int64 | None, generator: Any
+        self,
+        tokenizer: Any,
+        template: PromptTemplate,
+        layout: Layout,
+        behaviour: Behaviour,
+        slots: Int64 | None,
+        generator: Any,
     ) -> None:
-        self.layout, self.behaviour, self.slots, self.generator = (
-            layout,
-            behaviour,
-            slots,
-            generator,
-        )
+        self.layout, self.behaviour, self.generator = layout, behaviour, generator
         self.head = layout.behaviour_start
         self.queue: list[Int64] = []
+        self.slots = slots
+        self.neutral = _neutral(tokenizer, template, behaviour)
+        # An event begins where the one before it has carried its loss.
+        self.event = np.cumsum(_starts_event(behaviour)) - 1
+        self.prompts = _prompts(behaviour, layout, self.event)
+        self.user = np.searchsorted(behaviour.offsets, self.prompts[:-1], side="right") - 1
 
-    def next(self) -> tuple[torch.Tensor, ...]:
-        """(ids, additive mask, positions, targets); the target of a row is the token after it."""
+    def next(self) -> _Batch:
+        """The next batch."""
         if not self.queue:
             self._shuffle()
-        users = self.queue.pop()
+        prompts = self.queue.pop()
         layout, behaviour, head = self.layout, self.behaviour, self.head
-        lengths = behaviour.lengths[users]
-        shape = (len(users), head + int(lengths.max()))
+        lengths = np.diff(self.prompts)[prompts]
+        shape = (len(prompts), head + int(lengths.max()))
         ids = np.zeros(shape, np.int64)
         segment = np.full(shape, -2, np.int32)
         position = np.zeros(shape, np.int64)
         target = np.full(shape, -100, np.int64)
+        weight = np.zeros(shape, np.float32)
+        soft = np.zeros((len(prompts), layout.num_soft, self.neutral.shape[1]), np.float32)
         ids[:, layout.prefix_position] = layout.prefix_ids
-        ids[:, layout.soft_position] = self._slots(users)
         segment[:, layout.prefix_position] = layout.prefix_segment
         segment[:, layout.soft_position] = layout.soft_segment
         position[:, :head] = np.arange(head)
-        for row, (user, n) in enumerate(zip(users, lengths)):
-            source = slice(behaviour.offsets[user], behaviour.offsets[user] + n)
+        for row, (prompt, n) in enumerate(zip(prompts.tolist(), lengths.tolist())):
+            source = slice(self.prompts[prompt], self.prompts[prompt] + n)
             here = slice(head, head + n)
             ids[row, here] = behaviour.ids[source]
             segment[row, here] = behaviour.segment[source]
             position[row, here] = behaviour.position[source]
-            same = behaviour.segment[source][1:] == behaviour.segment[source][:-1]
-            target[row, head : head + n - 1][same] = behaviour.ids[source][1:][same]
+            asked = self._tell(prompt, soft[row])
+            asked = asked[1:] & (behaviour.segment[source][1:] == behaviour.segment[source][:-1])
+            before = slice(head, head + n - 1)
+            target[row, before][asked] = behaviour.ids[source][1:][asked]
+            weight[row, before][asked] = behaviour.weight[source][1:][asked]
         column, line = segment[:, None, :], segment[:, :, None]
         fields = layout.num_fields
         sees = (line == column) | (column == -1)
         sees |= (line >= fields) & (column < fields) & (column >= 0)
         sees &= np.tri(shape[1], dtype=bool)
         sees |= np.eye(shape[1], dtype=bool)
-        return (
+        return _Batch(
             torch.from_numpy(ids),
-            torch.from_numpy(sees)[:, None],
             torch.from_numpy(position),
+            torch.from_numpy(sees)[:, None],
+            torch.from_numpy(soft),
             torch.from_numpy(target),
+            torch.from_numpy(weight),
         )
 
-    def _slots(self, users: Int64) -> Int64:
+    def _tell(self, prompt: int, soft: Any) -> Any:
+        """Fills the soft rows [S, V] of a prompt; its tokens [n] that may carry loss."""
+        start, stop = self.prompts[prompt], self.prompts[prompt + 1]
+        asked = np.ones(stop - start, np.bool_)
+        user = self.user[prompt]
         if self.slots is not None:
-            return self.slots[users]
-        size = (len(users), self.layout.num_soft)
-        lengths = self.behaviour.lengths[users][:, None]
-        pick = (self.generator.random(size) * lengths).astype(np.int64)
-        return self.behaviour.ids[self.behaviour.offsets[users][:, None] + pick].astype(np.int64)
+            soft[np.arange(len(soft)), self.slots[user]] = 1.0
+            return asked
+        behaviour, random = self.behaviour, self.generator.random
+        first, last = behaviour.offsets[user], behaviour.offsets[user + 1]
+        event = self.event[first:last] - self.event[first]
+        own = slice(start - first, stop - first)
+        events = int(event[-1]) + 1
+        known = np.ones(events, np.bool_)
+        known[event[own]] = False
+        if not known.any():
+            known = random(events) < 0.5
+            asked = ~known[event[own]]
+        for s, neutral in enumerate(self.neutral):
+            told = (known & (random(events) < random()))[event]
+            if random() < _UNTOLD or not told.any():
+                soft[s] = neutral
+            else:
+                shares = telling(behaviour.weight[first:last][told])
+                soft[s] = np.bincount(behaviour.ids[first:last][told], shares, len(neutral))
+        return asked
 
     def _shuffle(self) -> None:
-        """One pass over the users: shuffled, then by length within windows of ten batches."""
-        order = self.generator.permutation(np.flatnonzero(self.behaviour.lengths > 1))
+        """One pass over the prompts: shuffled, then by length within windows of ten batches."""
+        size = np.diff(self.prompts) + self.head
+        order = self.generator.permutation(np.flatnonzero(size > self.head + 1))
         if len(order) == 0:
             raise ValueError("the training users have no behaviour to pre-train the LM on")
-        size = self.behaviour.lengths + self.head
         window = max(1, int(10 * _STEP_TOKENS / size[order].mean()))
         for i in range(0, len(order), window):
             part = order[i : i + window]
             part = part[np.argsort(size[part], kind="stable")]
             batch: list[int] = []
-            for user in part.tolist():
-                if batch and (len(batch) + 1) * size[user] > _STEP_TOKENS:
+            for prompt in part.tolist():
+                if batch and (len(batch) + 1) * size[prompt] > _STEP_TOKENS:
                     self.queue.append(np.asarray(batch))
                     batch = []
-                batch.append(user)
+                batch.append(prompt)
             self.queue.append(np.asarray(batch))
         self.generator.shuffle(self.queue)
+
+
+def _neutral(tokenizer: Any, template: PromptTemplate, behaviour: Behaviour) -> Any:
+    """[S, V] shares of tokens in soft rows that tell nothing: where an E-step starts."""
+    typical = np.bincount(behaviour.ids, minlength=len(tokenizer)) / max(1, len(behaviour.ids))
+    rows = []
+    for f in template.fields:
+        shares = typical
+        if f.candidates:
+            words = [
+                tokenizer(" " + c, add_special_tokens=False)["input_ids"] for c in f.candidates
+            ]
+            shares = np.mean(
+                [np.bincount(w, minlength=len(tokenizer)) / len(w) for w in words], axis=0
+            )
+        rows += [shares] * f.num_virtual_tokens
+    return np.stack(rows)
+
+
+def _starts_event(behaviour: Behaviour) -> Any:
+    """[N] bool: an event's first token never carries loss, and its last always does."""
+    carries = behaviour.weight > 0
+    starts = ~carries & np.concatenate([[True], carries[:-1]])
+    starts[behaviour.offsets[:-1][behaviour.lengths > 0]] = True
+    return starts
+
+
+def _prompts(behaviour: Behaviour, layout: Layout, event: Int64) -> Int64:
+    """First token of each prompt, and where the last one ends."""
+    if behaviour.segment.max(initial=0) <= layout.num_fields:
+        return behaviour.sequences[0]
+    starts = np.flatnonzero(np.diff(event, prepend=-1))
+    user = np.searchsorted(behaviour.offsets, starts, side="right") - 1
+    part = (starts - behaviour.offsets[user]) // _PROMPT_TOKENS
+    new = (np.diff(part, prepend=-1) != 0) | (np.diff(user, prepend=-1) != 0)
+    return np.append(starts[new], len(behaviour.ids))
