@@ -359,7 +359,13 @@ def ctr(
     lm: Lm = None,
     quantization: Quantization = None,
     device: Device = None,
-    rounds: Annotated[int | None, _panel(_RUN, "EM rounds, at most.")] = None,
+    estep: Annotated[
+        str | None, _panel(_RUN, "gradient, posterior or amortised (posterior).")
+    ] = None,
+    behaviour_context: Annotated[
+        str | None, _panel(_TEXT, "sequence or independent (independent).")
+    ] = None,
+    rounds: Annotated[int | None, _panel(_RUN, "EM rounds, at most (2).")] = None,
     config: ConfigFile = None,
     set: Settings = None,
     max_users: Annotated[int, _panel(_EVAL, "Users, in hash order.")] = 2000,
@@ -371,10 +377,10 @@ def ctr(
     models with and without them, and writes AUC, log loss, intervals and paired tests to ctr.json.
     Stopped, it goes on where it was.
     """
-    from userip_fast.ctr import BACKBONES, FEATURES, CTRConfig, evaluate_ctr
+    from userip_fast.ctr import BACKBONES, FEATURES, PROFILES, CTRConfig, evaluate_ctr
     from userip_fast.flags import settings_of
 
-    settings = settings_of(ctx.params)
+    settings = settings_of(ctx.params, PROFILES)
     ctr_settings = CTRConfig(
         protocol=protocol,  # type: ignore[arg-type]  # checked when made
         first=first,

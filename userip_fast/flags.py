@@ -38,9 +38,9 @@ FLAGS: Mapping[str, str] = {
 """Flag -> setting; `--set` reaches every other setting by its dotted name."""
 
 
-def settings_of(params: Mapping[str, Any]) -> Config:
-    """Defaults, then --config, then flags, then --set."""
-    base = Config.load(params["config"]) if params.get("config") else Config()
+def settings_of(params: Mapping[str, Any], default: Config | None = None) -> Config:
+    """`default` (`Config()`) or --config, then flags, then --set."""
+    base = Config.load(params["config"]) if params.get("config") else default or Config()
     values = flag_values(params)
     if loss := values.get("data.loss"):
         values["data.loss"] = loss.split(",") if "," in loss else loss

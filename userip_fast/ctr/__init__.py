@@ -5,7 +5,7 @@ Read in this order: `config` (settings), `protocols` (who is tested, and what a 
 `statistics`, `evaluate` (all of it together), `cells` (finished work on disk).
 """
 
-from userip_fast.ctr.config import BACKBONES, CLUSTERS, FEATURES, CTRConfig
+from userip_fast.ctr.config import BACKBONES, CLUSTERS, FEATURES, PROFILES, CTRConfig
 from userip_fast.ctr.evaluate import evaluate_ctr
 
-__all__ = ["BACKBONES", "CLUSTERS", "FEATURES", "CTRConfig", "evaluate_ctr"]
+__all__ = ["BACKBONES", "CLUSTERS", "FEATURES", "PROFILES", "CTRConfig", "evaluate_ctr"]

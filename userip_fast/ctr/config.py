@@ -6,6 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from userip_fast.config import Config, DataConfig, EMConfig
 from userip_fast.errors import ConfigError
 
 FEATURES = (
@@ -16,6 +17,11 @@ FEATURES = (
 CLUSTERS = ("kmeans_attributes", "kmeans_tfidf", "kmeans_states", "mf_clusters")
 """Baselines without an LM profile, of equal capacity."""
 BACKBONES = ("dcn", "dcnv2", "deepfm", "autoint", "lr")
+PROFILES = Config(
+    data=DataConfig(behaviour_context="independent"),
+    em=EMConfig(estep="posterior", start="behaviour", rounds=2, codeword_steps=2),
+)
+"""How profiles are inferred unless told otherwise: what did best on real logs (docs/LOG.md)."""
 _DAMAGE = re.compile(r"(drop|noise):(0?\.\d+|1(?:\.0*)?)|shuffle")
 
 

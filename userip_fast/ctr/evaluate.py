@@ -15,7 +15,7 @@ from userip_fast._version import __version__
 from userip_fast.config import Config
 from userip_fast.ctr.backbones import Column, build, train_and_predict
 from userip_fast.ctr.cells import Cells, data_digest
-from userip_fast.ctr.config import CLUSTERS, CTRConfig
+from userip_fast.ctr.config import CLUSTERS, PROFILES, CTRConfig
 from userip_fast.ctr.features import ImpossibleError, Profiles
 from userip_fast.ctr.protocols import Rows, Task, make_task
 from userip_fast.ctr.statistics import Bootstrap, auc, log_loss, paired
@@ -44,6 +44,7 @@ def evaluate_ctr(
         data: The whole log; it is split here, by the protocol.
         ctr: Protocol, features, backbones, seeds.
         config: Fields, LM, behaviour and EM of the IDs; the fields' sizes are every feature's.
+            A mapping is laid over `PROFILES`, None is `PROFILES`.
         out: Folder that gets `ctr.json`.
         cells: Folder of finished work, so that a stopped evaluation goes on; None is `out/cells`,
             or nothing without `out`. Several evaluations may share one.
@@ -61,7 +62,7 @@ def evaluate_ctr(
     """
     ctr = ctr or CTRConfig()
     if not isinstance(config, Config):
-        config = Config.from_dict(config or {})
+        config = _over_profiles(config or {})
     if ctr.attributes and (missing := set(ctr.attributes) - set(data.items.column_names)):
         raise DataError(
             f"attributes: the items have no column {sorted(missing)[0]!r}, but "
@@ -176,6 +177,15 @@ class _Inputs:
                 size = int(max(c[:, j].max() for c in self.codes)) + 1
                 out.append(Column(f"code_{j}", size, codes[:, j]))
         return out
+
+
+def _over_profiles(values: Mapping[str, Any]) -> Config:
+    """`PROFILES` with some settings replaced."""
+    merged = PROFILES.to_dict()
+    for part, own in values.items():
+        both = isinstance(own, Mapping) and isinstance(merged.get(part), Mapping)
+        merged[part] = {**merged[part], **own} if both else own
+    return Config.from_dict(merged)
 
 
 def _result(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from userip_fast.codebook import Codebook
+from userip_fast.codebook import Codebook, ResidualCodebook
 from userip_fast.config import EMConfig
 from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.posterior import PosteriorEStep
@@ -59,7 +59,10 @@ class Starts:
         generator = torch.Generator().manual_seed(seed)
         spread = self.config.start_spread * self.engine.lm.embedding_rms
         books = []
-        for f, s, kind in zip(self.fields, self.engine.layout.field_slices, self.kinds):
+        told = self._told(seed) if "behaviour" in self.kinds else []
+        for j, (f, s, kind) in enumerate(
+            zip(self.fields, self.engine.layout.field_slices, self.kinds)
+        ):
             center = self.start[s].flatten()
             drawn = torch.randn(f.codebook_size, len(center), generator=generator)
             codewords = center + spread * drawn
@@ -67,8 +70,7 @@ class Starts:
                 x = self.thetas[:, s].flatten(1)
                 codewords = Codebook.kmeans(x, f.codebook_size, seed=seed).codewords
             elif kind == "behaviour":
-                told = self.told.repeat(1, f.num_virtual_tokens)
-                codewords = Codebook.kmeans(told, f.codebook_size, seed=seed).codewords
+                codewords = told[j].repeat(1, f.num_virtual_tokens)
             elif kind == "words":
                 words = word_codewords(self.engine.lm, f)
                 codewords = torch.cat([words, codewords[len(words) :]])
@@ -81,6 +83,14 @@ class Starts:
         found = GradientEStep(self.engine, self.start, self.config).run(self.block, None, EMState())
         assert found.theta is not None
         return found.theta
+
+    def _told(self, seed: int) -> list[Tensor]:
+        """Per field [K_j, D]: the centres of what is told, then of what the fields before leave
+        of it; else all fields would begin as one."""
+        center = self.told.mean(0)
+        sizes = [f.codebook_size for f in self.fields]
+        levels = ResidualCodebook.kmeans(self.told - center, sizes, seed=seed).levels
+        return [center + book.codewords for book in levels]
 
     @cached_property
     def told(self) -> Tensor:
