@@ -110,8 +110,9 @@ def tune(
             for seed in range(config.em.seed, config.em.seed + seeds):
                 em = replace(config.em, seed=seed)
                 part = users.select(_part(training, seed))
-                mixture = Mixture(part, engine, em)
-                books = mixture.best_start(_with_codes(config, list(codes)).fields, start)
+                fields = _with_codes(config, list(codes)).fields
+                mixture = Mixture(part, engine, em, fields)
+                books = mixture.best_start(fields, start)
                 for r, at in enumerate(mixture.rounds(books)):
                     if is_last(mixture.record(at, r), em):
                         break

@@ -211,6 +211,32 @@ def test_the_objective_never_falls(posterior, prune):
             assert float(book.log_prior.exp().sum()) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_split_and_merge_leave_a_poor_optimum():
+    """One code serves everyone, the other one nobody; steps alone never mend that."""
+    engine, block, _ = make(1, users=60)
+    config = replace(CONFIG, start="random", held_out=0.0, gain=0.05)
+    generator = torch.Generator().manual_seed(0)
+    here = torch.randn(1, engine.lm.hidden_size, generator=generator) * engine.lm.embedding_rms
+    book = Codebook(torch.cat([here, 100 * here]))
+    book.log_prior = torch.tensor([1 - 1e-6, 1e-6]).log()
+    fields = (ProfileField("a", "", 1, 2),)
+    alone, freed = (
+        list(islice(Mixture(block, engine, config, f).rounds([book]), 4)) for f in ((), fields)
+    )
+    used = [f[-1].profiles.log_resp[0].exp().sum(0).min() for f in (alone, freed)]
+    assert used[0] < 1 < 5 < used[1]
+    assert freed[-1].objective > alone[-1].objective + 1.0
+    objective = [f.objective for f in freed]
+    assert all(b >= a for a, b in pairwise(objective))
+
+
+def test_codes_that_are_words_keep_their_places():
+    engine, block, _ = make(2, users=60)
+    fields = (ProfileField("a", "", 1, 2, ("rod", "lamp")), ProfileField("b", "", 1, 2))
+    assert Mixture(block, engine, CONFIG, fields).loose == [1]
+    assert Mixture(block, engine, replace(CONFIG, start="behaviour"), fields).loose == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("training", "judges", "stays"), [(1, 0, True), (-1, 1, False), (1, -1, False)]
 )

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from userip_fast.codebook import Codebook
 from userip_fast.config import EMConfig
-from userip_fast.em.posterior import PosteriorEStep, soft_tables
-from userip_fast.em.starts import Starts
+from userip_fast.em.posterior import PosteriorEStep, log_prior, soft_tables
+from userip_fast.em.starts import Starts, kind_of_start
 from userip_fast.em.steps import Block, Candidates, EMState, Profiles
 from userip_fast.em.units import Units
 from userip_fast.lm.engine import Engine
@@ -150,10 +150,22 @@ class Mixture:
         users: Every `1 / held_out`-th of them, in hash order, judges instead of training.
         engine: Scores packs.
         config: Everything about E- and M-steps.
+        fields: Those of which codes may change places. Codes that began as words keep them.
     """
 
-    def __init__(self, users: Block, engine: Engine, config: EMConfig) -> None:
+    def __init__(
+        self,
+        users: Block,
+        engine: Engine,
+        config: EMConfig,
+        fields: tuple[ProfileField, ...] = (),
+    ) -> None:
         self.engine, self.config = engine, config
+        self.loose = [
+            j
+            for j, f in enumerate(fields)
+            if f.codebook_size > 1 and kind_of_start(config, f) != "words"
+        ]
         self.estep = PosteriorEStep(engine, config)
         index = np.arange(len(users.hashes))
         judges = np.zeros(len(index), np.bool_)
@@ -166,23 +178,54 @@ class Mixture:
         """The state before the first round and after each round, without end.
 
         A round stays if it lowers the ELBO neither of the training users nor of those held out;
-        else it is taken back, and the next one takes smaller steps. Given codebooks and step size
-        a round is determined, so that a run can go on from a saved state.
+        else it is taken back, and the next one takes smaller steps. Where a round gains little, or
+        nothing, codes are split and merged, field by field, on the same condition. Given codebooks
+        and step size a round is determined, so that a run can go on from a saved state.
         """
         best = self._judge(codebooks, lr or self.config.codeword_lr)
         while True:
             yield best
-            codebooks = best.codebooks
-            mstep = MixtureMStep(self.engine, self.config, best.lr)
-            assert best.profiles.candidates is not None
-            for _ in range(self.config.codeword_steps):
-                stats = mstep.stats(self.training, best.profiles.candidates, codebooks)
-                codebooks = mstep.apply(stats, codebooks)
-            tried = self._judge(codebooks, best.lr)
-            if tried.objective >= best.objective and tried.held_out >= best.held_out:
-                best = replace(tried, gain=tried.objective - best.objective)
-            else:
-                best = replace(best, gain=0.0, lr=best.lr / 2)
+            gain = 0.0
+            tried = self._round(best)
+            if self._no_worse(tried, best):
+                gain, best = tried.objective - best.objective, tried
+            if gain < self.config.gain * abs(best.objective):
+                # Where steps lead nowhere any more, a leap may.
+                for field in self.loose:
+                    tried = self._round(self._judge(self._leap(best, field), best.lr))
+                    if self._no_worse(tried, best):
+                        gain, best = gain + tried.objective - best.objective, tried
+            best = replace(best, gain=gain, lr=best.lr if gain else best.lr / 2)
+
+    def _round(self, at: Fitted) -> Fitted:
+        mstep = MixtureMStep(self.engine, self.config, at.lr)
+        codebooks = at.codebooks
+        assert at.profiles.candidates is not None
+        for _ in range(self.config.codeword_steps):
+            stats = mstep.stats(self.training, at.profiles.candidates, codebooks)
+            codebooks = mstep.apply(stats, codebooks)
+        return self._judge(codebooks, at.lr)
+
+    def _no_worse(self, tried: Fitted, best: Fitted) -> bool:
+        return tried.objective >= best.objective and tried.held_out >= best.held_out
+
+    def _leap(self, at: Fitted, field: int) -> list[Codebook]:
+        """Split and merge: the field's most used code becomes two, a step to either side, of which
+        one takes the place of its least used code, whose users find another."""
+        assert at.profiles.log_resp is not None
+        used = at.profiles.log_resp[field].double().exp().sum(0)
+        split, merged = int(used.argmax()), int(used.argmin())
+        book = at.codebooks[field]
+        generator = torch.Generator().manual_seed(self.config.seed + _SEED_STEP * field)
+        side = torch.randn(book.dim, generator=generator)
+        side *= at.lr * self.engine.lm.embedding_rms
+        codewords, shares = book.codewords.clone(), log_prior(book).exp()
+        codewords[merged] = codewords[split] - side
+        codewords[split] += side
+        shares[split] = shares[merged] = shares[split] / 2
+        new = Codebook(codewords)
+        new.log_prior = (shares / shares.sum()).log().float()
+        return [*at.codebooks[:field], new, *at.codebooks[field + 1 :]]
 
     def record(self, at: Fitted, round_: int) -> dict[str, Any]:
         """What metrics.jsonl says of a round: ELBO and gain in nats per user."""

@@ -48,7 +48,7 @@ class Starts:
     ) -> None:
         self.block, self.engine, self.config = block, engine, config
         self.fields, self.start = fields, start
-        self.kinds = [_kind(config, f) for f in fields]
+        self.kinds = [kind_of_start(config, f) for f in fields]
         self.drawn = any(
             kind != "words" or len(f.candidates) < f.codebook_size
             for kind, f in zip(self.kinds, fields)
@@ -123,7 +123,8 @@ def word_codewords(lm: FrozenLM, f: ProfileField) -> Tensor:
     return words.repeat(1, f.num_virtual_tokens)
 
 
-def _kind(config: EMConfig, f: ProfileField) -> str:
+def kind_of_start(config: EMConfig, f: ProfileField) -> str:
+    """Where the field's codewords start: `config.start`, or what "auto" stands for."""
     if config.start == "auto":
         return "words" if f.candidates else "random"
     if config.start == "words" and not f.candidates:

@@ -222,7 +222,7 @@ class Trainer:
         """
         em = self.config.em
         users = self._block(source, 0, min(em.fit_users, source.num_users))
-        mixture = Mixture(users, self.engine, em)
+        mixture = Mixture(users, self.engine, em, self.config.fields)
         records: list[dict[str, Any]] = []
         if resume and kept is not None and (last := kept.last()):
             books, records = last.codebooks, last.records
