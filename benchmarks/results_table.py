@@ -6,13 +6,18 @@
 
 DATA holds the folders that the plan names; another plan (`--plan`, see `userip_fast.ctr.results`)
 takes any data sets. Each trained model is a file below --out, so that the command goes on where it
-was stopped. One thread is best on a busy machine: OMP_NUM_THREADS=1.
+was stopped. Models are small: a process of one thread per data set (--jobs, one per core) beats
+one process of more threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -29,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the plan's small settings")
     parser.add_argument("--only", nargs="*", default=[], help="names of data sets, of evaluations")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing later")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="data sets at a time")
     parser.add_argument("--render", action="store_true", help="write the page of what is there")
     args = parser.parse_args(arguments)
 
@@ -37,15 +43,36 @@ def main(arguments: list[str] | None = None) -> int:
     out = args.out or Path("runs/results-quick" if args.quick else "runs/results")
     page = args.page or (out / "results.md" if args.quick else HERE.parent / "docs" / "results.md")
     plan = yaml.safe_load(args.plan.read_text(encoding="utf-8"))
-    found = run_plan(
-        plan, args.data, out, quick=args.quick, only=tuple(args.only),
-        seconds=0 if args.render else 60 * args.minutes,
-    )  # fmt: skip
+    run = partial(run_plan, plan, args.data, out, quick=args.quick)
+    names = [n for n in plan["datasets"] if n in args.only] or list(plan["datasets"])
+    evaluations = [e for e in plan["evaluations"] if e in args.only]
+    found = run(seconds=0)
+    if not args.render:
+        more = partial(run, seconds=60 * args.minutes)
+        for name, part in _each(more, [(n, *evaluations) for n in names], args.jobs):
+            found[name] = part[name]
     command = "python benchmarks/results_table.py --data DATA" + " --quick" * args.quick
     write_page(page, plan, found, command)
     missing = sum(r is None for by in found.values() for r in by.values())
     print(f"{page}: {sum(map(len, found.values())) - missing} evaluations, {missing} to do")
     return 0
+
+
+def _each(run, asked: list[tuple[str, ...]], jobs: int):  # type: ignore[no-untyped-def]
+    """(data set, results) of each, in processes of one thread where there are several."""
+    names = [name for name, *_ in asked]
+    if min(jobs, len(asked)) == 1:
+        return zip(names, [run(only=only) for only in asked])
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, initializer=_one_thread) as pool:
+        waiting = [pool.submit(run, only=only) for only in asked]
+        return zip(names, [one.result() for one in waiting])
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 if __name__ == "__main__":
