@@ -365,7 +365,7 @@ def ctr(
     behaviour_context: Annotated[
         str | None, _panel(_TEXT, "sequence or independent (independent).")
     ] = None,
-    rounds: Annotated[int | None, _panel(_RUN, "EM rounds, at most (2).")] = None,
+    rounds: Annotated[int | None, _panel(_RUN, "EM rounds, at most (1).")] = None,
     config: ConfigFile = None,
     set: Settings = None,
     max_users: Annotated[int, _panel(_EVAL, "Users, in hash order.")] = 2000,
