@@ -157,11 +157,12 @@ class EMConfig:
     patience: int = 3
     refine_steps: int = 0
     """Further Adam steps from the codeword of the nearest code, once there are codebooks."""
-    posterior: Literal["auto", "exact", "ascent"] = "auto"
-    """Posterior: score all combinations of codes, or one field after another; "auto" is exact up to
-    4,096 combinations, if they are at most twice as many as codes."""
+    posterior: Literal["auto", "exact", "ascent", "mean_field"] = "auto"
+    """Posterior: score all combinations of codes, or one field after another, given codes of the
+    others ("ascent") or their probabilities ("mean_field"); "auto" is exact up to 4,096
+    combinations, if they are at most twice as many as codes, else ascent."""
     sweeps: int = 6
-    """Posterior: sweeps of coordinate ascent over the fields, at most."""
+    """Posterior: sweeps over the fields, at most, of coordinate ascent and then of mean field."""
     prune_share: float = 0.34
     """Posterior: candidates are first scored on this share of the behaviour; 0 is off."""
     prune_nats: float = 8.0

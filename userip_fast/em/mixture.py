@@ -21,7 +21,8 @@ from torch import Tensor
 
 from userip_fast.codebook import Codebook
 from userip_fast.config import EMConfig
-from userip_fast.em.posterior import PosteriorEStep, log_prior, soft_tables
+from userip_fast.em.posterior import PosteriorEStep
+from userip_fast.em.scorer import log_prior, soft_tables
 from userip_fast.em.starts import Starts, kind_of_start
 from userip_fast.em.steps import Block, Candidates, EMState, Profiles
 from userip_fast.em.units import Units

@@ -11,10 +11,18 @@ A user's soft prompt may only be a codeword, so forward passes say it all:
   z_j = k and the other codes as found, the objective is the mean of L over the fields. Each L is a
   part of the sum that makes the evidence, so the objective is never above `exact`'s; with one field
   they are the same.
+- Mean field, if asked for: q(z) = prod_j q_j(z_j), from where coordinate ascent ends. A field's
+  update, log q_j(k) = E[log joint with z_j = k] + const over the other fields' q, is kept where it
+  raises E_q[log joint] + H(q), which is the objective. It begins at the greatest L of the user, so
 
-Either way the responsibilities are what maximises the objective (an ELBO), so that an M-step which
-raises the expected log joint raises it too. A short prefix of the behaviour weeds candidates out
-first: the LM is causal, so its likelihood is a factor of the whole.
+      ascent's objective  <=  max_j L[u, j]  <=  mean field's  <=  the log evidence
+
+  To the others a field shows its heaviest codes alone (`_heaviest`): combinations of light codes
+  are not scored, and are no part of the objective. Responsibilities are a field's last update.
+
+In each way the candidates' weights are what maximises the objective (an ELBO), so that an M-step
+which raises the expected log joint raises it too. A short prefix of the behaviour weeds candidates
+out first: the LM is causal, so its likelihood is a factor of the whole.
 """
 
 from __future__ import annotations
@@ -22,19 +30,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from userip_fast.codebook import Codebook
 from userip_fast.config import EMConfig
+from userip_fast.em.scorer import Scorer
 from userip_fast.em.steps import Block, Candidates, EMState, Profiles
-from userip_fast.em.units import Units
 from userip_fast.lm.engine import Engine
-from userip_fast.packing import Behaviour, Int64, iter_packs
 
 _EXACT_LIMIT = 4096
 _MIN_WEIGHT = 3e-3  # candidates that an M-step need not look at
+_SETTLED = 1e-3  # a mean field that moves no further is found
 _OWN = -2  # stands for a field's own code among the codes that its line is given
 
 
@@ -53,8 +60,10 @@ class PosteriorEStep:
         """See `EStep.run`; the codebooks must be there."""
         assert codebooks is not None, "a posterior over codes needs codebooks"
         scorer = Scorer(self.engine, block.behaviour, codebooks, self.config)
-        exact = is_exact(self.config, scorer.sizes)
-        found = _exact(scorer) if exact else _ascent(scorer)
+        if is_exact(self.config, scorer.sizes):
+            found = _exact(scorer)
+        else:
+            found = (_mean_field if self.config.posterior == "mean_field" else _ascent)(scorer)
         return Profiles(
             hashes=block.hashes,
             code_ids=found.code_ids,
@@ -74,78 +83,6 @@ class _Found:
     log_resp: list[Tensor]  # per field [U, K_j] fp64
     elbo: Tensor  # [U] fp64
     candidates: Candidates
-
-
-class Scorer:
-    """Scores (user, codes) pairs of a block, and counts what it costs.
-
-    Attributes:
-        log_prior: Per field [K_j + 1] fp64; the last entry, of the neutral codeword, is 0.
-        cost: [U] fp64, passes through the LM so far.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        behaviour: Behaviour,
-        codebooks: list[Codebook],
-        config: EMConfig,
-    ) -> None:
-        self.engine, self.behaviour, self.config = engine, behaviour, config
-        self.sizes = [len(book) for book in codebooks]
-        self.log_prior = [torch.cat([log_prior(b), torch.zeros(1).double()]) for b in codebooks]
-        # Row K_j stands where nothing is known of a field yet: the mean codeword.
-        self.tables = soft_tables(
-            [
-                torch.cat([b.codewords, log_prior(b).exp().float()[None] @ b.codewords])
-                for b in codebooks
-            ],
-            engine,
-        )
-        self.units = Units.of(behaviour, engine.layout)
-        self.prefix: Units | None = None
-        # Of shared events a prefix leaves little less to read than all of them.
-        if config.prune_share and not self.units.shared:
-            tokens = np.ceil(behaviour.lengths * config.prune_share).astype(np.int64)
-            self.prefix = Units.of(behaviour.head(tokens), engine.layout)
-        self.cost = torch.zeros(behaviour.num_users, dtype=torch.float64)
-
-    @property
-    def num_users(self) -> int:
-        return self.behaviour.num_users
-
-    def log_likelihood(self, users: Tensor, codes: Tensor, prefix: bool = False) -> Tensor:
-        """[N] fp64 of the behaviour of `users` [N] under `codes` [N, J].
-
-        Args:
-            prefix: Of the short prefix instead of all behaviour.
-        """
-        units = self.prefix if prefix else self.units
-        assert units is not None
-        pairs = units.pairs(users, codes)
-        nll = score(self.engine, units.behaviour, pairs.unit, pairs.codes, self.tables, self.config)
-        soft = self.engine.layout.num_soft
-        # What several users share costs each of them its part.
-        rows = torch.from_numpy(units.behaviour.pack_rows(soft))[pairs.unit]
-        rows = pairs.sums(rows / pairs.spread(torch.ones(len(users))))
-        own = torch.from_numpy(self.behaviour.pack_rows(soft))
-        self.cost.index_add_(0, users, rows / own[users])
-        return -pairs.sums(nll)
-
-    def prior_of(self, codes: Tensor) -> Tensor:
-        """[...] log prior of `codes` [..., J]; a neutral codeword adds nothing."""
-        return torch.stack([p[codes[..., j]] for j, p in enumerate(self.log_prior)]).sum(0)
-
-    def prefix_joint(self, users: Tensor, codes: Tensor, log_prior: Tensor) -> Tensor:
-        """[N, M] log joint of the prefix and `codes` [N, M, J] of `users` [N]."""
-        shape = codes.shape[:2]
-        flat = users.repeat_interleave(shape[1])
-        log_p = self.log_likelihood(flat, codes.flatten(0, 1), prefix=True)
-        return log_p.view(shape) + log_prior
-
-    def within(self, joint: Tensor) -> Tensor:
-        """[N, M] bool: candidates close enough to the best of their row."""
-        return joint >= joint.max(1, keepdim=True).values - self.config.prune_nats
 
 
 def _exact(scorer: Scorer) -> _Found:
@@ -185,7 +122,29 @@ def _exact(scorer: Scorer) -> _Found:
     )
 
 
-def _ascent(scorer: Scorer) -> _Found:
+@dataclass
+class _Lines:
+    """Where coordinate ascent ends.
+
+    Attributes:
+        z: [U, J] codes.
+        joint: Per field [U, K_j] fp64 log joint of its codes and of the others' in `given`; -inf
+            for codes that were left out.
+        given: [U, J, J] codes that each field's line was scored with, its own being `_OWN`.
+    """
+
+    z: Tensor
+    joint: list[Tensor]
+    given: Tensor
+
+    def codes(self, users: Tensor, field: int, k: Tensor) -> Tensor:
+        """[N, J] the codes at which the line of `field` of `users` [N] stands at `k` [N]."""
+        codes = self.given[users, field]
+        codes[:, field] = k
+        return codes
+
+
+def _climb(scorer: Scorer) -> _Lines:
     sizes, users = scorer.sizes, scorer.num_users
     fields = len(sizes)
     every = torch.arange(users)
@@ -195,9 +154,9 @@ def _ascent(scorer: Scorer) -> _Found:
         for j, size in enumerate(sizes):
             codes = z[:, None].repeat(1, size, 1)
             codes[:, :, j] = torch.arange(size)
-            joint = scorer.prefix_joint(every, codes, scorer.log_prior[j][:-1])
-            alive[j] = scorer.within(joint)
-            z[:, j] = joint.argmax(1)
+            begun = scorer.prefix_joint(every, codes, scorer.log_prior[j][:-1])
+            alive[j] = scorer.within(begun)
+            z[:, j] = begun.argmax(1)
     line = [torch.full((users, k), -torch.inf, dtype=torch.float64) for k in sizes]
     given = torch.full((users, fields, fields), -1)  # the other fields' codes of each line
     active = every
@@ -209,32 +168,31 @@ def _ascent(scorer: Scorer) -> _Found:
             moved = (given[active, j] != others).any(1)
             stale = active[moved]
             given[stale, j] = others[moved]
+            line[j][stale] = -torch.inf
             who, k = alive[j][stale].nonzero(as_tuple=True)
             who = stale[who]
             codes = z[who]
             codes[:, j] = k
-            line[j][who, k] = scorer.log_likelihood(who, codes) + scorer.prior_of(codes)
+            line[j][who, k] = scorer.joint(who, codes)
             alive[j][stale] &= scorer.within(line[j][stale])
             z[stale, j] = line[j][stale].argmax(1)
         active = active[(z != before)[active].any(1)]
         if not len(active):
             break
+    return _Lines(z, line, given)
+
+
+def _ascent(scorer: Scorer) -> _Found:
+    lines = _climb(scorer)
+    z, line = lines.z, lines.joint
+    fields = len(line)
     evidence = torch.stack([x.logsumexp(1) for x in line], dim=1)
     log_resp = [x - e[:, None] for x, e in zip(line, evidence.T)]
-    # The last line scored holds the joint at z: it was scored given the other codes as they are.
-    nll = torch.full((users,), torch.inf, dtype=torch.float64)
-    for j in range(fields):
-        others = z.clone()
-        others[:, j] = _OWN
-        fits = (given[:, j] == others).all(1)
-        nll[fits] = (scorer.prior_of(z) - line[j][every, z[:, j]])[fits]
     parts = []
     for j, r in enumerate(log_resp):
         weight = r.exp() / fields
         who, k = (weight >= _MIN_WEIGHT).nonzero(as_tuple=True)
-        codes = given[who, j]
-        codes[:, j] = k
-        parts.append((who, codes, weight[who, k]))
+        parts.append((who, lines.codes(who, j, k), weight[who, k]))
     who, codes, weight = (torch.cat(x) for x in zip(*parts))
     # The codes found stand in every line.
     pairs = torch.cat([who[:, None], codes], dim=1)
@@ -242,11 +200,83 @@ def _ascent(scorer: Scorer) -> _Found:
     weight = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, same, weight)
     return _Found(
         z,
-        nll,
+        scorer.prior_of(z) - scorer.joint(torch.arange(len(z)), z),
         log_resp,
         evidence.mean(1),
         Candidates(rows[:, 0], rows[:, 1:], weight),
     )
+
+
+def _mean_field(scorer: Scorer) -> _Found:
+    sizes, users = scorer.sizes, scorer.num_users
+    fields, every = len(sizes), torch.arange(users)
+    lines = _climb(scorer)
+    line = lines.joint
+    shown = round(_EXACT_LIMIT ** (1 / fields))  # codes of a field, at most
+    # One field is soft at first, given the codes found of all others.
+    elbo, first = torch.stack([x.logsumexp(1) for x in line], dim=1).max(1)
+    given = lines.given[every, first]
+    q = []
+    for j, x in enumerate(line):
+        hard = torch.zeros_like(x).scatter_(1, given[:, j : j + 1].clamp_min(0), 1.0)
+        q.append(torch.where((first == j)[:, None], _heaviest(x, shown), hard))
+    active = every
+    for _ in range(scorer.config.sweeps):
+        moved = torch.zeros(users, dtype=torch.float64)
+        for j, size in enumerate(sizes):
+            alive = scorer.within(line[j])
+            who, codes, weight = _product([*q[:j], alive.double(), *q[j + 1 :]], active)
+            cell = who * size + codes[:, j]
+            mean = torch.zeros(users * size, dtype=torch.float64)
+            mean = mean.index_add_(0, cell, weight * scorer.joint(who, codes)).view(users, size)
+            line[j][active] = mean.masked_fill(~alive, -torch.inf)[active]
+            value = line[j].logsumexp(1)
+            for i in range(fields):
+                if i != j:
+                    value += torch.special.entr(q[i]).sum(1)
+            better = active[value[active] > elbo[active]]
+            new = _heaviest(line[j][better], shown)
+            moved[better] = moved[better].maximum((new - q[j][better]).abs().amax(1))
+            q[j][better], elbo[better] = new, value[better]
+        active = active[moved[active] > _SETTLED]
+        if not len(active):
+            break
+    log_resp = [x.log_softmax(1) for x in line]
+    z = torch.stack([r.argmax(1) for r in log_resp], dim=1)
+    who, codes, weight = _product(q, every)
+    kept = weight >= _MIN_WEIGHT
+    return _Found(
+        z,
+        scorer.prior_of(z) - scorer.joint(every, z),
+        log_resp,
+        elbo,
+        Candidates(who[kept], codes[kept], weight[kept]),
+    )
+
+
+def _heaviest(log_weight: Tensor, most: int) -> Tensor:
+    """[N, K] weights that sum to one, those of little or beyond the `most` heaviest being 0."""
+    weight = log_weight.softmax(1)
+    top = weight.topk(min(most, weight.shape[1])).values
+    least = top[:, -1:].clamp_min(_MIN_WEIGHT).minimum(top[:, :1])
+    weight = weight.masked_fill(weight < least, 0.0)
+    return weight / weight.sum(1, keepdim=True)
+
+
+def _product(weights: list[Tensor], users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All combinations of codes of which none weighs 0: users [N], codes [N, J], weights [N].
+
+    Args:
+        weights: Per field [U, K_j] fp64.
+        users: Rows to look at, ascending.
+    """
+    codes: list[Tensor] = []
+    weight = torch.ones(len(users), dtype=torch.float64)
+    for w in weights:
+        row, k = w[users].nonzero(as_tuple=True)
+        users, codes = users[row], [*(c[row] for c in codes), k]
+        weight = weight[row] * w[users, k]
+    return users, torch.stack(codes, dim=1), weight
 
 
 def is_exact(config: EMConfig, sizes: list[int]) -> bool:
@@ -254,41 +284,3 @@ def is_exact(config: EMConfig, sizes: list[int]) -> bool:
     if config.posterior == "auto":
         return math.prod(sizes) <= min(_EXACT_LIMIT, 2 * sum(sizes))
     return config.posterior == "exact"
-
-
-def log_prior(book: Codebook) -> Tensor:
-    """[K] fp64: the codebook's, or all codes alike."""
-    if book.log_prior is None:
-        return torch.full((len(book),), -math.log(len(book)), dtype=torch.float64)
-    return book.log_prior.double()
-
-
-def soft_tables(codewords: list[Tensor], engine: Engine) -> list[Tensor]:
-    """Codewords [K_j, m_j D] as soft rows [K_j, m_j, D] on the LM's device."""
-    return [
-        c.to(engine.lm.device, torch.float32).view(len(c), s.stop - s.start, -1)
-        for c, s in zip(codewords, engine.layout.field_slices)
-    ]
-
-
-def score(
-    engine: Engine,
-    behaviour: Behaviour,
-    users: Int64,
-    codes: Tensor,
-    tables: list[Tensor],
-    config: EMConfig,
-) -> Tensor:
-    """[N] fp32 weighted NLL of the behaviour of `users` [N] under `codes` [N, J]; no gradient."""
-    out = torch.empty(len(users))
-    done = 0
-    with torch.no_grad():
-        for pack in iter_packs(
-            behaviour, users, engine.layout, engine.lm.device, config.pack_tokens
-        ):
-            here = slice(done, done + pack.num_users)
-            picked = codes[here].to(engine.lm.device)
-            rows = torch.cat([t[picked[:, j]] for j, t in enumerate(tables)], dim=1)
-            out[here] = engine.nll(pack, rows).cpu()
-            done += pack.num_users
-    return out
