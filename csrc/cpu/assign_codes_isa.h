@@ -16,6 +16,7 @@ constexpr int64_t kFewRows = 4 * kGroup;
 constexpr int64_t kBlockCodes = 1024;
 constexpr int64_t kBlockDepth = 256;  // a panel of it is half of a 32 KiB L1 (AVX2)
 constexpr int64_t kChain = 128;       // distances are summed in chains of so many columns
+constexpr int64_t kChunk = 32;        // columns between two looks at what to prefetch
 constexpr int64_t kFewPanels = 8;     // up to here x is read where it lies, panels pass from L2
 constexpr int64_t kStreamBytes = 256 << 10;  // of panels that stay in L2 while x streams by
 constexpr int64_t kAhead = 512;              // floats from here to what is prefetched
@@ -111,8 +112,8 @@ void pack(Book& book, const uint8_t* active, int64_t dim) {
     }
 }
 
-// What a tile asks for ahead of time: a line per row and 16 columns, `row` bytes apart, then `step`
-// bytes on. The hardware cannot follow six short rows by itself.
+// What a tile asks for ahead of time: a line per row and line of columns, `row` bytes apart, then
+// `step` bytes on. The hardware cannot follow six short rows by itself.
 struct Prefetch {
     uintptr_t at = 0;  // 0: nothing
     int64_t row = 0, step = 0;
@@ -126,7 +127,7 @@ template <bool kDirect, int kVecs>
 __attribute__((noinline)) void tile(const float* x, int64_t stride, const float* panel,
                                     int64_t depth, float* out, int64_t out_stride, bool first,
                                     Prefetch prefetch) {
-    if (!first) {
+    if (!kDirect && !first) {
 #pragma GCC unroll 16
         for (int r = 0; r < kGroup; ++r) {
 #pragma GCC unroll 2
@@ -139,42 +140,59 @@ __attribute__((noinline)) void tile(const float* x, int64_t stride, const float*
     const float* row[kGroup / 3];  // of every third; the others are a fixed stride away
 #pragma GCC unroll 16
     for (int i = 0; i < kGroup / 3; ++i) row[i] = x + 3 * i * stride;
+    // The `u`-th column from here. Mixed with the next one, or its differences with their squares,
+    // GCC runs out of registers and spills.
+    const auto column = [&](int u) __attribute__((always_inline)) {
+        Vec code[kVecs];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVecs; ++v) code[v] = load_vec(panel + (u * kVecs + v) * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < kGroup; ++r) {
+            const Vec value = splat(row[r / 3][r % 3 * stride + u]);
+            Vec e[kVecs];
+#pragma GCC unroll 2
+            for (int v = 0; v < kVecs; ++v) e[v] = value - code[v];
+#pragma GCC unroll 2
+            for (int v = 0; v < kVecs; ++v) {
+                acc[r][v] = acc[r][v] + (kDirect ? e[v] * e[v] : value * code[v]);
+            }
+        }
+        asm volatile("" ::: "memory");
+    };
+    const auto advance = [&](int columns) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kGroup / 3; ++i) row[i] += columns;
+        panel += columns * kVecs * kLanes;
+    };
     const float* const end = panel + depth * kVecs * kLanes;
     while (panel < end) {
-        if (prefetch.at != 0) {
+        const float* const chain = kDirect ? std::min(end, panel + kChain * kVecs * kLanes) : end;
+        while (panel < chain) {
+            for (int line = 0; line < int(kChunk / 16) && prefetch.at != 0; ++line) {
 #pragma GCC unroll 16
-            for (int r = 0; r < kGroup; ++r) {
-                __builtin_prefetch(reinterpret_cast<const void*>(prefetch.at + r * prefetch.row), 0,
-                                   2);
-            }
-            prefetch.at += prefetch.step;
-        }
-        const float* const stop = std::min(end, panel + 16 * kVecs * kLanes);
-#pragma GCC unroll 1  // unrolled, GCC runs out of registers and spills
-        for (; panel < stop; panel += kVecs * kLanes) {
-            Vec code[kVecs];
-#pragma GCC unroll 2
-            for (int v = 0; v < kVecs; ++v) code[v] = load_vec(panel + v * kLanes);
-#pragma GCC unroll 16
-            for (int r = 0; r < kGroup; ++r) {
-                const Vec value = splat(row[r / 3][r % 3 * stride]);
-#pragma GCC unroll 2
-                for (int v = 0; v < kVecs; ++v) {
-                    const Vec e = value - code[v];
-                    acc[r][v] = acc[r][v] + (kDirect ? e * e : value * code[v]);
+                for (int r = 0; r < kGroup; ++r) {
+                    __builtin_prefetch(
+                        reinterpret_cast<const void*>(prefetch.at + r * prefetch.row), 0, 2);
                 }
+                prefetch.at += prefetch.step;
             }
-#pragma GCC unroll 16
-            for (int i = 0; i < kGroup / 3; ++i) ++row[i];
+            const float* const stop = std::min(chain, panel + kChunk * kVecs * kLanes);
+            for (; panel + 2 * kVecs * kLanes <= stop; advance(2)) {
+                column(0);
+                column(1);
+            }
+            for (; panel < stop; advance(1)) column(0);
         }
-    }
 #pragma GCC unroll 16
-    for (int r = 0; r < kGroup; ++r) {
+        for (int r = 0; r < kGroup; ++r) {
 #pragma GCC unroll 2
-        for (int v = 0; v < kVecs; ++v) {
-            float* to = out + r * out_stride + v * kLanes;
-            store_vec(to, first ? acc[r][v] : load_vec(to) + acc[r][v]);
+            for (int v = 0; v < kVecs; ++v) {
+                float* to = out + r * out_stride + v * kLanes;
+                store_vec(to, first ? acc[r][v] : load_vec(to) + acc[r][v]);
+                acc[r][v] = Vec{};
+            }
         }
+        first = false;
     }
 }
 
@@ -216,21 +234,32 @@ inline void offer_panel(Top2& top, const float* scores, const float* half_norm, 
     }
 }
 
-// The code of least distance + penalty in one panel, the first of equals; -1 where all are NaN.
+// Of `rows` (at most kLanes) rows of distances [row][width of the panel]: each one's code of least
+// distance + penalty, the first of equals, that distance and the next. -1 and Inf where there is
+// none. Lanes are rows after a transposition, so that the search needs no reduction.
 template <int kVecs>
-inline int64_t nearest(const float* distance, const float* penalty, float& least) {
-    Vec total[kVecs], most = splat(kInfinity);
+inline void nearest(const float* distance, int64_t rows, const float* penalty, Mask& id, Vec& near,
+                    Vec& far) {
+    id = Mask{} - 1;
+    near = far = splat(kInfinity);
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) {
-        total[v] = load_vec(distance + v * kLanes) + load_vec(penalty + v * kLanes);
-        most = lesser(total[v], most);
+        Vec code[kLanes];
+#pragma GCC unroll 16
+        for (int r = 0; r < int(kLanes); ++r) {
+            const int64_t row = std::min<int64_t>(r, rows - 1);
+            code[r] = load_vec(distance + (row * kVecs + v) * kLanes);
+            code[r] = code[r] + load_vec(penalty + v * kLanes);
+        }
+        transpose(code);
+#pragma GCC unroll 16
+        for (int k = 0; k < int(kLanes); ++k) {
+            const Mask less = code[k] < near;
+            far = less ? near : lesser(code[k], far);
+            near = less ? code[k] : near;
+            id = less ? Mask{} + (v * int(kLanes) + k) : id;
+        }
     }
-    most = reduce_lanes(most, lesser);
-    least = most[0];
-    uint64_t bits = 0;
-#pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) bits |= uint64_t(USERIP_BITS(total[v] == most)) << v * kLanes;
-    return bits == 0 ? -1 : __builtin_ctzll(bits);
 }
 
 inline float squared_distance(const float* x, const float* c, int64_t dim) {
@@ -352,6 +381,7 @@ struct Block {
     const Book& book;
     Scratch& scratch;
     int64_t j, first, rows;
+    bool stream;    // the codebook stays in L2 while x streams by, a group of whole rows at a time
     bool in_place;  // tiles read x itself, in whole groups
     float scale[kBlockRows];
 
@@ -361,15 +391,16 @@ struct Block {
     // While group g is at column d.
     Prefetch prefetch(int64_t g, int64_t d) const {
         const auto here = reinterpret_cast<uintptr_t>(address(g * kGroup));
-        const int64_t row = p.stride_row * sizeof(float);
-        if ((g + 1) * kGroup < rows) return {here + kGroup * row + d * sizeof(float), row, 64};
-        if (rows == kGroup && p.stride_row == p.dim && p.dim <= 1024) {  // one run: in its order
-            return {here + kGroup * row + (d * kGroup + kAhead) * sizeof(float), 64, 64 * kGroup};
+        const int64_t row = p.stride_row * sizeof(float), group = kGroup * row;
+        if (stream && p.stride_row == p.dim && p.dim <= 1024) {  // one run: in its order
+            return {here + group + d * kGroup * sizeof(float), 64, 64 * kGroup};
         }
-        // The first group's next columns, or the next block's.
-        const auto begin = reinterpret_cast<uintptr_t>(address(0));
-        const int64_t next = d + (rows == kGroup ? kAhead : kBlockDepth);
-        return {begin + next / p.dim * rows * row + next % p.dim * sizeof(float), row, 64};
+        // The next group's columns, or those to come of these rows.
+        if (!stream && (g + 1) * kGroup < rows) return {here + group + d * sizeof(float), row, 64};
+        const auto begin = stream ? here : reinterpret_cast<uintptr_t>(address(0));
+        const int64_t next = d + (stream ? kAhead : kBlockDepth);
+        const int64_t run = stream ? group : rows * row;
+        return {begin + next / p.dim * run + next % p.dim * sizeof(float), row, 64};
     }
     // `slot` 0 or 1: both may be in use at a time.
     const float* whole_row(int64_t r, int slot = 0) const {
@@ -389,48 +420,63 @@ inline void score(const Block& b, int64_t first_panel, int64_t panels) {
     const int64_t width = kVecs * kLanes, groups = (b.rows + kGroup - 1) / kGroup;
     const int64_t row_step = kDirect ? panels * width : width;
     const int64_t panel_step = kDirect ? width : groups * kGroup * width;
+    const int64_t stride = b.in_place ? p.stride_row : kBlockDepth;
+    const auto run = [&](int64_t g, int64_t q, int64_t d0, const Prefetch& prefetch) {
+        const float* x = b.in_place ? b.address(0) + d0 : b.scratch.piece.data();
+        tile<kDirect, kVecs>(x + g * kGroup * stride, stride,
+                             b.book.panels + ((first_panel + q) * p.dim + d0) * width,
+                             std::min(kBlockDepth, p.dim - d0),
+                             b.scratch.scores.data() + g * kGroup * row_step + q * panel_step,
+                             row_step, d0 == 0, prefetch);
+    };
+    // Rows stay in L1 while the few panels pass from L2.
+    const auto pass = [&](int64_t g, int64_t d0) {
+        for (int64_t q = 0; q < panels; ++q) {
+            run(g, q, d0, b.in_place && q == 0 ? b.prefetch(g, d0) : Prefetch());
+        }
+    };
+    if (b.stream && b.in_place) {
+        for (int64_t g = 0; g < groups; ++g) {
+            for (int64_t d0 = 0; d0 < p.dim; d0 += kBlockDepth) pass(g, d0);
+        }
+        return;
+    }
     for (int64_t d0 = 0; d0 < p.dim; d0 += kBlockDepth) {
         const int64_t depth = std::min(kBlockDepth, p.dim - d0);
-        const float* x = b.in_place ? b.address(0) + d0 : b.scratch.piece.data();
-        const int64_t stride = b.in_place ? p.stride_row : kBlockDepth;
-        if (!b.in_place) {
-            for (int64_t r = 0; r < b.rows; ++r) {
-                load(p, b.j, b.first + r, d0, d0 + depth, b.scale[r],
-                     b.scratch.piece.data() + r * kBlockDepth);
-            }
+        for (int64_t r = 0; r < b.rows && !b.in_place; ++r) {
+            load(p, b.j, b.first + r, d0, d0 + depth, b.scale[r],
+                 b.scratch.piece.data() + r * kBlockDepth);
         }
-        const float* panel = b.book.panels + (first_panel * p.dim + d0) * width;
-        const auto run = [&](int64_t g, int64_t q, const auto& prefetch) {
-            const int64_t chain = kDirect ? kChain : kBlockDepth;
-            for (int64_t d = 0; d < depth; d += chain) {
-                tile<kDirect, kVecs>(
-                    x + g * kGroup * stride + d, stride, panel + (q * p.dim + d) * width,
-                    std::min(chain, depth - d),
-                    b.scratch.scores.data() + g * kGroup * row_step + q * panel_step, row_step,
-                    d0 + d == 0, prefetch(d));
-            }
-        };
-        if (b.book.num_panels > kFewPanels) {  // a panel stays in L1, the rows pass from L2
-            for (int64_t q = 0; q < panels; ++q) {
-                // Every eighth group asks for its share of the next panel.
-                const auto next = reinterpret_cast<uintptr_t>(panel + (q + 1) * p.dim * width);
-                for (int64_t g = 0; g < groups; ++g) {
-                    run(g, q, [&](int64_t) -> Prefetch {
-                        if (q + 1 == panels || g % 8 != 0) return {};
-                        return {next + g / 8 * kGroup * 4 * depth, 64, 64 * kGroup};
-                    });
-                }
-            }
-        } else {  // rows stay in L1 while the few panels pass from L2
+        if (b.book.num_panels <= kFewPanels) {
+            for (int64_t g = 0; g < groups; ++g) pass(g, d0);
+            continue;
+        }
+        for (int64_t q = 0; q < panels; ++q) {  // a panel stays in L1, the rows pass from L2
+            // Every eighth group asks for its share of the next panel.
+            const auto next = reinterpret_cast<uintptr_t>(
+                b.book.panels + ((first_panel + q + 1) * p.dim + d0) * width);
             for (int64_t g = 0; g < groups; ++g) {
-                for (int64_t q = 0; q < panels; ++q) {
-                    run(g, q, [&](int64_t d) {
-                        return b.in_place && q == 0 ? b.prefetch(g, d0 + d) : Prefetch();
-                    });
-                }
+                const bool ask = q + 1 < panels && g % 8 == 0;
+                run(g, q, d0,
+                    ask ? Prefetch{next + g / 8 * kGroup * 4 * depth, 64, 64 * kGroup}
+                        : Prefetch());
             }
         }
     }
+}
+
+// Lane i of the result is the sum over the lanes of v[i]. v is used up.
+inline Vec sum_each(Vec (&v)[kLanes]) {
+#pragma GCC unroll 4
+    for (int step = 1; step < int(kLanes); step *= 2) {
+        const Mask upper = (lane_numbers() & step) != 0;
+#pragma GCC unroll 16
+        for (int i = 0; i < int(kLanes); i += 2 * step) {
+            const Vec a = v[i], b = v[i + step];
+            v[i] = (upper ? b : a) + shuffle(upper ? a : b, lane_numbers() ^ step);
+        }
+    }
+    return v[0];
 }
 
 // out[r * stride + k] = |x_r - c_k|^2 of two rows and kFewCodes codes.
@@ -454,13 +500,21 @@ inline void pair_distances(const float* const* x, const float* const* c, int64_t
             }
         }
     }
+    constexpr int kSums = 2 * kFewCodes;
 #pragma GCC unroll 2
-    for (int r = 0; r < 2; ++r) {
-#pragma GCC unroll 4
-        for (int k = 0; k < kFewCodes; ++k) {
+    for (int first = 0; first < kSums; first += int(kLanes)) {
+        Vec v[kLanes] = {};
+#pragma GCC unroll 16
+        for (int i = 0; i < std::min<int>(kLanes, kSums - first); ++i) {
+            v[i] = acc[(first + i) / kFewCodes][(first + i) % kFewCodes];
+        }
+        const Vec sum = sum_each(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < std::min<int>(kLanes, kSums - first); ++i) {
+            const int r = (first + i) / kFewCodes, k = (first + i) % kFewCodes;
             float tail = 0;
             for (int64_t t = d; t < dim; ++t) tail += (x[r][t] - c[k][t]) * (x[r][t] - c[k][t]);
-            out[r * stride + k] = reduce_lanes(acc[r][k], plus)[0] + tail;
+            out[r * stride + k] = sum[i] + tail;
         }
     }
 }
@@ -477,7 +531,7 @@ inline void few_distances(const Block& b) {
         const float* x[2] = {b.whole_row(r), b.whole_row(std::min(r + 1, b.rows - 1), 1)};
         Prefetch prefetch;
         if (p.plain() && p.stride_row == p.dim && p.dim <= 1024) {  // in the order of memory
-            prefetch = {reinterpret_cast<uintptr_t>(x[0] + 4 * kAhead), vec, 2 * vec};
+            prefetch = {reinterpret_cast<uintptr_t>(x[0] + kAhead), vec, 2 * vec};
         } else if (p.plain()) {  // the next two rows
             prefetch = {reinterpret_cast<uintptr_t>(x[0]) + 2 * row, row, vec};
         }
@@ -490,15 +544,13 @@ template <int kVecs>
 inline void assign_direct(const Block& b) {
     const int64_t width = kVecs * kLanes;
     b.book.size <= kFewCodes ? few_distances(b) : score<true, kVecs>(b, 0, 1);
-    for (int64_t r = 0; r < b.rows; ++r) {
-        float* distance = b.scratch.scores.data() + r * width;
-        float near, far = kInfinity;
-        const int64_t id = nearest<kVecs>(distance, b.book.penalty, near);
-        if (b.p.second_sq_distance != nullptr && id >= 0) {
-            distance[id] = kInfinity;
-            nearest<kVecs>(distance, b.book.penalty, far);
-        }
-        finish(b.p, id, near, far, b.j * b.p.rows + b.first + r);
+    const int64_t out = b.j * b.p.rows + b.first;
+    for (int64_t r0 = 0; r0 < b.rows; r0 += kLanes) {
+        const int64_t rows = std::min(kLanes, b.rows - r0);
+        Mask id;
+        Vec near, far;
+        nearest<kVecs>(b.scratch.scores.data() + r0 * width, rows, b.book.penalty, id, near, far);
+        for (int64_t r = 0; r < rows; ++r) finish(b.p, id[r], near[r], far[r], out + r0 + r);
     }
 }
 
@@ -543,15 +595,14 @@ inline void assign_many(const Block& b) {
 void assign(const Problem& p, int64_t j, int64_t begin, int64_t end, Scratch& scratch,
             float* sums) {
     const Book& book = p.books[j];
-    // A small book stays in L2 while x streams by, a group of whole rows at a time.
     const int64_t bytes = book.num_panels * book.width * p.dim * sizeof(float);
     const bool stream = book.num_panels <= kFewPanels && bytes <= kStreamBytes;
     const bool few = book.num_panels <= kFewPanels;
-    const int64_t block_rows = stream ? kGroup : few ? kFewRows : kBlockRows;
+    const int64_t block_rows = few ? kFewRows : kBlockRows;
     scratch.scores.resize(block_rows * std::min(book.num_panels * book.width, kBlockCodes));
     scratch.piece.resize(block_rows * kBlockDepth);
     scratch.row.resize(p.plain() ? 0 : 2 * p.dim);
-    Block b{p, book, scratch, j, begin, 0, false, {}};
+    Block b{p, book, scratch, j, begin, 0, stream, false, {}};
     for (; b.first < end; b.first += b.rows) {
         b.rows = std::min(block_rows, end - b.first);
         if (b.rows > kGroup) b.rows -= b.rows % kGroup;  // the last few are a block of their own
