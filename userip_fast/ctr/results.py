@@ -12,7 +12,7 @@ A plan is a YAML file; `benchmarks/results.yaml` is the one behind docs/results.
         interactions: FILE                    below the data folder
         items: FILE
         about: one sentence, with the licence
-        data: {rating: rating}                DataConfig, and `fields` and `config` if need be
+        data: {rating: rating}                DataConfig; `fields`, `config`, `ctr` if need be
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def run_plan(
         short = plan.get("quick", {}) if quick else {}
         for evaluation in short.get("evaluations", plan["evaluations"]):
             settings, over = plan["evaluations"][evaluation], short.get("ctr", {})
-            merged = {**plan.get("ctr", {}), **settings, **over}
+            merged = {**plan.get("ctr", {}), **dataset.get("ctr", {}), **settings, **over}
             ctr = CTRConfig(**_tuples(merged))
             folder = out / name / evaluation
             want = {"ctr": merged, "config": asked}  # what the plan says, not a version's defaults
