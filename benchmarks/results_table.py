@@ -19,6 +19,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, part in _each(more, [(n, *evaluations) for n in names], args.jobs):
             found[name] = part[name]
     command = "python benchmarks/results_table.py --data DATA" + " --quick" * args.quick
-    write_page(page, plan, found, command)
+    write_page(page, plan, found, command, picture=_draw(found, page.with_suffix(".png")))
     missing = sum(r is None for by in found.values() for r in by.values())
     print(f"{page}: {sum(map(len, found.values())) - missing} evaluations, {missing} to do")
     return 0
@@ -67,6 +68,52 @@ def _each(run, asked: list[tuple[str, ...]], jobs: int):  # type: ignore[no-unty
     with ProcessPoolExecutor(jobs, spawn, initializer=_one_thread) as pool:
         waiting = [pool.submit(run, only=only) for only in asked]
         return zip(names, [one.result() for one in waiting])
+
+
+def _draw(found: dict[str, dict[str, Any]], path: Path) -> str | None:
+    """A panel per data set: AUC of every feature, mean over the recommenders; its file's name.
+
+    None where nothing is there to draw, or no matplotlib to draw it with.
+    """
+    rows = {
+        data: {e: r for e, r in by.items() if isinstance(r, dict) and not r["settings"]["damage"]}
+        for data, by in found.items()
+    }
+    rows = {data: by for data, by in rows.items() if by}
+    names = list(dict.fromkeys(e for by in found.values() for e in by))
+    names = [e for e in names if any(e in by for by in rows.values())]
+    try:
+        from matplotlib.figure import Figure
+
+        from userip_fast.ctr.config import FEATURES
+    except ImportError:
+        return None
+    if not rows:
+        return None
+    figure = Figure(figsize=(2.2 + 2.8 * len(rows), 1.3 + 0.45 * len(names)))
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(1, len(rows), squeeze=False)[0]
+    shown = {"none": "x", "random": "+", "paper": "s", "ids": "D"}
+    for axes, (data, by) in zip(panels, rows.items()):
+        for i, feature in enumerate(FEATURES):
+            points = [
+                (sum(b["mean"] for b in areas.values()) / len(areas), y)
+                for y, e in enumerate(names)
+                if e in by and (areas := by[e]["auc"].get(feature))
+            ]
+            front = feature == "ids"
+            style = {"s": 60 if front else 28, "color": "black" if front else f"C{i}"}
+            x, y = zip(*points) if points else ((), ())
+            axes.scatter(x, y, marker=shown.get(feature, "o"), label=feature, zorder=3, **style)
+        axes.set_yticks(range(len(names)), names if axes is panels[0] else [""] * len(names))
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_title(data, fontsize=9)
+        axes.set_xlabel("AUC")
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
+    figure.savefig(path, dpi=120)
+    return path.name
 
 
 def _one_thread() -> None:

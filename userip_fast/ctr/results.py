@@ -141,11 +141,26 @@ def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_page(
-    path: Path, plan: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], command: str
+    path: Path,
+    plan: Mapping[str, Any],
+    found: Mapping[str, Mapping[str, Any]],
+    command: str,
+    *,
+    picture: str | None = None,
 ) -> None:
-    """The results as Markdown, what is missing named as missing."""
+    """The results as Markdown, what is missing named as missing.
+
+    Args:
+        picture: File beside the page that draws them.
+    """
     done = {(d, e): r for d, by in found.items() for e, r in by.items() if isinstance(r, Mapping)}
-    lines = ["# Results", "", *_introduction(command, done), *_verdict(done)]
+    lines = ["# Results", "", *_introduction(command, done)]
+    if picture:
+        lines += [
+            f"![AUC by data set, users and feature, mean over the recommenders]({picture})",
+            "",
+        ]
+    lines += _verdict(done)
     for name, by in found.items():
         about = " ".join(str(plan["datasets"][name].get("about", "")).split())
         lines += [f"## {name}", "", about, ""]
@@ -184,34 +199,43 @@ def _introduction(command: str, done: Mapping[Any, Mapping[str, Any]]) -> list[s
     ]
 
 
-def _verdict(done: Mapping[Any, Mapping[str, Any]]) -> list[str]:
-    new = warm = beat_all = by_top = over_none = unhurt = 0
-    for r in done.values():
+def _verdict(done: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
+    """Claims by data set: how many pairs of protocol and recommender bear them out."""
+    claims: dict[str, dict[str, list[bool]]] = {
+        "new and cold users: IDs better than no user feature (interval above 0)": {},
+        "new and cold users: IDs better than every other feature": {},
+        f"the same, by {TOP} AUC over the best cluster baseline": {},
+        f"warm users not hurt (lower bound above {UNHURT})": {},
+    }
+    over_none, over_all, by_top, unhurt = claims.values()
+    for (data, _), r in done.items():
         if r["settings"]["damage"] or r["settings"]["period"] != "same":
             continue
         for compared in r["paired"].values():
-            against = compared["against"]
+            against, best = compared["against"], compared["best_cluster"]
+            above_none = against["none"]["ci95"][0]
             if r["protocol"] == "warm":
-                warm += 1
-                unhurt += against["none"]["ci95"][0] > UNHURT
+                unhurt.setdefault(data, []).append(above_none > UNHURT)
                 continue
-            new += 1
-            beat_all += all(d["difference"] > 0 for d in against.values())
-            over_none += against["none"]["ci95"][0] > 0
-            best = compared["best_cluster"]
-            by_top += best is not None and against[best]["difference"] >= TOP
-    return [
+            beaten = all(d["difference"] > 0 for d in against.values())
+            top = best is not None and against[best]["difference"] >= TOP
+            over_none.setdefault(data, []).append(above_none > 0)
+            over_all.setdefault(data, []).append(beaten)
+            by_top.setdefault(data, []).append(beaten and top)
+    names = list(dict.fromkeys(data for data, _ in done))
+    lines = [
         "## The aim, and where it stands",
         "",
-        "| claim | data set x protocol x recommender |",
-        "|---|---|",
-        f"| new and cold users: IDs better than no user feature (interval above 0) | {over_none} of"
-        f" {new} |",
-        f"| new and cold users: IDs better than every other feature | {beat_all} of {new} |",
-        f"| the same, by {TOP} AUC over the best cluster baseline | {by_top} of {new} |",
-        f"| warm users not hurt (lower bound above {UNHURT}) | {unhurt} of {warm} |",
+        "Pairs of protocol and recommender that bear a claim out.",
         "",
+        "| claim | " + " | ".join([*names, "all"]) + " |",
+        "|---" * (len(names) + 2) + "|",
     ]
+    for claim, by in claims.items():
+        every = [by.get(name, []) for name in names]
+        every.append([held for part in every for held in part])
+        lines.append(f"| {claim} | " + " | ".join(f"{sum(x)} of {len(x)}" for x in every) + " |")
+    return [*lines, ""]
 
 
 def _table(r: Mapping[str, Any]) -> list[str]:
