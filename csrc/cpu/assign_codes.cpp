@@ -294,6 +294,9 @@ void run(const Isa& isa, Problem& p, const uint8_t* active, int64_t* counts, flo
         int64_t book, begin, end;
         float* sums;
     };
+    // Each begins with rows that nobody has asked for: long runs, while there are enough for all.
+    const int64_t blocks = (p.rows + isa.block_rows - 1) / isa.block_rows;
+    const int64_t run_rows = isa.block_rows * std::clamp<int64_t>(blocks / 64, 1, 8);
     std::vector<Item> items;
     std::vector<int64_t> partials(books, 0);
     for (int64_t j = 0; j < books; ++j) {
@@ -305,14 +308,13 @@ void run(const Isa& isa, Problem& p, const uint8_t* active, int64_t* counts, flo
             buffers.push_back(allocate(partials[j] * size * p.dim));
             partial = buffers.back().get();
         }
-        const int64_t runs = fused ? partials[j] : (p.rows + isa.block_rows - 1) / isa.block_rows;
+        const int64_t runs = fused ? partials[j] : (p.rows + run_rows - 1) / run_rows;
         for (int64_t i = 0; i < runs; ++i) {
             if (fused) {
                 items.push_back(
                     {j, p.rows * i / runs, p.rows * (i + 1) / runs, partial + i * size * p.dim});
             } else {
-                items.push_back(
-                    {j, i * isa.block_rows, std::min(p.rows, (i + 1) * isa.block_rows), nullptr});
+                items.push_back({j, i * run_rows, std::min(p.rows, (i + 1) * run_rows), nullptr});
             }
         }
     }
