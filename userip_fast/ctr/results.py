@@ -13,6 +13,7 @@ A plan is a YAML file; `benchmarks/results.yaml` is the one behind docs/results.
         items: FILE
         about: one sentence, with the licence
         data: {rating: rating}                DataConfig; `fields`, `config`, `ctr` if need be
+        evaluations: [cold]                   those of the plan to run; all without it
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def run_plan(
         config = Config.from_dict(asked)
         data = None
         short = plan.get("quick", {}) if quick else {}
-        for evaluation in short.get("evaluations", plan["evaluations"]):
+        wanted = short.get("evaluations") or dataset.get("evaluations") or plan["evaluations"]
+        for evaluation in wanted:
             settings, over = plan["evaluations"][evaluation], short.get("ctr", {})
             merged = {**plan.get("ctr", {}), **dataset.get("ctr", {}), **settings, **over}
             ctr = CTRConfig(**_tuples(merged))
@@ -81,8 +83,8 @@ def run_plan(
                 found[name][evaluation] = read_json(folder / "ctr.json")
                 continue
             skipped = any(
-                wanted and one not in wanted
-                for one, wanted in (
+                chosen and one not in chosen
+                for one, chosen in (
                     (name, set(only) & set(plan["datasets"])),
                     (evaluation, set(only) & set(plan["evaluations"])),
                 )
