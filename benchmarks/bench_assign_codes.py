@@ -1,17 +1,17 @@
-"""assign_codes against torch, FAISS, scikit-learn and vector-quantize-pytorch.
+"""assign_codes against torch, FAISS, scikit-learn, vector-quantize-pytorch and flash-kmeans.
 
     python benchmarks/bench_assign_codes.py --device cpu|cuda [--threads N] [--clock cpu] [--quick]
         [--out RESULT.json] [--plot RESULT.png]
     pytest benchmarks/bench_assign_codes.py --benchmark-only
 
-x [N, D] fp32 on CPU (bf16 on CUDA), one codebook [K, D]; x is 1 GB for K <= 16. Correctness first:
-every contender's codeword is as near as ours within rounding, or there is no number. In the last
-line, JSON, each figure is the worst over D and K of its group:
+x [N, D] fp32 on CPU (bf16 on CUDA), one codebook [K, D]; x is 1 GB for K <= 16 (up to 8.6 GB on
+CUDA). Correctness first: every contender's codeword is as near as ours within rounding, or there is
+no number. In the last line, JSON, each figure is the worst over D and K of its group:
 
 - `ratios`: the fastest peer's best time over ours. `fused_stats` (K <= 16) and `fused_stats_k64`:
-  the fastest peer's assignment followed by index_add, over ours with statistics. `kmeans`: five
-  rounds of Lloyd from the same start.
-- `share`: the time that the binding ceiling (sgemm rate or read bandwidth) would need, over ours.
+  the fastest peer's assignment followed by index_add, or an iteration of flash-kmeans, over ours
+  with statistics. `kmeans`: five rounds of Lloyd from the same start.
+- `share`: the time that the binding ceiling (GEMM rate or read bandwidth) would need, over ours.
   The ceilings are measured beside the contenders, turn by turn, on the same threads: a square
   torch.mm, and torch's sum and amax of 256 MiB. The best of all cases counts, so that load in one
   case cannot raise a share; our own GEMM can, where it beats torch's.
@@ -19,7 +19,8 @@ line, JSON, each figure is the worst over D and K of its group:
   K >= 1024: 0.95 times and 80 %; statistics: 2 times, at K = 64 or 85 % (the GEMM alone may leave
   less than 2 times to gain).
 
-All run on all rows; the slow ones (torch cdist, vector-quantize-pytorch) once instead of in turns.
+All run on all rows; the slow ones (torch cdist, vector-quantize-pytorch; on CUDA statistics that
+take over 0.2 s) once instead of in turns.
 `peak_mib` on CPU is the rise of the process's resident memory in a call, outputs included (the
 kernel's high-water mark, reset before; malloc's free blocks given back before).
 """
@@ -46,7 +47,10 @@ Run = Callable[[], Any]
 
 def torch_matmul(x: torch.Tensor, c: torch.Tensor) -> Run:
     half = c.square().sum(1) / 2
-    return lambda: (x @ c.T - half).argmax(1)
+    rows = (1 << 31) // len(c)  # scores of all rows at once would not fit on a GPU
+    if not x.is_cuda or len(x) <= rows:
+        return lambda: (x @ c.T - half).argmax(1)
+    return lambda: torch.cat([(part @ c.T - half).argmax(1) for part in x.split(rows)])
 
 
 def torch_cdist(x: torch.Tensor, c: torch.Tensor) -> Run:
@@ -83,22 +87,38 @@ def vector_quantize(x: torch.Tensor, c: torch.Tensor) -> Run:
     return run
 
 
+def flash_kmeans(x: torch.Tensor, c: torch.Tensor) -> Run:
+    """It is given |x|^2, which it computes once per clustering."""
+    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+    sq_norm = x.float().square().sum(1)[None]
+    return lambda: euclid_assign_triton(x[None], c[None], sq_norm)[0].long()
+
+
+def flash_kmeans_iteration(x: torch.Tensor, c: torch.Tensor) -> Run:
+    from flash_kmeans.centroid_update_triton import triton_centroid_update_sorted_euclid as update
+
+    assign = flash_kmeans(x, c)
+    return lambda: update(x[None], assign()[None], c[None])
+
+
 PEERS: dict[str, Callable[[torch.Tensor, torch.Tensor], Run]] = {
     "torch matmul": torch_matmul,
     "torch cdist": torch_cdist,
     "faiss": faiss_flat,
     "scikit-learn": scikit_learn,
     "vector-quantize-pytorch": vector_quantize,
+    "flash-kmeans": flash_kmeans,
 }
-
+CUDA_PEERS = ("torch matmul", "flash-kmeans")
+CPU_PEERS = tuple(name for name in PEERS if name != "flash-kmeans")
 SLOW = {"torch cdist", "vector-quantize-pytorch"}
 
 
 def peers(x: torch.Tensor, c: torch.Tensor) -> dict[str, Run]:
     """The peers that are installed and can take this case."""
-    names = ["torch matmul"] if x.is_cuda else list(PEERS)
     out = {}
-    for name in names:
+    for name in CUDA_PEERS if x.is_cuda else CPU_PEERS:
         try:
             out[name] = PEERS[name](x, c)
         except ImportError as e:
@@ -165,8 +185,6 @@ def measure(
         check(x, c, name, ids)
         if name in SLOW:
             times[name] = {"best_ms": round(ms, 4)}
-    for name in SLOW & set(runs):
-        del runs[name]
     runs["ours, stats"] = lambda: ops.assign_codes_with_stats(x, c)
     ids = ops.assign_codes(x, c)[0]
     sums = torch.zeros(k, dim, device=device)
@@ -176,15 +194,27 @@ def measure(
         sums.index_add_(0, ids, x.float())
 
     runs["index_add"] = index_add
+    if "flash-kmeans" in others:
+        runs["flash-kmeans iteration"] = flash_kmeans_iteration(x, c)
+    for name in ("index_add", "flash-kmeans iteration"):
+        if device == "cuda" and name in runs:
+            runs[name]()  # compiles
+            if (ms := time_ms(runs[name], device)) > 200:
+                times[name] = {"best_ms": round(ms, 4)}
+    for name in times:  # measured already
+        del runs[name]
     runs |= {name: run for name, (run, _) in limits.items()}
     # Where memory binds, a neighbour on it is felt most, and least often in the best of many turns.
-    turns = 10 if k <= 64 and x.nbytes > 2**29 else 3
+    turns = 10 if device == "cpu" and k <= 64 and x.nbytes > 2**29 else 3
     times |= compare(runs, device, seconds=seconds, at_least=turns, warm_up=device == "cuda")
     rate = {name: 1e3 * work / times.pop(name)["best_ms"] for name, (_, work) in limits.items()}
     read = max(rate["read, sum"], rate["read, amax"])
     flops, nbytes = 2.0 * n * k * dim, x.nbytes + c.nbytes
     ours, with_stats = times["ours"]["best_ms"], times["ours, stats"]["best_ms"]
     fastest = min(times[name]["best_ms"] for name in others)
+    updates = [fastest + times["index_add"]["best_ms"]]
+    if "flash-kmeans iteration" in times:
+        updates.append(times["flash-kmeans iteration"]["best_ms"])
     row = {
         "n": n,
         "k": k,
@@ -192,7 +222,7 @@ def measure(
         "ratio": round(fastest / ours, 3),
         "gflop": flops / 1e9,
         "gbyte": nbytes / 1e9,
-        "fused_stats": round((fastest + times["index_add"]["best_ms"]) / with_stats, 3),
+        "fused_stats": round(min(updates) / with_stats, 3),
         "sgemm_gflops": round(rate["sgemm"], 1),
         "read_gb_per_s": round(read, 2),
         "peak_mib": memory,
@@ -322,8 +352,13 @@ def run(device: str, quick: bool) -> dict[str, Any]:
             for dim in DIMS:
                 # 1 GB of x where bandwidth may bind, else 25 GFLOP and rows that pay for packing
                 n = (1 << 28) // dim if k <= 16 else max(3072, int(2.5e10 / (2 * k * dim)))
-                n = min(n, 1000) if quick else n * (8 if device == "cuda" else 1)
-                rows.append(measure(n, k, dim, device, limits, 0.2 if quick else 5.0))
+                if device == "cuda":
+                    n = min((1 << 32) // dim, int(2e13 / (2 * k * dim)))
+                seconds = 0.5 if device == "cuda" else 5.0
+                n, seconds = (min(n, 1000), 0.2) if quick else (n, seconds)
+                rows.append(measure(n, k, dim, device, limits, seconds))
+                if device == "cuda":
+                    torch.cuda.empty_cache()
     limits_found = add_shares(rows)
     clusterings = []
     if device == "cpu":

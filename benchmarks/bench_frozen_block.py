@@ -140,7 +140,7 @@ def main() -> None:
         shapes = [(2048, 128)] if args.quick else [(8192, 128), (2048, 1024)]
     else:
         shapes = [(8192, 4096)]
-    seconds = 0.5 if args.quick else 3.0
+    seconds = 0.5 if args.quick or args.device == "cuda" else 3.0
     print(json.dumps(run(args.device, shapes, seconds, args.compile)))
 
 

@@ -129,7 +129,7 @@ def main() -> None:
         shapes = [(2048, 128, 2048), (512, 512, 32000), (2048, 512, 32000), (1024, 512, 128256)]
     else:
         shapes = [(2048, 4096, 32000), (8192, 4096, 32000), (8192, 4096, 128256)]
-    print(json.dumps(run(args.device, shapes, 0.5 if args.quick else 4.0)))
+    print(json.dumps(run(args.device, shapes, 0.5 if args.quick or args.device == "cuda" else 4.0)))
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def main() -> None:
     apply_arguments(args)
     rows = [1, 8, 64, 512, 1024, 4096] if args.device == "cpu" else [1, 64, 512, 2048, 8192]
     rows = args.rows or ([1, 64, 512] if args.quick else rows)
-    seconds = 0.5 if args.quick else 2.0
+    seconds = 0.5 if args.quick else 0.2 if args.device == "cuda" else 2.0
     print(json.dumps(run(args.device, rows, [1024] if args.quick else [1024, 4096], seconds)))
 
 

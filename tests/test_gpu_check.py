@@ -74,23 +74,25 @@ def test_all_stages_run_and_benchmarks_are_collected(
         "tests/test_one.py": "import pytest\n@pytest.mark.gpu\ndef test_one(): assert False\n",
         "benchmarks/bench_good.py": "print('table'); print('{\"gbps\": 3.5}')",
         "benchmarks/bench_no_json.py": "print('table')",
-        "benchmarks/bench_cpu.py": "import argparse; argparse.ArgumentParser().parse_args()",
+        "benchmarks/bench_of_the_cpu.py": "raise SystemExit('is not run')",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    names = ("bench_good", "bench_no_json", "bench_not_asked")
+    monkeypatch.setattr(gpu_check, "BENCHMARKS", dict.fromkeys(names, 30))
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
     log = io.StringIO()
-    runner = gpu_check.Runner(120, log)
+    only = ("build", "tests", "memcheck", "racecheck", "bench_good", "bench_no_json")
+    runner = gpu_check.Runner(120, log, only)
     assert gpu_check.check(runner, "9.0") == {"bench_good": {"gbps": 3.5}}
     assert {name: stage["status"] for name, stage in runner.stages.items()} == {
         "build": "passed",
         "tests": "failed",  # and did not stop the rest
         "memcheck": "skipped",
         "racecheck": "skipped",
-        "bench_cpu": "skipped",
         "bench_good": "passed",
         "bench_no_json": "failed",
     }

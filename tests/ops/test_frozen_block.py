@@ -112,6 +112,19 @@ def test_rotate_is_strided_and_exact(rows, heads, dim, dtype, impl):
     judged(run, [torch.randn(rows, heads + 2, dim).to(dtype)], impl)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_on_gpu(dtype):
+    with torch.device("cuda"):
+        for joined in (False, True):
+            test_rms_norm(300, 4096, joined, dtype, "triton")
+            test_rms_norm(5, 1031, joined, dtype, "triton")
+        for act in frozen_block.ACTIVATIONS:
+            test_gated((70, 11008), act, dtype, "triton")
+        test_rotate_is_strided_and_exact(300, 32, 128, dtype, "triton")
+        test_rotate_is_strided_and_exact(4, 9, 80, dtype, "triton")
+
+
 def test_rotate_back_undoes_a_turn():
     angle = torch.randn(7, 8)
     cosine, sine = torch.cat([angle.cos()] * 2, 1), torch.cat([angle.sin()] * 2, 1)

@@ -174,15 +174,27 @@ def test_opcheck(impl, nested):
         torch.library.opcheck(_nf4_dequantize, (*sizes, dtype, impl))
 
 
+GPU_SHAPES = [((1, 1), 64), ((5, 7), 32), ((129, 321), 64), ((1000, 4096), 4096)]
+
+
 @pytest.mark.gpu
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("impl", ["cuda", "triton"])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gpu_has_the_bits_of_the_cpu(dtype, nested, impl):
-    for shape, blocksize in [((1, 1), 64), ((5, 7), 32), ((129, 321), 64), ((1000, 4096), 4096)]:
+    for shape, blocksize in GPU_SHAPES:
         weight = make(shape, nested, blocksize)
         got = ops.nf4_dequantize(weight.to("cuda"), dtype=dtype, impl=impl)
         assert torch.equal(got.cpu(), reference(weight, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_linear_equals_fp64(dtype, impl):
+    for shape, blocksize in GPU_SHAPES:
+        weight = make(shape, True, blocksize)
         x, grad = torch.randn(9, shape[1]).to(dtype), torch.randn(9, shape[0]).to(dtype)
         dense, bias = reference(weight, dtype), torch.randn(shape[0]).to(dtype)
         leaf = x.cuda().requires_grad_()
