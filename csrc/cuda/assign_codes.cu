@@ -10,7 +10,7 @@
 //
 // Partials are added in rank order by every block alike, so no block can disagree, nothing is
 // atomic, and results repeat bitwise. Each cluster's sums go to global memory once, at the end.
-// Clusters need sm_90; elsewhere one block must hold all columns.
+// Clusters need sm_90 and code built for it; elsewhere one block must hold all columns.
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float* sums = words + p.size * slab;
     float* tile = sums + p.size * slab;          // [kTileRows, slab]
     float* scores = tile + kTileRows * slab;     // [kTileRows, kCodes]
-    float* norms = scores + kTileRows * kCodes;  // [2, kTileRows], |x|^2; then 1 / |x|
+    float* norms = scores + kTileRows * kCodes;  // [2, kTileRows], |x|^2; then |x|
     float* distances = norms + 2 * kTileRows;    // [kTileRows, 2]
     int* best = reinterpret_cast<int*>(distances + 2 * kTileRows);  // [kTileRows, 2]
     int* counts = best + 2 * kTileRows;                             // [kCodes]
@@ -147,12 +147,11 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
             sync();
             if (threadIdx.x < kTileRows) {
-                norms[kTileRows + threadIdx.x] =
-                    1.0f / fmaxf(sqrtf(total(norms + threadIdx.x)), 1e-12f);
+                norms[kTileRows + threadIdx.x] = fmaxf(sqrtf(total(norms + threadIdx.x)), 1e-12f);
             }
             sync();
             for (int r = warp; r < kTileRows; r += kWarps) {
-                for (int d = lane; d < slab; d += 32) tile[r * slab + d] *= norms[kTileRows + r];
+                for (int d = lane; d < slab; d += 32) tile[r * slab + d] /= norms[kTileRows + r];
             }
             __syncthreads();
         }
@@ -307,7 +306,10 @@ AssignCodesPlan assign_codes_plan(int64_t rows, int dim, int size, int device) {
         cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     USERIP_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     USERIP_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    for (int cluster = 1; cluster <= (major >= 9 ? kMaxCluster : 1); cluster *= 2) {
+    cudaFuncAttributes built;  // code for older chips, compiled by the driver, has no clusters
+    USERIP_CUDA_CHECK(cudaFuncGetAttributes(&built, assign_codes_kernel<float, 16, true>));
+    const int most = major >= 9 && built.ptxVersion >= 90 ? kMaxCluster : 1;
+    for (int cluster = 1; cluster <= most; cluster *= 2) {
         const int slab = slab_columns(dim, cluster);
         const int64_t bytes =
             size <= 16 ? Layout<16>::bytes(size, slab) : Layout<32>::bytes(size, slab);
