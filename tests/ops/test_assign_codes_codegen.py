@@ -15,9 +15,10 @@ from codegen import ROOT, SHARED_LIMIT, compile_kernel, print_reports, run_isola
 ARCHES = (80, 86, 89, 90)
 RANK = {
     "half_norm_ptr": "*fp32",
-    "scale_ptr": "*fp32",
+    "norm_ptr": "*fp32",
     "first_ptr": "*i64",
     "ids_ptr": "*i32",
+    "scores_ptr": "*fp32",
     "N": "i32",
     "D": "i32",
     "stride_xj": "i64",
@@ -44,6 +45,7 @@ def main(arch):
                 "NORMALIZE": False,
                 "TMA": tma,
                 "PRECISION": precision,
+                "SLICES": 4,
                 "BLOCK_N": block[0],
                 "BLOCK_K": block[1],
                 "BLOCK_D": block[2],
@@ -57,36 +59,97 @@ def main(arch):
 
     reports = [rank(k.POINTER, "bf16", False, "ieee"), rank(k.TF32, "fp32", False, "tf32x3")]
     if arch >= 90:
-        reports.append(rank(k.TMA, "bf16", True, "ieee"))
-    common = {"x_ptr": "*bf16", "scale_ptr": "*fp32", "N": "i32", "K": "i32", "D": "i32"}
-    strides = {"stride_xj": "i64", "stride_xn": "i64", "stride_xd": "i32"}
-    reports.append(
-        compile_kernel(
-            k._decide_kernel,
-            common
-            | strides
-            | {
-                "words_ptr": "*fp32",
-                "first_ptr": "*i64",
-                "pair_ptr": "*i32",
-                "ids_ptr": "*i64",
-                "near_ptr": "*fp32",
-                "far_ptr": "*fp32",
-            },
-            {"NORMALIZE": True, "HAS_FAR": True, "BLOCK_N": 8, "BLOCK_D": 512, "stride_xd": 1},
+        reports += [rank(config, "bf16", True, "ieee") for _, config in k.TMA]
+
+    def few(codes, parts, config, whole):
+        operands = {
+            "x": f"tensordesc<bf16[{config.block_n}, {config.block_d}]>",
+            "words": f"tensordesc<bf16[{config.block_k}, {config.block_d}]>",
+        }
+        rest = {"half_norm_ptr": "*fp32", "ids_ptr": "*i64", "near_ptr": "*fp32"}
+        rest |= {"other_ptr": "*i32", "sums_ptr": "*fp32", "counts_ptr": "*i64"}
+        rest |= {"N": "i32", "K": "i32", "D": "i32", "stride_xn": "i64"}
+        constants = {"SUMS": whole, "TMA": True, "PRECISION": "ieee", "PARTS": parts}
+        constants |= {"CLOSE": k.CLOSE, "SMALL": k.SMALL, "WHOLE": whole, "stride_xd": 1}
+        constants |= {f"BLOCK_{n}": getattr(config, f"block_{n.lower()}") for n in "NKD"}
+        return compile_kernel(
+            k._few_kernel,
+            operands | rest,
+            constants,
             arch,
-            aligned=("D", "stride_xj", "stride_xn"),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            aligned=("D", "stride_xn"),
         )
+
+    reports += (
+        []
+        if arch < 90
+        else [
+            few(codes, parts, *k.few_config(codes, dim, parts))
+            for codes in (16, 32, k.FEW)
+            for dim in (k.WHOLE, 4096)
+            for parts in (1, 3)
+        ]
     )
+    common = {"x_ptr": "*bf16", "N": "i32", "K": "i32", "D": "i32"}
+    norm = {"norm_ptr": "*fp32"}
+    strides = {"stride_xj": "i64", "stride_xn": "i64", "stride_xd": "i32"}
+    decided = {
+        "words_ptr": "*fp32",
+        "half_norm_ptr": "*fp32",
+        "close_ptr": "*fp32",
+        "first_ptr": "*i64",
+        "pair_ptr": "*i32",
+        "scores_ptr": "*fp32",
+        "ids_ptr": "*i64",
+        "near_ptr": "*fp32",
+        "far_ptr": "*fp32",
+    }
+    for normalize, block_n in ((False, 8), (True, 4)):
+        constants = {"NORMALIZE": normalize, "HAS_FAR": True, "SLICES": 4}
+        reports.append(
+            compile_kernel(
+                k._decide_kernel,
+                common | norm | strides | decided,
+                constants | {"BLOCK_N": block_n, "BLOCK_D": 256, "stride_xd": 1},
+                arch,
+                aligned=("D", "stride_xj", "stride_xn"),
+            )
+        )
+    redone = {"words_ptr": "*fp32", "other_ptr": "*i32", "ids_ptr": "*i64", "near_ptr": "*fp32"}
     reports.append(
         compile_kernel(
-            k._sum_kernel,
-            common | strides | {"order_ptr": "*i64", "start_ptr": "*i64", "out_ptr": "*fp32"},
-            {"NORMALIZE": True, "SHARES": 4, "BLOCK_N": 16, "BLOCK_D": 512, "stride_xd": 1},
+            k._redo_kernel,
+            common | strides | redone | {"changed_ptr": "*i32"},
+            {"SPAN": 256, "BLOCK_N": 8, "BLOCK_D": 256, "stride_xd": 1},
             arch,
             aligned=("D", "stride_xn"),
         )
     )
+    pointers = {name: "*i64" for name in ("order_ptr", "start_ptr", "first_piece_ptr", "code_ptr")}
+    reports.append(
+        compile_kernel(
+            k._sum_kernel,
+            common | norm | strides | pointers | {"out_ptr": "*fp32"},
+            {"NORMALIZE": True, "PIECE": k.PIECE, "BLOCK_N": 32, "BLOCK_D": 256, "stride_xd": 1},
+            arch,
+            aligned=("D", "stride_xn"),
+        )
+    )
+    outputs = {"ids_ptr": "*i64", "sums_ptr": "*fp32", "counts_ptr": "*i64", "share_rows": "i32"}
+    reports += [
+        compile_kernel(
+            k._onehot_sum_kernel,
+            common | strides | outputs,
+            {"CHAIN": 1024, "BLOCK_K": codes, "BLOCK_N": 64, "BLOCK_D": width, "stride_xd": 1},
+            arch,
+            num_warps=4,
+            num_stages=3,
+            aligned=("D", "stride_xn"),
+        )
+        for codes, width in ((16, 128), (32, 128), (k.FEW, 64))
+    ]
     print_reports(reports)
 
 
@@ -105,9 +168,9 @@ def test_no_spills_and_tensor_cores_everywhere():
             assert rank.counts["LDGSTS"] > 0  # asynchronous copies
         else:
             assert rank.counts["HGMMA"] > 0
-            assert rest[0].counts["HGMMA"] > 0
-            assert rest[0].counts["HMMA"] == 0
-            assert rest[0].counts["UTMALDG"] > 0
+            for by_tma in rest[:16]:
+                assert by_tma.counts["HGMMA"] > 0
+                assert by_tma.counts["UTMALDG"] > 0
 
 
 def test_the_cuda_half_compiles_without_spills(tmp_path):

@@ -21,18 +21,18 @@ def _small_tiles(monkeypatch):
 
 
 @pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(("tma", "slices"), [(False, None), (True, None), (False, 3)])
 @pytest.mark.parametrize(
     ("rows", "k", "dim"),
-    [(1, 1, 4), (32, 32, 32), (33, 31, 36), (3, 65, 68), (2, 33, 516)],
+    [(1, 1, 4), (32, 32, 32), (33, 31, 36), (3, 65, 68), (2, 33, 516), (40, 200, 8)],
 )
-def test_nearest_across_tiles(rows, k, dim, tma):
+def test_nearest_across_tiles(rows, k, dim, tma, slices):
     x, c = torch.randn(2, rows, dim), torch.randn(k + 3, dim)
     active = torch.rand(k + 3) < 0.8
     active[0] = active[k] = True
     for normalize in (False, True):
         args = (x, c, [k, 3], active, normalize, True, True)
-        got = kernel.assign_codes(*args, tma=tma)
+        got = kernel.assign_codes(*args, tma=tma, slices=slices)
         want = assign_codes_reference(*args)
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[3], want[3])
@@ -58,11 +58,38 @@ def test_more_semantics():
     shared.test_norms_far_from_one(1e17, "triton")
 
 
-def test_sums_in_shares():
-    x, c = torch.randn(150, 5), torch.randn(2, 5)
+@pytest.mark.parametrize(
+    ("tma", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.float16)]
+)
+@pytest.mark.parametrize(
+    ("rows", "k", "dim"),
+    [(1, 1, 4), (16, 16, 32), (37, 31, 36), (100, 3, 256), (33, 64, 260), (50, 17, 516)],
+)
+def test_few_codes_in_one_read(rows, k, dim, tma, dtype):
+    """Codewords twice, or at x, where the distance has to be formed directly; in three parts."""
+    x, c = torch.randn(1, rows, dim).to(dtype), torch.randn(k, dim)
+    active = torch.rand(k) < 0.8
+    active[k - 1] = True
+    for words in (c, torch.cat([c, c])[torch.randperm(2 * k)][:k], x[0, torch.arange(k) % rows]):
+        for mask in (None, active):
+            args = (x, words, [k], mask, False, False, True)
+            got = kernel.assign_codes(*args, tma=tma, few=True)
+            want = assign_codes_reference(*args)
+            assert torch.equal(got[0], want[0])
+            assert torch.equal(got[3], want[3])
+            torch.testing.assert_close(got[1:], want[1:])
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "dtype"),
+    [(700, 5, torch.float32), (2500, 130, torch.float16)],  # in pieces; by one-hot rows, in shares
+)
+def test_sums_of_many_rows(rows, dim, dtype):
+    x, c = torch.randn(rows, dim).to(dtype), torch.randn(2, dim)
     ids, _, counts, sums = assign_codes_with_stats(x, c, impl="triton")
     assert torch.equal(counts, torch.bincount(ids, minlength=2))
-    torch.testing.assert_close(sums, torch.zeros(2, 5).index_add(0, ids, x))
+    want = torch.zeros(2, dim).index_add(0, ids, x.float())
+    torch.testing.assert_close(sums, want, rtol=1e-5, atol=1e-4)
     again = assign_codes_with_stats(x, c, impl="triton")[3]
     assert torch.equal(sums, again)
 
@@ -96,9 +123,51 @@ def test_on_gpu_repeats_bitwise_and_ignores_neighbours():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("k", [1, 2, 15, 16, 17, 64])
+@pytest.mark.parametrize("dim", [8, 72, 256, 1000, 4096])
+def test_few_codes_on_gpu(dim, k):
+    for rows in (1, 63, 64, 65, 5000):
+        x, c = torch.randn(rows, dim, device="cuda").bfloat16(), torch.randn(k, dim, device="cuda")
+        for words in (c, c.bfloat16()):
+            shared.check(x, words, "triton")
+    active = torch.rand(k, device="cuda") < 0.5
+    active[k - 1] = True
+    shared.check(x, c, "triton", active=active)
+    near = torch.cat([c, c])[torch.randint(2 * k, (3000,), device="cuda")].bfloat16()
+    shared.check(near, torch.cat([c, c])[:k], "triton")
+    wide = torch.randn(300, dim + 16, device="cuda").bfloat16()
+    for first in (0, 8, 3):  # the last is not aligned
+        shared.check(wide[1:, first : first + dim], c, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dim", [256, 1032])
+def test_few_codes_on_gpu_repeat_bitwise(dim):
+    x, c = torch.randn(70_000, dim, device="cuda").bfloat16(), torch.randn(16, dim, device="cuda")
+    first = assign_codes_with_stats(x, c, impl="triton")
+    for _ in range(10):
+        again = assign_codes_with_stats(x, c, impl="triton")
+        torch.testing.assert_close(again, first, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [2, 40])
+def test_sums_of_many_rows_on_gpu_stay_accurate(k):
+    x = (torch.rand(2_000_000, 64, device="cuda") + 1).bfloat16()  # one sign: truncation drifts
+    c = torch.full((k, 64), 100.0, device="cuda")
+    c[k - 1] = 1.5
+    counts, sums = assign_codes_with_stats(x, c, impl="triton")[2:]
+    assert int(counts[k - 1]) == len(x)
+    torch.testing.assert_close(sums[k - 1].double(), x.double().sum(0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [10, 100])
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf"), 3e38])
-def test_on_gpu_rows_that_are_not_finite_are_refused(bad):
-    x, c = torch.randn(60, 30, device="cuda"), torch.randn(100, 30, device="cuda")
+def test_on_gpu_rows_that_are_not_finite_are_refused(bad, k, dtype):
+    x, c = (torch.randn(n, 32, device="cuda").to(dtype) for n in (60, k))
     x[41, 17] = bad
     with pytest.raises(ValueError, match=r"x\[0, 41\] holds NaN or Inf.*1 such rows"):
         assign_codes(x, c, impl="triton")

@@ -19,7 +19,7 @@ _TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of csrc/cpu/a
 def _isa() -> str:
     """The best instruction set of this processor; AVX-512 only where it is asked for.
 
-    The AVX-512 code is compiled but has not been run on such a processor yet.
+    The AVX-512 code is no faster on a Zen 4, and has not run on an Intel processor yet.
     """
     names: list[str] = _module().assign_codes_isas()
     wanted = os.environ.get("USERIP_FAST_AVX512") == "1"

@@ -106,9 +106,9 @@ def _implementation(impl: str, x: Tensor, sizes: Sequence[int]) -> Callable[...,
     from userip_fast.ops import _assign_codes_native as native
 
     candidates: dict[str, WhyNot] = {
-        "cuda": lambda: native.why_not_cuda(x, sizes),
         "cpu": lambda: _why_not_cpu(x),
         "triton": lambda: _why_not_triton(x),
+        "cuda": lambda: native.why_not_cuda(x, sizes),  # tensor cores make the one above faster
         "reference": lambda: None,
     }
     if x.device.type == "cpu":  # Triton's interpreter only where it is asked for
@@ -139,22 +139,31 @@ def _assign_codes(
     # In fp32 a norm too large becomes Inf and is refused too; fp64 would copy the codebook.
     wide = torch.promote_types(codewords.dtype, torch.float32)
     sq_norm = torch.linalg.vector_norm(codewords, dim=1, dtype=wide).square()
-    if not bool((sq_norm <= _MAX_SQ_NORM).all()):
-        k = int((~(sq_norm <= _MAX_SQ_NORM)).nonzero()[0])
-        raise ValueError(
-            f"assign_codes: codeword {k} (counted over all books) holds NaN or Inf, or its squared "
-            f"norm {float(sq_norm[k])} is over {_MAX_SQ_NORM}; repair it or scale the data down"
-        )
+    good = (sq_norm <= _MAX_SQ_NORM).all()
+    if x.device.type == "cpu":
+        _refuse_codewords(sq_norm, good)
     run = _implementation(impl, x, sizes)  # in here, where torch.compile does not look
     out = run(x, codewords, sizes, active, normalize, need_second, need_stats)
     # One look at N ids, not a second read of x: kernels give -1 where the distance is not finite.
-    if bool((out[0] < 0).any()):
-        j, n = (out[0] < 0).nonzero()[0].tolist()
-        raise ValueError(
-            f"assign_codes: x[{j}, {n}] holds NaN or Inf, or its squared distance overflows "
-            f"float32 ({int((out[0] < 0).sum())} such rows); drop or repair them before quantising"
-        )
-    return out
+    finite = (out[0] >= 0).all()
+    if bool(good & finite):  # a device is waited for once
+        return out
+    _refuse_codewords(sq_norm, good)
+    j, n = (out[0] < 0).nonzero()[0].tolist()
+    raise ValueError(
+        f"assign_codes: x[{j}, {n}] holds NaN or Inf, or its squared distance overflows "
+        f"float32 ({int((out[0] < 0).sum())} such rows); drop or repair them before quantising"
+    )
+
+
+def _refuse_codewords(sq_norm: Tensor, good: Tensor) -> None:
+    if bool(good):
+        return
+    k = int((~(sq_norm <= _MAX_SQ_NORM)).nonzero()[0])
+    raise ValueError(
+        f"assign_codes: codeword {k} (counted over all books) holds NaN or Inf, or its squared "
+        f"norm {float(sq_norm[k])} is over {_MAX_SQ_NORM}; repair it or scale the data down"
+    )
 
 
 @_assign_codes.register_fake
