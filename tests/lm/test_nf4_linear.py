@@ -13,7 +13,7 @@ from userip_fast.lm.nf4 import NF4Linear, quantize_linears, replace_linear4bit
 bnb = pytest.importorskip("bitsandbytes", reason="the oracle is bitsandbytes' Linear4bit")
 
 
-def linear4bit(shape=(48, 80), nested=True, compute_dtype=None):
+def linear4bit(shape=(48, 128), nested=True, compute_dtype=None):
     module = bnb.nn.Linear4bit(
         shape[1],
         shape[0],
@@ -31,7 +31,7 @@ def linear4bit(shape=(48, 80), nested=True, compute_dtype=None):
 def test_same_output_and_gradient_as_linear4bit(dtype, compute_dtype, nested):
     module = linear4bit(nested=nested, compute_dtype=compute_dtype)
     ours = NF4Linear.from_linear4bit(module)
-    x = torch.randn(3, 5, 80, dtype=dtype)
+    x = torch.randn(3, 5, 128, dtype=dtype)
     results = []
     for m in (module, ours):
         leaf = x.clone().requires_grad_()
@@ -41,7 +41,7 @@ def test_same_output_and_gradient_as_linear4bit(dtype, compute_dtype, nested):
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype == dtype
         low = torch.bfloat16 in (dtype, compute_dtype)
-        # One rounding to bf16 apart, or fp32 sums of up to 80 terms in another order.
+        # One rounding to bf16 apart, or fp32 sums of up to 128 terms in another order.
         band = 2 * torch.finfo(torch.bfloat16).eps if low else 16 * torch.finfo(dtype).eps
         torch.testing.assert_close(a, b, rtol=0, atol=band * float(a.abs().max()))
 
@@ -50,9 +50,9 @@ def test_state_dict_round_trip_with_bitsandbytes_keys():
     module = linear4bit()
     ours = NF4Linear.from_linear4bit(module)
     assert ours.state_dict().keys() == module.state_dict().keys()
-    other = NF4Linear.from_linear(nn.Linear(80, 48))
+    other = NF4Linear.from_linear(nn.Linear(128, 48))
     other.load_state_dict(module.state_dict())
-    x = torch.randn(4, 80)
+    x = torch.randn(4, 128)
     assert torch.equal(other(x), ours(x))
 
 
@@ -72,8 +72,8 @@ def tiny(kind):
     if kind == "llama":
         config = LlamaConfig(
             vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
+            hidden_size=64,  # whole blocks a row: all that bitsandbytes' AVX-512 code (0.50) can do
+            intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -81,7 +81,7 @@ def tiny(kind):
         return LlamaForCausalLM(config).eval()
     config = GPT2Config(
         vocab_size=64,
-        n_embd=32,
+        n_embd=64,
         n_layer=2,
         n_head=4,
         n_positions=32,
@@ -131,7 +131,7 @@ def test_a_step_keeps_no_dense_weight_and_no_weight_gradient():
     assert quantize_linears(model) == 14
     stored = {b.data_ptr() for b in model.buffers()} | {p.data_ptr() for p in model.parameters()}
     saved = []
-    x = torch.randn(1, 9, 32, requires_grad=True)
+    x = torch.randn(1, 9, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model(inputs_embeds=x, use_cache=False).logits.logsumexp(-1).sum().backward()
     kept = [t for t in saved if t.data_ptr() not in stored]
@@ -146,7 +146,7 @@ def test_dense_linears_would_be_caught():
     model = tiny("llama").requires_grad_(False)
     shapes = {tuple(m.weight.shape) for n, m in model.named_modules() if "proj" in n}
     saved = []
-    x = torch.randn(1, 9, 32, requires_grad=True)
+    x = torch.randn(1, 9, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model(inputs_embeds=x, use_cache=False).logits.sum().backward()
     assert [t for t in saved if {tuple(t.shape), tuple(t.shape[::-1])} & shapes]

@@ -12,6 +12,7 @@ takes is decided in `userip_fast.lm.memory`.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from userip_fast.errors import UnsupportedError
 from userip_fast.lm.nf4 import NF4Linear, replace_linear4bit
 from userip_fast.nf4 import NF4Weight
-from userip_fast.ops.nf4_dequantize import nf4_dequantize_into
+from userip_fast.ops.nf4_dequantize import nf4_dequantize, nf4_dequantize_into
 
 
 def settle(model: nn.Module, mode: str, dtype: torch.dtype) -> None:
@@ -89,9 +90,16 @@ def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _bitsandbytes_weight(module: Any) -> Tensor:
     """FP4 too, which is not ours to decode."""
+    state = module.weight.quant_state
+    if state.quant_type == "nf4":
+        return nf4_dequantize(NF4Weight.from_bnb(module))
     import bitsandbytes.functional as bnb
 
-    return bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    # As one row: on CPUs with AVX-512 bitsandbytes (0.50) takes every row for whole blocks.
+    flat = copy.copy(state)
+    flat.shape = torch.Size([1, state.shape.numel()])
+    weight: Tensor = bnb.dequantize_4bit(module.weight.data, flat)
+    return weight.view(state.shape)
 
 
 def layer_of(name: str) -> str:
