@@ -61,7 +61,8 @@ def check(x, c, impl, metric="euclidean", active=None):
     for found in (distance, again[1]):
         assert_close_to_oracle(found, chosen, reference, name="sq_distance")
     # Few codes have a kernel of their own on sm_90, whose distance is formed otherwise.
-    if not (impl == "triton" and x.is_cuda and x.dtype == torch.bfloat16):
+    few = len(c) <= 64 and x.dtype == torch.bfloat16
+    if not (few and impl == "triton" and x.is_cuda):
         assert torch.equal(again[1], distance)
     others = d.scatter(1, ids[:, None], torch.inf).min(1).values
     assert bool((second >= distance).all())
