@@ -79,6 +79,20 @@ def test_nf4_runs_without_bitsandbytes_and_gives_the_same_bits(tmp_path, quantiz
         assert found == digest_of_a_load(folder, quantization)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(48, 80), (33, 64), (16, 32)])
+def test_dense_weights_of_bitsandbytes_where_rows_are_no_whole_blocks(kind, shape):
+    """Its AVX-512 code (0.50) decodes these wrongly row by row."""
+    bnb = pytest.importorskip("bitsandbytes")
+    linear = bnb.nn.Linear4bit(shape[1], shape[0], quant_type=kind, compress_statistics=False)
+    model = torch.nn.Sequential(linear.to("cpu"))
+    state, packed = linear.weight.quant_state, linear.weight.data.flatten()
+    codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[: state.shape.numel()].long()
+    scales = state.absmax.repeat_interleave(state.blocksize)[: len(codes)]
+    residency.make_resident(model, torch.float32)
+    assert torch.equal(model[0].weight.flatten(), state.code[codes] * scales)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_streamed_equals_resident_in_every_bit(family, recompute):

@@ -168,9 +168,11 @@ def test_no_spills_and_tensor_cores_everywhere():
             assert rank.counts["LDGSTS"] > 0  # asynchronous copies
         else:
             assert rank.counts["HGMMA"] > 0
-            for by_tma in rest[:16]:
-                assert by_tma.counts["HGMMA"] > 0
-                assert by_tma.counts["UTMALDG"] > 0
+            by_tma = rest[:16]  # the ranking kernel's four tiles, then those of few codes
+            assert all(r.counts["HGMMA"] > 0 and r.counts["UTMALDG"] > 0 for r in by_tma)
+            # Only the sums of few codes, in tiles of whole rows, have too few rows for wgmma.
+            slow = [i for i, r in enumerate(by_tma) if r.counts["HMMA"] > 0]
+            assert slow == [4, 5]
 
 
 def test_the_cuda_half_compiles_without_spills(tmp_path):
