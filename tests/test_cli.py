@@ -409,3 +409,18 @@ def test_an_interrupted_fit_leaves_nothing_behind(log, tmp_path):
         assert stderr.endswith("userip: interrupted; nothing half-written\n")
     left = [p.name for p in tmp_path.rglob("*") if p.is_file()]
     assert left == []
+
+
+def test_an_interrupt_while_text_is_executed_exits_with_130(tmp_path):
+    """As when a dataclass is being made in an import: `python -m` then dies of SIGINT by itself."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\n"
+        "import userip_fast.env\n"
+        "from userip_fast.cli import main\n"
+        "userip_fast.env.format_report = lambda: exec('raise KeyboardInterrupt')\n"
+        "sys.argv[1:] = ['env']\n"
+        "main()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    run = subprocess.run([sys.executable, "-m", "interrupted"], env=env, stderr=subprocess.PIPE)
+    assert run.returncode == 130, run.stderr

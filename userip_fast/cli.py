@@ -65,6 +65,10 @@ def main() -> None:
         app()
     except KeyboardInterrupt:  # before a command began
         sys.exit(130)
+    finally:
+        # Where one ever left an exec() of text (a dataclass being made, say), caught since or not,
+        # CPython forgets the exit code of `python -m` and dies of SIGINT. A new exec() clears that.
+        exec("")
 
 
 @app.callback(invoke_without_command=True)
