@@ -353,12 +353,15 @@ void run(const Isa& isa, Problem& p, const uint8_t* active, int64_t* counts, flo
         } else {
             const int64_t count = p.books[j].size * p.dim;
             const float* partial = item->sums;
-            parallel_for((count + 4095) / 4096, [&](int64_t i, int) {
-                for (int64_t c = i * 4096; c < std::min(count, i * 4096 + 4096); ++c) {
-                    double total = 0;
-                    for (int64_t s = 0; s < partials[j]; ++s) total += partial[s * count + c];
-                    out[c] = float(total);
+            constexpr int64_t kSlab = 1024;
+            parallel_for((count + kSlab - 1) / kSlab, [&](int64_t i, int) {
+                const int64_t begin = i * kSlab, width = std::min(kSlab, count - begin);
+                double total[kSlab] = {};
+                for (int64_t s = 0; s < partials[j]; ++s) {
+                    const float* part = partial + s * count + begin;
+                    for (int64_t c = 0; c < width; ++c) total[c] += part[c];
                 }
+                for (int64_t c = 0; c < width; ++c) out[begin + c] = float(total[c]);
             });
         }
         while (item != items.end() && item->book == j) ++item;

@@ -19,8 +19,10 @@ constexpr int64_t kChain = 128;       // distances are summed in chains of so ma
 constexpr int64_t kChunk = 32;        // columns between two looks at what to prefetch
 constexpr int64_t kFewPanels = 8;     // up to here x is read where it lies, panels pass from L2
 constexpr int64_t kStreamBytes = 256 << 10;  // of panels that stay in L2 while x streams by
-constexpr int64_t kAhead = 512;              // floats from here to what is prefetched
-constexpr int64_t kFewCodes = 4;  // up to here lanes go over columns: over codes most would idle
+constexpr int64_t kRunDim = 1024;    // rows of up to so many columns are prefetched as one run
+constexpr int64_t kRunAhead = 2048;  // floats from the rows at hand to what is prefetched of a run
+constexpr int64_t kRowAhead = 512;   // and from the column at hand in longer rows
+constexpr int64_t kFewCodes = 4;     // up to here lanes go over columns: over codes most would idle
 
 typedef float Vec __attribute__((vector_size(4 * USERIP_LANES)));
 typedef double WideVec __attribute__((vector_size(8 * USERIP_LANES)));
@@ -41,6 +43,15 @@ inline Mask lane_numbers() {
     Mask index;
     for (int i = 0; i < int(kLanes); ++i) index[i] = i;
     return index;
+}
+
+// The compiler would load `v` anew for every use: two loads a cycle would then be what binds.
+inline void keep_in_register(Vec& v) {
+#if defined(__x86_64__)
+    asm("" : "+x"(v));
+#else
+    (void)v;
+#endif
 }
 
 inline Vec greater(Vec a, Vec b) {
@@ -166,7 +177,8 @@ __attribute__((noinline)) void tile(const float* x, int64_t stride, const float*
     };
     const float* const end = panel + depth * kVecs * kLanes;
     while (panel < end) {
-        const float* const chain = kDirect ? std::min(end, panel + kChain * kVecs * kLanes) : end;
+        constexpr int64_t kSummed = (kDirect ? kChain : kBlockDepth) * kVecs * kLanes;
+        const float* const chain = std::min(end, panel + kSummed);
         while (panel < chain) {
             for (int line = 0; line < int(kChunk / 16) && prefetch.at != 0; ++line) {
 #pragma GCC unroll 16
@@ -383,24 +395,28 @@ struct Block {
     int64_t j, first, rows;
     bool stream;    // the codebook stays in L2 while x streams by, a group of whole rows at a time
     bool in_place;  // tiles read x itself, in whole groups
+    int64_t depth;  // most columns of a piece, in whole chains
     float scale[kBlockRows];
 
     const float* address(int64_t r) const {
         return static_cast<const float*>(p.x) + j * p.stride_book + (first + r) * p.stride_row;
     }
-    // While group g is at column d.
-    Prefetch prefetch(int64_t g, int64_t d) const {
+    bool one_run() const { return p.stride_row == p.dim && p.dim <= kRunDim; }
+    // While group g is at the `count` columns from d.
+    Prefetch prefetch(int64_t g, int64_t d, int64_t count) const {
         const auto here = reinterpret_cast<uintptr_t>(address(g * kGroup));
         const int64_t row = p.stride_row * sizeof(float), group = kGroup * row;
-        if (stream && p.stride_row == p.dim && p.dim <= 1024) {  // one run: in its order
-            return {here + group + d * kGroup * sizeof(float), 64, 64 * kGroup};
+        if (stream && one_run()) {  // in its order
+            return {here + group + (kRunAhead + d * kGroup) * sizeof(float), 64, 64 * kGroup};
         }
-        // The next group's columns, or those to come of these rows.
         if (!stream && (g + 1) * kGroup < rows) return {here + group + d * sizeof(float), row, 64};
-        const auto begin = stream ? here : reinterpret_cast<uintptr_t>(address(0));
-        const int64_t next = d + (stream ? kAhead : kBlockDepth);
-        const int64_t run = stream ? group : rows * row;
-        return {begin + next / p.dim * run + next % p.dim * sizeof(float), row, 64};
+        // Columns to come of these rows; after their last, the next rows' first.
+        const bool last = d + count == p.dim;
+        if (stream) {
+            return {here + (last ? group : (d + kRowAhead) * int64_t(sizeof(float))), row, 64};
+        }
+        const auto block = reinterpret_cast<uintptr_t>(address(last ? rows : 0));
+        return {block + (last ? 0 : d + count) * sizeof(float), row, 64};
     }
     // `slot` 0 or 1: both may be in use at a time.
     const float* whole_row(int64_t r, int slot = 0) const {
@@ -421,34 +437,38 @@ inline void score(const Block& b, int64_t first_panel, int64_t panels) {
     const int64_t row_step = kDirect ? panels * width : width;
     const int64_t panel_step = kDirect ? width : groups * kGroup * width;
     const int64_t stride = b.in_place ? p.stride_row : kBlockDepth;
-    const auto run = [&](int64_t g, int64_t q, int64_t d0, const Prefetch& prefetch) {
+    const auto run = [&](int64_t g, int64_t q, int64_t d0, int64_t count,
+                         const Prefetch& prefetch) {
         const float* x = b.in_place ? b.address(0) + d0 : b.scratch.piece.data();
         tile<kDirect, kVecs>(x + g * kGroup * stride, stride,
-                             b.book.panels + ((first_panel + q) * p.dim + d0) * width,
-                             std::min(kBlockDepth, p.dim - d0),
+                             b.book.panels + ((first_panel + q) * p.dim + d0) * width, count,
                              b.scratch.scores.data() + g * kGroup * row_step + q * panel_step,
                              row_step, d0 == 0, prefetch);
     };
-    // Rows stay in L1 while the few panels pass from L2.
-    const auto pass = [&](int64_t g, int64_t d0) {
+    // Few panels pass from L2.
+    const auto pass = [&](int64_t g, int64_t d0, int64_t count) {
         for (int64_t q = 0; q < panels; ++q) {
-            run(g, q, d0, b.in_place && q == 0 ? b.prefetch(g, d0) : Prefetch());
+            run(g, q, d0, count, b.in_place && q == 0 ? b.prefetch(g, d0, count) : Prefetch());
         }
     };
     if (b.stream && b.in_place) {
+        // In two pieces: the second asks for what the first of other rows cannot.
+        const int64_t turn =
+            b.one_run() ? 0 : std::max<int64_t>(0, p.dim - kRowAhead) / kBlockDepth * kBlockDepth;
         for (int64_t g = 0; g < groups; ++g) {
-            for (int64_t d0 = 0; d0 < p.dim; d0 += kBlockDepth) pass(g, d0);
+            if (turn > 0) pass(g, 0, turn);
+            pass(g, turn, p.dim - turn);
         }
         return;
     }
-    for (int64_t d0 = 0; d0 < p.dim; d0 += kBlockDepth) {
-        const int64_t depth = std::min(kBlockDepth, p.dim - d0);
+    for (int64_t d0 = 0; d0 < p.dim; d0 += b.depth) {
+        const int64_t count = std::min(b.depth, p.dim - d0);
         for (int64_t r = 0; r < b.rows && !b.in_place; ++r) {
-            load(p, b.j, b.first + r, d0, d0 + depth, b.scale[r],
+            load(p, b.j, b.first + r, d0, d0 + count, b.scale[r],
                  b.scratch.piece.data() + r * kBlockDepth);
         }
         if (b.book.num_panels <= kFewPanels) {
-            for (int64_t g = 0; g < groups; ++g) pass(g, d0);
+            for (int64_t g = 0; g < groups; ++g) pass(g, d0, count);
             continue;
         }
         for (int64_t q = 0; q < panels; ++q) {  // a panel stays in L1, the rows pass from L2
@@ -457,8 +477,8 @@ inline void score(const Block& b, int64_t first_panel, int64_t panels) {
                 b.book.panels + ((first_panel + q + 1) * p.dim + d0) * width);
             for (int64_t g = 0; g < groups; ++g) {
                 const bool ask = q + 1 < panels && g % 8 == 0;
-                run(g, q, d0,
-                    ask ? Prefetch{next + g / 8 * kGroup * 4 * depth, 64, 64 * kGroup}
+                run(g, q, d0, count,
+                    ask ? Prefetch{next + g / 8 * kGroup * 4 * count, 64, 64 * kGroup}
                         : Prefetch());
             }
         }
@@ -485,14 +505,17 @@ inline void pair_distances(const float* const* x, const float* const* c, int64_t
     Vec acc[2][kFewCodes] = {};
     int64_t d = 0;
     for (; d + kLanes <= dim; d += kLanes) {
+        // Into L2, far ahead. Every line twice, as half a line is read at a time (AVX2): where
+        // the queue is full a prefetch is dropped, and asking once was a third slower.
         if (prefetch.at != 0) {
-            __builtin_prefetch(reinterpret_cast<const void*>(prefetch.at));
-            __builtin_prefetch(reinterpret_cast<const void*>(prefetch.at + prefetch.row));
+            __builtin_prefetch(reinterpret_cast<const void*>(prefetch.at), 0, 2);
+            __builtin_prefetch(reinterpret_cast<const void*>(prefetch.at + prefetch.row), 0, 2);
             prefetch.at += prefetch.step;
         }
 #pragma GCC unroll 4
         for (int k = 0; k < kFewCodes; ++k) {
-            const Vec code = load_vec(c[k] + d);
+            Vec code = load_vec(c[k] + d);
+            keep_in_register(code);
 #pragma GCC unroll 2
             for (int r = 0; r < 2; ++r) {
                 const Vec e = load_vec(x[r] + d) - code;
@@ -501,6 +524,7 @@ inline void pair_distances(const float* const* x, const float* const* c, int64_t
         }
     }
     constexpr int kSums = 2 * kFewCodes;
+    float sums[std::max<int>(kSums, kLanes)];
 #pragma GCC unroll 2
     for (int first = 0; first < kSums; first += int(kLanes)) {
         Vec v[kLanes] = {};
@@ -508,15 +532,15 @@ inline void pair_distances(const float* const* x, const float* const* c, int64_t
         for (int i = 0; i < std::min<int>(kLanes, kSums - first); ++i) {
             v[i] = acc[(first + i) / kFewCodes][(first + i) % kFewCodes];
         }
-        const Vec sum = sum_each(v);
-#pragma GCC unroll 16
-        for (int i = 0; i < std::min<int>(kLanes, kSums - first); ++i) {
-            const int r = (first + i) / kFewCodes, k = (first + i) % kFewCodes;
-            float tail = 0;
-            for (int64_t t = d; t < dim; ++t) tail += (x[r][t] - c[k][t]) * (x[r][t] - c[k][t]);
-            out[r * stride + k] = sum[i] + tail;
+        store_vec(sums + first, sum_each(v));
+    }
+    for (int64_t t = d; t < dim; ++t) {
+        for (int i = 0; i < kSums; ++i) {
+            const float e = x[i / kFewCodes][t] - c[i % kFewCodes][t];
+            sums[i] += e * e;
         }
     }
+    for (int r = 0; r < 2; ++r) std::copy_n(sums + r * kFewCodes, kFewCodes, out + r * stride);
 }
 
 // Distances [rows, width of the one panel].
@@ -530,8 +554,8 @@ inline void few_distances(const Block& b) {
     for (int64_t r = 0; r < b.rows; r += 2) {
         const float* x[2] = {b.whole_row(r), b.whole_row(std::min(r + 1, b.rows - 1), 1)};
         Prefetch prefetch;
-        if (p.plain() && p.stride_row == p.dim && p.dim <= 1024) {  // in the order of memory
-            prefetch = {reinterpret_cast<uintptr_t>(x[0] + kAhead), vec, 2 * vec};
+        if (p.plain() && p.stride_row == p.dim) {  // in the order of memory
+            prefetch = {reinterpret_cast<uintptr_t>(x[0] + kRunAhead) + 2 * row, vec, 2 * vec};
         } else if (p.plain()) {  // the next two rows
             prefetch = {reinterpret_cast<uintptr_t>(x[0]) + 2 * row, row, vec};
         }
@@ -595,18 +619,22 @@ inline void assign_many(const Block& b) {
 void assign(const Problem& p, int64_t j, int64_t begin, int64_t end, Scratch& scratch,
             float* sums) {
     const Book& book = p.books[j];
-    const int64_t bytes = book.num_panels * book.width * p.dim * sizeof(float);
-    const bool stream = book.num_panels <= kFewPanels && bytes <= kStreamBytes;
     const bool few = book.num_panels <= kFewPanels;
+    // Of few panels that much stays in L2: the deeper a piece, the fewer begin and end.
+    const int64_t few_depth = kStreamBytes /
+                              (book.num_panels * book.width * int64_t(sizeof(float))) /
+                              kBlockDepth * kBlockDepth;
+    const bool stream = few && p.dim <= few_depth;
     const int64_t block_rows = few ? kFewRows : kBlockRows;
     scratch.scores.resize(block_rows * std::min(book.num_panels * book.width, kBlockCodes));
     scratch.piece.resize(block_rows * kBlockDepth);
     scratch.row.resize(p.plain() ? 0 : 2 * p.dim);
-    Block b{p, book, scratch, j, begin, 0, stream, false, {}};
+    Block b{p, book, scratch, j, begin, 0, stream, false, 0, {}};
     for (; b.first < end; b.first += b.rows) {
         b.rows = std::min(block_rows, end - b.first);
         if (b.rows > kGroup) b.rows -= b.rows % kGroup;  // the last few are a block of their own
-        b.in_place = p.plain() && book.num_panels <= kFewPanels && b.rows % kGroup == 0;
+        b.in_place = p.plain() && few && b.rows % kGroup == 0;
+        b.depth = b.in_place ? few_depth : kBlockDepth;
         for (int64_t r = 0; r < b.rows; ++r) {
             b.scale[r] = 1.0f;
             if (p.normalize) b.scale[r] = inverse_norm(b.whole_row(r), p.dim);

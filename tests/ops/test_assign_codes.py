@@ -376,6 +376,20 @@ def test_cpu_results_do_not_depend_on_threads_or_neighbours(k):
 
 
 @pytest.mark.skipif(_extension.why_not() is not None, reason=str(_extension.why_not()))
+@pytest.mark.parametrize("k", [3, 16, 40, 100])
+@pytest.mark.parametrize("dim", [700, 1100, 3000])
+def test_cpu_results_of_wide_rows_do_not_depend_on_how_they_are_read(k, dim):
+    """In place or copied, in one run of memory or not: pieces of columns end elsewhere."""
+    x, c = torch.randn(31, dim), torch.randn(k, dim)
+    together = assign_codes(x, c, impl="cpu")
+    apart = torch.full((31, dim + 24), float("nan"))[:, :dim].copy_(x)
+    torch.testing.assert_close(assign_codes(apart, c, impl="cpu"), together, rtol=0, atol=0)
+    one_by_one = [assign_codes(row[None], c, impl="cpu") for row in x]
+    joined = tuple(torch.cat(part) for part in zip(*one_by_one, strict=True))
+    torch.testing.assert_close(joined, together, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(_extension.why_not() is not None, reason=str(_extension.why_not()))
 @pytest.mark.parametrize("k", [2, 70])
 def test_cpu_sums_of_many_rows_stay_accurate(k):
     x = torch.rand(50_000, 16) + 1  # one sign: naive fp32 summation drifts
