@@ -12,7 +12,7 @@ Many codes:
 Few codes of bf16 vectors, sm_90:
 
 - `_few_kernel` reads x once: scores, and |x|^2 - 2 score for distances. A codeword is the sum of
-  three bf16 parts, or one where that is exact. Up to K = 16 and D = 256 it adds up the sums too.
+  three bf16 parts, or one where it is bf16. Up to K = 16 and D = 256 it adds up the sums too.
 - `_redo_kernel`: directly and in fp32 what that form of the distance cannot tell.
 
 Sums, added in a fixed order:
@@ -606,7 +606,11 @@ def assign_codes(
         begin = 0
         for j, size in enumerate(sizes):
             part = slice(begin, begin + size)
-            found = _few(x[j], words[part], half_norm[part], ids[j], near[j], need_stats, tma)
+            # By type, not value: a look at the codewords would be a wait for the device.
+            parts = 1 if codewords.dtype == x.dtype and not normalize else 3
+            found = _few(
+                x[j], words[part], half_norm[part], ids[j], near[j], need_stats, tma, parts
+            )
             if need_stats:
                 counts[part], sums[part] = found
             begin += size
@@ -692,22 +696,23 @@ def _few(
     near: Tensor,
     need_stats: bool,
     tma: bool,
+    parts: int,
 ) -> tuple[Tensor, Tensor]:
-    """Writes ids [N] and near [N] of one book of few codes; its counts and sums, or empty ones."""
+    """Writes ids [N] and near [N] of one book of few codes; its counts and sums, or empty ones.
+
+    The codewords are the sum of `parts` tensors of x's type.
+    """
     (rows, dim), size = x.shape, len(words)
     block_k = max(16, triton.next_power_of_2(size))
-    parts, rest = [], words
-    for _ in range(3):
-        parts.append(rest.to(x.dtype))
-        rest = rest - parts[-1].float()
-    if bool((parts[0] == words).all()):
-        parts = parts[:1]
-    stacked = torch.zeros((len(parts), block_k, dim), dtype=x.dtype, device=x.device)
-    stacked[:, :size] = torch.stack(parts)
+    stacked = torch.zeros((parts, block_k, dim), dtype=x.dtype, device=x.device)
+    rest = stacked[0, :size] = words
+    for i in range(1, parts):
+        rest = rest - stacked[i - 1, :size].float()
+        stacked[i, :size] = rest
     stacked = stacked.flatten(0, 1)
     padded = torch.full((block_k,), torch.inf, device=x.device)
     padded[:size] = half_norm
-    config, whole = few_config(block_k, dim, len(parts))
+    config, whole = few_config(block_k, dim, parts)
     if not x.is_cuda:  # the interpreter
         config = config._replace(block_n=16, block_d=config.block_d if whole else 32)
     programs = triton.cdiv(rows, config.block_n)
@@ -746,7 +751,7 @@ def _few(
         SUMS=kept > 0,
         TMA=tma,
         PRECISION="ieee" if x.element_size() == 2 else "tf32x3",
-        PARTS=len(parts),
+        PARTS=parts,
         WHOLE=whole,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
