@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -66,9 +67,10 @@ def main() -> None:
     except KeyboardInterrupt:  # before a command began
         sys.exit(130)
     finally:
-        # Where one ever left an exec() of text (a dataclass being made, say), caught since or not,
-        # CPython forgets the exit code of `python -m` and dies of SIGINT. A new exec() clears that.
-        exec("")
+        # CPython remembers that one left an exec() of text (an import that makes a dataclass), even
+        # if it was caught since, and `python -m` then dies of SIGINT, whatever its exit code. The
+        # next evaluation of text, which is how a namedtuple is made, clears that.
+        namedtuple("Cleared", ())
 
 
 @app.callback(invoke_without_command=True)
