@@ -507,11 +507,9 @@ inline void pair_distances(const float* const* x, const float* const* c, int64_t
     for (; d + kLanes <= dim; d += kLanes) {
         // Into L2, far ahead. Every line twice, as half a line is read at a time (AVX2): where
         // the queue is full a prefetch is dropped, and asking once was a third slower.
-        if (prefetch.at != 0) {
-            __builtin_prefetch(reinterpret_cast<const void*>(prefetch.at), 0, 2);
-            __builtin_prefetch(reinterpret_cast<const void*>(prefetch.at + prefetch.row), 0, 2);
-            prefetch.at += prefetch.step;
-        }
+        __builtin_prefetch(reinterpret_cast<const void*>(prefetch.at), 0, 2);
+        __builtin_prefetch(reinterpret_cast<const void*>(prefetch.at + prefetch.row), 0, 2);
+        prefetch.at += prefetch.step;
 #pragma GCC unroll 4
         for (int k = 0; k < kFewCodes; ++k) {
             Vec code = load_vec(c[k] + d);
@@ -553,8 +551,8 @@ inline void few_distances(const Block& b) {
     const int64_t vec = sizeof(Vec), width = b.book.width, row = p.stride_row * sizeof(float);
     for (int64_t r = 0; r < b.rows; r += 2) {
         const float* x[2] = {b.whole_row(r), b.whole_row(std::min(r + 1, b.rows - 1), 1)};
-        Prefetch prefetch;
-        if (p.plain() && p.stride_row == p.dim) {  // in the order of memory
+        Prefetch prefetch{reinterpret_cast<uintptr_t>(x[0]), 0, 0};  // of a copy: nothing new
+        if (p.plain() && p.stride_row == p.dim) {                    // in the order of memory
             prefetch = {reinterpret_cast<uintptr_t>(x[0] + kRunAhead) + 2 * row, vec, 2 * vec};
         } else if (p.plain()) {  // the next two rows
             prefetch = {reinterpret_cast<uintptr_t>(x[0]) + 2 * row, row, vec};

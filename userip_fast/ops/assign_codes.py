@@ -144,9 +144,9 @@ def _assign_codes(
         _refuse_codewords(sq_norm, good)
     run = _implementation(impl, x, sizes)  # in here, where torch.compile does not look
     out = run(x, codewords, sizes, active, normalize, need_second, need_stats)
-    # One look at N ids, not a second read of x: kernels give -1 where the distance is not finite.
-    finite = (out[0] >= 0).all()
-    if bool(good & finite):  # a device is waited for once
+    # One look at N distances, not a second read of x. NaN is the greatest.
+    largest = out[1].amax() if out[1].numel() else out[1].new_zeros(())
+    if bool(good & (largest < torch.inf)):  # a device is waited for once
         return out
     _refuse_codewords(sq_norm, good)
     j, n = (out[0] < 0).nonzero()[0].tolist()
