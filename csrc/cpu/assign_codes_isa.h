@@ -452,7 +452,7 @@ inline void score(const Block& b, int64_t first_panel, int64_t panels) {
         }
     };
     if (b.stream && b.in_place) {
-        // In two pieces: the second asks for what the first of other rows cannot.
+        // In two pieces: while its last columns pass, the first ones of other rows are asked for.
         const int64_t turn =
             b.one_run() ? 0 : std::max<int64_t>(0, p.dim - kRowAhead) / kBlockDepth * kBlockDepth;
         for (int64_t g = 0; g < groups; ++g) {
