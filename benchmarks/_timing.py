@@ -29,6 +29,22 @@ Run = Callable[[], Any]
 clock: Callable[[], float] = time.perf_counter  # on CPU
 
 
+def run_script(main: Callable[[], object]) -> None:
+    """Runs a script's own `main`, started over where the environment would hold peers back.
+
+    Raises:
+        RuntimeError: `main` is not of the script that runs: whoever imports it keeps the process.
+    """
+    if main.__module__ != "__main__":
+        raise RuntimeError("run_script is for scripts, under `__main__`; call main() instead")
+    # A workaround for old OpenBLAS on new processors; it slows NumPy's, SciPy's and FAISS's.
+    slow = {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"} & set(os.environ)
+    if slow:
+        environment = {k: v for k, v in os.environ.items() if k not in slow}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    main()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that all scripts have."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -38,17 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def apply_arguments(arguments: argparse.Namespace) -> None:
-    """Sets threads and clock; starts over where peers would be held back by the environment.
+    """Sets threads and clock.
 
     Raises:
         SystemExit: Processor time was asked for with several threads, of which it is the sum.
     """
     global clock
-    # A workaround for old OpenBLAS on new processors; it slows NumPy's, SciPy's and FAISS's.
-    slow = {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"} & set(os.environ)
-    if slow:
-        environment = {k: v for k, v in os.environ.items() if k not in slow}
-        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.clock == "cpu":

@@ -38,7 +38,7 @@ from typing import Any
 
 import pytest
 import torch
-from _timing import add_arguments, apply_arguments, compare, machine, peak_mib, time_ms
+from _timing import add_arguments, apply_arguments, compare, machine, peak_mib, run_script, time_ms
 
 from userip_fast import ops
 
@@ -435,4 +435,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

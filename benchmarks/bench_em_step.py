@@ -38,7 +38,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from _timing import add_arguments, apply_arguments, ceilings, compare, machine, peak_mib
+from _timing import add_arguments, apply_arguments, ceilings, compare, machine, peak_mib, run_script
 
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
 from userip_fast.lm.attention import register
@@ -466,4 +466,4 @@ def test_em_step(benchmark: Any, name: str) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    main()
+    run_script(main)

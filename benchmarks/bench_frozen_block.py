@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from _timing import add_arguments, apply_arguments, ceilings, compare, machine, peak_mib
+from _timing import add_arguments, apply_arguments, ceilings, compare, machine, peak_mib, run_script
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from userip_fast import ops
@@ -145,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

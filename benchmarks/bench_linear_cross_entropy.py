@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from _timing import add_arguments, apply_arguments, ceilings, compare, machine, peak_mib
+from _timing import add_arguments, apply_arguments, ceilings, compare, machine, peak_mib, run_script
 
 from userip_fast import ops
 
@@ -133,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

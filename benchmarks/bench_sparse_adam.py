@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from _timing import add_arguments, apply_arguments, ceilings, compare, machine, peak_mib
+from _timing import add_arguments, apply_arguments, ceilings, compare, machine, peak_mib, run_script
 
 from userip_fast import ops
 
@@ -144,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _timing import add_arguments, apply_arguments, machine
+from _timing import add_arguments, apply_arguments, machine, run_script
 from bench_em_step import CASES, Case, Rows, make_case, make_lm
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -185,4 +185,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +33,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def _process_state() -> dict[str, Any]:
+    """What belongs to the process, so that a change of it would decide other tests' results."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    # Set by pytest, and by libraries when they are first imported.
+    theirs = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "TRITON_", "KMP_")
+    environment = {f"${k}": v for k, v in os.environ.items() if not k.startswith(theirs)}
+    return {
+        "working folder": Path.cwd(),
+        "torch's number of threads": torch.get_num_threads(),
+        **{f"handler of {s.name}": signal.getsignal(s) for s in signals},
+        **environment,
+    }
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was() -> Iterator[None]:
+    """Names the test that changes the process for those after it."""
+    before = _process_state()
+    yield
+    after = _process_state()
+    if changed := sorted(k for k in before | after if before.get(k) != after.get(k)):
+        pytest.fail(f"left changed: {', '.join(changed)}; put it back, say by monkeypatch")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,94 @@
+"""A test run tells the truth: its summary is seen, and no test decides another's result."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SUMMARY = "=== 3 passed, 1 skipped in 2.10s (0:00:02) ==="
+
+
+def run(command: list[str], folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, **env}, capture_output=True, text=True, check=False
+    )
+
+
+def test_benchmarks_called_by_tests_leave_the_process_to_pytest() -> None:
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    done = run([*tests, "tests/test_profile_em_step.py"], ROOT, OPENBLAS_CORETYPE="Haswell")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed in" in done.stdout.splitlines()[-1]
+
+
+def test_only_a_script_itself_may_start_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from _timing import run_script
+
+    with pytest.raises(RuntimeError, match="call main"):
+        run_script(test_only_a_script_itself_may_start_over)
+
+
+def test_a_script_starts_over_without_what_holds_peers_back(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import os, sys\n"
+        "from _timing import run_script\n"
+        "def main(): print(sorted(k for k in os.environ if 'OPENBLAS' in k), sys.argv[1:])\n"
+        "run_script(main)\n"
+    )
+    path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])
+    command = [sys.executable, "script.py", "--quick"]
+    done = run(command, tmp_path, PYTHONPATH=path, OPENBLAS_CORETYPE="x", OPENBLAS_L2_SIZE="1")
+    assert done.stdout == "[] ['--quick']\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("os.chdir('/')", "working folder"),
+        ("os.environ['LEFT'] = '1'", "$LEFT"),
+        ("signal.signal(signal.SIGTERM, signal.SIG_IGN)", "handler of SIGTERM"),
+        ("torch.set_num_threads(torch.get_num_threads() + 1)", "torch's number of threads"),
+    ],
+)
+def test_what_a_test_leaves_changed_is_named(tmp_path: Path, change: str, named: str) -> None:
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    text = f"import os, signal, torch\ndef test_it(): {change}\n"
+    (tmp_path / "test_it.py").write_text(text)
+    done = run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "."], tmp_path)
+    assert done.returncode == 1
+    assert f"left changed: {named};" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "passes"),
+    [
+        (f"tests/a.py ....\n{SUMMARY}\n", 0, True),
+        ("\x1b[32m=== \x1b[1m7 passed\x1b[0m in 0.10s\x1b[0m ===\n", 0, True),
+        ("tests/a.py ....\n", 0, False),
+        ("", 0, False),
+        ("=== 1 failed, 2 passed in 2.10s ===\n", 1, False),
+    ],
+)
+def test_ci_believes_pytest_s_closing_line_alone(
+    tmp_path: Path, lines: str, code: int, passes: bool
+) -> None:
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "out").write_text(lines)
+    (tmp_path / "Makefile").write_text(f"test:\n\t@cat out; exit {code}\nlint:\n\t@true\n")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    done = run(["bash", ".ci/run"], tmp_path)
+    assert lines in done.stdout
+    assert (done.returncode == 0) is passes
+    assert ("== done" in done.stdout) is passes
+    if not passes and not code:
+        assert "closing line" in done.stderr
