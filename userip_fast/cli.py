@@ -348,13 +348,23 @@ def ctr(
     max_tokens: MaxTokens = None,
     protocol: Annotated[str, _panel(_EVAL, "new-users, cold or warm.")] = "new-users",
     first: Annotated[int, _panel(_EVAL, "new-users: events that give a profile.")] = 10,
-    seeds: Annotated[int, _panel(_EVAL, "Trainings of codes and recommenders.")] = 3,
-    label: Annotated[str | None, _panel(_EVAL, "'rating>=Q' (above the training median).")] = None,
-    attributes: Annotated[
-        str | None, _panel(_EVAL, "Item columns A,B (few values, or separated by |).")
+    seeds: Annotated[int, _panel(_EVAL, "Trainings of codes and recommenders.")] = 2,
+    label: Annotated[
+        str | None,
+        _panel(
+            _EVAL, "'rating>=Q' (above the training median), or 'chosen' against sampled items."
+        ),
     ] = None,
-    features: Annotated[str | None, _panel(_EVAL, "User features A,B,... (all).")] = None,
-    backbones: Annotated[str | None, _panel(_EVAL, "Of dcn,dcnv2,deepfm,autoint,lr (all).")] = None,
+    attributes: Annotated[
+        str | None, _panel(_EVAL, "Item columns A,B (those of text whose values recur).")
+    ] = None,
+    features: Annotated[
+        str | None, _panel(_EVAL, "User features A,B,... (all but random and paper).")
+    ] = None,
+    backbones: Annotated[
+        str | None,
+        _panel(_EVAL, "Of dcn,dcnv2,deepfm,autoint,lr,lightgbm (dcn,deepfm,lightgbm)."),
+    ] = None,
     rows_per_user: Annotated[int, _panel(_EVAL, "Rows of a user, at most.")] = 40,
     damage: Annotated[str, _panel(_EVAL, "To test histories: drop:P, noise:P or shuffle.")] = "",
     period: Annotated[
@@ -374,16 +384,24 @@ def ctr(
     rounds: Annotated[int | None, _panel(_RUN, "EM rounds, at most (1).")] = None,
     config: ConfigFile = None,
     set: Settings = None,
-    max_users: Annotated[int, _panel(_EVAL, "Users, in hash order.")] = 2000,
+    max_users: Annotated[
+        int | None, _panel(_EVAL, "Users on either side, at most, in hash order (all).")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure what the IDs add to recommenders, against baselines of equal capacity.
+    """Measure what the IDs add to recommenders, against what anyone would try without an LM.
 
-    Splits the log by the protocol, learns codes on the training side only, trains torch-rechub's
-    models with and without them, and writes AUC, log loss, intervals and paired tests to ctr.json.
-    Stopped, it goes on where it was.
+    Splits the users into those from whom profiles are learned, those whose rows train recommenders,
+    and new ones; trains torch-rechub's models and LightGBM with each feature, and writes AUC, log
+    loss, intervals and paired tests to ctr.json. Stopped, it goes on where it was.
     """
-    from userip_fast.ctr import BACKBONES, FEATURES, PROFILES, CTRConfig, evaluate_ctr
+    from userip_fast.ctr import (
+        DEFAULT_BACKBONES,
+        DEFAULT_FEATURES,
+        PROFILES,
+        CTRConfig,
+        evaluate_ctr,
+    )
     from userip_fast.flags import settings_of
 
     settings = settings_of(ctx.params, PROFILES)
@@ -392,8 +410,8 @@ def ctr(
         first=first,
         label=label,
         attributes=_names(attributes),
-        features=_names(features) or FEATURES,
-        backbones=_names(backbones) or BACKBONES,
+        features=_names(features) or DEFAULT_FEATURES,
+        backbones=_names(backbones) or DEFAULT_BACKBONES,
         seeds=seeds,
         max_users=max_users,
         rows_per_user=rows_per_user,

@@ -127,53 +127,41 @@ def confusion(name: str, counts: np.ndarray[Any, Any], traits: Sequence[str]) ->
     return svg(draw, 4.6, 0.6 + 0.34 * len(traits))
 
 
-def auc_bars(result: Mapping[str, Any], title: str) -> str:
-    """AUC of each feature and recommender with its interval, from a ctr.json."""
-    features = [f for f in result["settings"]["features"] if result["auc"][f] is not None]
-    backbones = result["settings"]["backbones"]
+def auc_dots(axes: Axes, result: Mapping[str, Any]) -> None:
+    """A dot with interval for each feature, the mean over its recommenders, sorted; `none` a line.
+
+    Args:
+        result: A ctr.json. Intervals are those of the recommenders, averaged.
+    """
+    points = []
+    for feature in result["settings"]["features"]:
+        if by := result["auc"][feature]:
+            mean = float(np.mean([v["mean"] for v in by.values()]))
+            low, high = np.mean([v["ci95"] for v in by.values()], axis=0)
+            points.append((mean, low, high, feature))
+    points.sort()
+    for y, (mean, low, high, feature) in enumerate(points):
+        ours = feature.startswith("ids") or feature in ("affinity", "all+ids")
+        color = ACCENT if ours else INK
+        axes.plot([low, high], [y, y], color=color, lw=1.6, alpha=0.55)
+        axes.plot(mean, y, "D" if ours else "o", color=color, ms=4.5)
+        if feature == "none":
+            axes.axvline(mean, color=INK, lw=0.8, ls="--")
+    floor = max(result["floor"].values())
+    axes.axvline(floor, color=INK, lw=0.8, ls=":", alpha=0.6)
+    axes.set_yticks(range(len(points)), [p[-1] for p in points], fontsize=8)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_xlabel("AUC (dashed: none; dotted: item alone)", fontsize=8)
+
+
+def ctr_dots(result: Mapping[str, Any], title: str) -> str:
+    """`auc_dots` as a picture of its own."""
 
     def draw(axes: Axes) -> None:
-        wide = 0.84 / len(features)
-        for i, f in enumerate(features):
-            by = [result["auc"][f][b] for b in backbones]
-            at = np.arange(len(backbones)) + (i - (len(features) - 1) / 2) * wide
-            mean = np.array([v["mean"] for v in by])
-            reach = np.abs(np.array([v["ci95"] for v in by]).T - mean)
-            color = ACCENT if f == "ids" else _SHADES[i % (len(_SHADES) - 1)]
-            axes.bar(at, mean, wide * 0.92, color=color, label=f)
-            axes.errorbar(at, mean, reach, fmt="none", ecolor=INK, elinewidth=1)
-        axes.set_xticks(range(len(backbones)), backbones)
-        low = min(v["ci95"][0] for f in features for v in result["auc"][f].values())
-        axes.set_ylim(bottom=min(0.5, low) - 0.01)
-        axes.set(ylabel="AUC, 95 % interval", title=title)
-        axes.legend(
-            fontsize=7.5, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1)
-        )
+        auc_dots(axes, result)
+        axes.set_title(title)
 
-    return svg(draw, 5.2, 3.4)
-
-
-def gains(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the IDs add over no feature and over the best cluster, by protocol: new, cold, warm."""
-    rows = []
-    for name, r in results.items():
-        for backbone, compared in r["paired"].items():
-            rows.append((f"{name}, {backbone}", compared))
-
-    def draw(axes: Axes) -> None:
-        for y, (_, compared) in enumerate(rows):
-            pairs = [("none", ACCENT, -0.14), (compared["best_cluster"], SECOND, 0.14)]
-            for other, color, shift in pairs:
-                if d := compared["against"].get(other):
-                    low, high = d["ci95"]
-                    axes.plot([low, high], [y + shift] * 2, color=color, lw=2)
-                    axes.plot(d["difference"], y + shift, "o", color=color, ms=4)
-        axes.axvline(0, color=INK, lw=0.8)
-        axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
-        axes.invert_yaxis()
-        axes.set(xlabel="AUC gained by the IDs", title="over no feature, over the best cluster")
-
-    return svg(draw, 5.2, 1.0 + 0.32 * len(rows))
+    return svg(draw, 5.2, 0.9 + 0.22 * len(result["settings"]["features"]))
 
 
 _PALETTE = (

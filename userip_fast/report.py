@@ -165,31 +165,37 @@ def _pictures(
 
 
 def _ctr(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """AUC of each evaluation, and cold against warm."""
+    """AUC of each evaluation, and what stands beside it."""
     if not results:
         return []
+    from userip_fast.ctr.codes import codes_in_words
+    from userip_fast.ctr.statistics import in_words
+
     body = ["<h2>recommenders with and without the IDs</h2>"]
     try:
         drawn = [
-            pictures.auc_bars(r, f"{name}: {r['protocol']}, {r['label']}")
+            pictures.ctr_dots(r, f"{name}: {r['protocol']}, {r['label']}")
             for name, r in results.items()
         ]
-        if any(r["paired"] for r in results.values()):
-            drawn.append(pictures.gains({f"{n} ({r['protocol']})": r for n, r in results.items()}))
         body.append(_grid_of("pictures", drawn))
     except ImportError:
         pass  # said above
     for name, r in results.items():
+        backbones = list(dict.fromkeys(b for by in r["auc"].values() if by for b in by))
         rows = []
         for feature in r["settings"]["features"]:
             by = r["auc"][feature]
             cells = (
                 ["n/a: " + r["reasons"][feature]]
                 if by is None
-                else [f"{v['mean']:.4f} ± {v['std']:.4f}" for v in by.values()]
+                else [in_words(by[b]) if b in by else "" for b in backbones]
             )
             rows.append([feature, *cells])
-        body += [f"<h3>{escape(name)}</h3>", _table(["AUC", *r["settings"]["backbones"]], rows)]
+        floor = ", ".join(f"{n.replace('_', ' ')} {x:.4f}" for n, x in r["floor"].items())
+        body += [f"<h3>{escape(name)}</h3>", _table(["AUC", *backbones], rows)]
+        notes = [f"Item alone: {floor}.", *r["warnings"]]
+        notes += [f"Codes, seed {s}: {codes_in_words(c)}." for s, c in r["codes"].items()]
+        body += [f'<p class="note">{escape(note)}</p>' for note in notes]
     return body
 
 

@@ -73,31 +73,47 @@ def print_choices(choices: Sequence[Choice]) -> None:
 
 
 def print_ctr(result: Mapping[str, Any]) -> None:
-    """AUC by feature and backbone, and how the IDs compare."""
+    """AUC by feature and backbone, what stands beside it, and how the IDs compare."""
+    from userip_fast.ctr.codes import codes_in_words
+    from userip_fast.ctr.statistics import in_words
+
     rows = result["rows"]
     first = f", first {result['first']}" if result["first"] else ""
+    backbones = dict.fromkeys(b for by in result["auc"].values() if by for b in by)
+    floor = ", ".join(f"{n.replace('_', ' ')} {x:.4f}" for n, x in result["floor"].items())
     table = Table(
         "AUC",
         title=f"{result['protocol']}{first}; {result['label']}; {rows['test']:,} test rows of "
-        f"{rows['test_users']:,} users, {len(result['settings']['backbones'])} recommenders, "
-        f"{result['settings']['seeds']} seeds",
+        f"{rows['test_users']:,} users; alone: {floor}",
     )
-    for backbone in result["settings"]["backbones"]:
+    for backbone in backbones:
         table.add_column(backbone, justify="right")
-    for feature, by in result["auc"].items():
+    for feature in result["settings"]["features"]:
+        by = result["auc"][feature]
         if by is None:
             table.add_row(feature, escape(result["reasons"][feature]))
         else:
-            table.add_row(feature, *(f"{v['mean']:.4f} ± {v['std']:.4f}" for v in by.values()))
+            table.add_row(feature, *(in_words(by[b]) if b in by else "" for b in backbones))
     _print(table)
+    if ranking := result["ranking"]:
+        for name, by in ranking.items():
+            print(
+                f"ranking by {name}: Recall@20 {by['recall20']:.4f}, NDCG@100 {by['ndcg100']:.4f}"
+            )
+    for seed, codes in result["codes"].items():
+        print(f"codes, seed {seed}: {codes_in_words(codes)}")
     for backbone, compared in result["paired"].items():
-        for feature in dict.fromkeys(("none", compared["best_cluster"])):
-            if d := compared["against"].get(feature):
-                low, high = d["ci95"]
-                print(
-                    f"{backbone}: ids - {feature} = {d['difference']:+.4f}  "
-                    f"95% [{low:+.4f}, {high:+.4f}]  p {d['p']:.3f}"
-                )
+        pairs = {f"ids - {f}": d for f, d in compared.get("against", {}).items()
+                 if f in ("none", compared["best_cluster"])}  # fmt: skip
+        pairs |= {name: d for name, d in compared.items() if " - " in name}
+        for name, d in pairs.items():
+            low, high = d["ci95"]
+            print(
+                f"{backbone}: {name} = {d['difference']:+.4f}  95% [{low:+.4f}, {high:+.4f}]  "
+                f"p {d['p']:.3f}"
+            )
+    for warning in result["warnings"]:
+        print(f"warning: {warning}")
 
 
 def print_cards(cards: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

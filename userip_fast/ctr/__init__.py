@@ -1,11 +1,24 @@
-"""Do the IDs help a recommender? Protocols without leaks, features of equal capacity, statistics.
+"""Do the IDs help a recommender? Protocols without leaks, the rivals a user would pick, statistics.
 
-Read in this order: `config` (settings), `protocols` (who is tested, and what a profile may know),
-`vectors` and `features` (what stands for a user), `backbones` (torch-rechub's models),
-`statistics`, `evaluate` (all of it together), `cells` (finished work on disk).
+Read in this order: `config` (settings), `protocols` (who teaches, trains and is tested, and what a
+profile may know), `numbers` (statistics and scores without an LM), `vectors`, `mixture` and
+`features` (codes), `inputs` (what a recommender is given), `backbones` (torch-rechub's models and
+LightGBM), `statistics`, `codes` and `ranking` (what is measured), `evaluate` (all of it together),
+`work` (how long it takes), `cells` (finished work on disk), `results` (many evaluations, a page).
 """
 
-from userip_fast.ctr.config import BACKBONES, CLUSTERS, FEATURES, PROFILES, CTRConfig
-from userip_fast.ctr.evaluate import evaluate_ctr
+from userip_fast.ctr.config import (
+    BACKBONES,
+    CLUSTERS,
+    DEFAULT_BACKBONES,
+    DEFAULT_FEATURES,
+    FEATURES,
+    PROFILES,
+    CTRConfig,
+)
+from userip_fast.ctr.evaluate import backbones_of, evaluate_ctr
 
-__all__ = ["BACKBONES", "CLUSTERS", "FEATURES", "PROFILES", "CTRConfig", "evaluate_ctr"]
+__all__ = [
+    "BACKBONES", "CLUSTERS", "DEFAULT_BACKBONES", "DEFAULT_FEATURES", "FEATURES", "PROFILES",
+    "CTRConfig", "backbones_of", "evaluate_ctr",
+]  # fmt: skip

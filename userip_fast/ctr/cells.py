@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -49,6 +49,10 @@ class Cells:
         with atomic_file(path) as tmp, tmp.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
         return arrays
+
+    def holds_all(self, keys: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether all cells are there."""
+        return self.folder is not None and all(self.path(k, ".npz").is_file() for k in keys)
 
     def path(self, key: Mapping[str, Any], suffix: str = "") -> Path:
         """Where a cell lies: its kind in words, then a digest of its key."""

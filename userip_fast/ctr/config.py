@@ -8,20 +8,32 @@ from typing import Any, Literal
 
 from userip_fast.config import Config, DataConfig, EMConfig
 from userip_fast.errors import ConfigError
+from userip_fast.prompts import TEMPLATES
 
 FEATURES = (
-    "none", "random", "kmeans_attributes", "kmeans_tfidf", "kmeans_states", "mf_clusters", "paper",
-    "ids",
+    "none", "random", "generosity", "kmeans_attributes", "kmeans_tfidf", "kmeans_states",
+    "mf_clusters", "mixture", "foldin", "history", "text", "paper", "ids", "ids_prob", "all",
+    "all+ids",
 )  # fmt: skip
-"""What stands for the user. All but `none` are J codes of the fields' sizes K_j."""
-CLUSTERS = ("kmeans_attributes", "kmeans_tfidf", "kmeans_states", "mf_clusters")
-"""Baselines without an LM profile, of equal capacity."""
-BACKBONES = ("dcn", "dcnv2", "deepfm", "autoint", "lr")
+"""What a recommender knows of the user, beside the statistics that `none` has as well."""
+DEFAULT_FEATURES = tuple(f for f in FEATURES if f not in ("random", "paper"))
+"""The published recipe costs a gradient descent per user: it is asked for."""
+CLUSTERS = (
+    "generosity", "kmeans_attributes", "kmeans_tfidf", "kmeans_states", "mf_clusters", "mixture",
+)  # fmt: skip
+"""Codes without an LM profile, of equal capacity."""
+HISTORY = "history"
+"""The one feature that has a backbone of its own, `DIN`: the profile's events themselves."""
+DIN = "din"
+BACKBONES = ("dcn", "dcnv2", "deepfm", "autoint", "lr", "lightgbm")
+DEFAULT_BACKBONES = ("dcn", "deepfm", "lightgbm")
+CHOSEN = "chosen"
 PROFILES = Config(
     data=DataConfig(behaviour_context="independent"),
     em=EMConfig(estep="posterior", start="behaviour", rounds=1, codeword_steps=1, gain=0.0),
+    fields=TEMPLATES["generic"][:1],
 )
-"""How profiles are inferred unless told otherwise: as measured in docs/results.md."""
+"""How profiles are inferred unless told otherwise: one field of 16 codes."""
 _DAMAGE = re.compile(r"(drop|noise):(0?\.\d+|1(?:\.0*)?)|shuffle")
 
 
@@ -33,21 +45,26 @@ class CTRConfig:
     first: int = 10
     """new-users: events that give the profile; later ones are rows."""
     label: str | None = None
-    """"rating>=Q"; None is above the median of the training ratings."""
+    """"rating>=Q", or "chosen": events against sampled items, ratings left unread. None is above
+    the median of the training ratings, or "chosen" without ratings."""
     attributes: tuple[str, ...] | None = None
-    """Item columns; None takes those of few values or with values separated by `|`."""
-    features: tuple[str, ...] = FEATURES
-    backbones: tuple[str, ...] = BACKBONES
-    seeds: int = 3
+    """Item columns; None takes those of text whose values recur among the items."""
+    features: tuple[str, ...] = DEFAULT_FEATURES
+    backbones: tuple[str, ...] = DEFAULT_BACKBONES
+    seeds: int = 2
     """Codes and recommenders are trained so often; the split and the LM stay the same."""
-    max_users: int = 2000
-    """Users, in hash order, on either side of the split taken together."""
+    max_users: int | None = None
+    """Teachers, and users with rows, at most, in hash order."""
     rows_per_user: int = 40
     """Events of a user that become rows, at most: the first ones after the profile."""
     negatives: int = 4
-    """Sampled rows per purchase of a log without ratings."""
+    """Sampled rows per choice, by popularity^0.75."""
     new_fraction: float = 0.3
     """Users that are new (new-users), or cut to their first events (cold)."""
+    rows_fraction: float = 0.3
+    """Further users with training rows; the rest are those from whom profiles are learned."""
+    folds: int = 5
+    """Of the users with training rows, for what is fitted on them too."""
     cold_rows: int = 5
     warm_rows: int = 20
     last_fraction: float = 0.2
@@ -58,12 +75,12 @@ class CTRConfig:
     """"earlier": profiles are learned on the earlier half of the log, rows are of the later."""
     split_seed: int = 0
     embed_dim: int = 8
-    batch: int = 512
+    batch: int = 1024
     epochs: int = 30
-    patience: int = 3
-    lr: float = 2e-3
+    patience: int = 2
+    lr: float = 3e-3
     weight_decay: float = 1e-5
-    bootstrap: int = 300
+    bootstrap: int = 200
     """Resamplings of the test users, for intervals and tests."""
 
     def __post_init__(self) -> None:
@@ -79,14 +96,21 @@ class CTRConfig:
             "first", "seeds", "max_users", "rows_per_user", "negatives", "cold_rows", "embed_dim",
             "batch", "epochs", "patience", "bootstrap",
         ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"ctr {name} must be at least 1, is {getattr(self, name)}")
-        for name in ("new_fraction", "last_fraction"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"ctr {name} must be at least 1, is {value}")
+        if self.folds < 2:
+            raise ConfigError(f"ctr folds must be at least 2, is {self.folds}")
+        for name in ("new_fraction", "rows_fraction", "last_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"ctr {name} must be in (0, 1), is {getattr(self, name)}")
+        if self.new_fraction + self.rows_fraction >= 1:
+            raise ConfigError(
+                "ctr new_fraction + rows_fraction must be below 1, so that users are left to learn "
+                f"profiles from; they are {self.new_fraction} + {self.rows_fraction}"
+            )
         if self.damage and not _DAMAGE.fullmatch(self.damage):
             raise ConfigError(f"ctr damage must be drop:P, noise:P or shuffle, is {self.damage!r}")
-        if self.label is not None:
+        if self.label not in (None, CHOSEN):
             threshold(self.label)
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,5 +121,7 @@ def threshold(label: str) -> float:
     """Q of "rating>=Q"."""
     found = re.fullmatch(r"\s*rating\s*>=\s*(-?\d+(?:\.\d+)?)\s*", label)
     if not found:
-        raise ConfigError(f"ctr label must be 'rating>=Q', for example 'rating>=4', is {label!r}")
+        raise ConfigError(
+            f"ctr label must be 'rating>=Q', for example 'rating>=4', or {CHOSEN!r}, is {label!r}"
+        )
     return float(found[1])

@@ -13,20 +13,28 @@ from numpy.typing import NDArray
 
 from userip_fast._version import __version__
 from userip_fast.config import Config
-from userip_fast.ctr.backbones import Column, build, train_and_predict
+from userip_fast.ctr.backbones import check_installed, train_and_predict
 from userip_fast.ctr.cells import Cells, data_digest
-from userip_fast.ctr.config import CLUSTERS, PROFILES, CTRConfig
+from userip_fast.ctr.codes import describe_codes
+from userip_fast.ctr.config import CLUSTERS, DIN, HISTORY, PROFILES, CTRConfig
 from userip_fast.ctr.features import ImpossibleError, Profiles
-from userip_fast.ctr.protocols import Rows, Task, make_task
+from userip_fast.ctr.inputs import PARTS, Input, Inputs, inputs_digest
+from userip_fast.ctr.protocols import MATCHED, REPEAT, Task, make_task
+from userip_fast.ctr.ranking import choice_scores, rank_choices
 from userip_fast.ctr.statistics import Bootstrap, auc, log_loss, paired
-from userip_fast.ctr.vectors import Attribute, item_attributes
+from userip_fast.ctr.work import Work
 from userip_fast.data import Interactions
 from userip_fast.errors import DataError
 from userip_fast.files import write_json
 from userip_fast.packing import Int64
-from userip_fast.progress import progress
 
 Scores = list[NDArray[np.float32]]
+_FLOOR = 0.005
+"""AUC that `none` may stay behind the better of item rate and popularity without a warning."""
+_AGAIN = 500
+"""Users whose codes are inferred once more, from other events."""
+_DECIDES = ("lr", "batch", "epochs", "patience", "embed_dim", "weight_decay")
+_LM_FEATURES = {"ids": "EM", "paper": "published recipe", "kmeans_states": "LM states"}
 
 
 def evaluate_ctr(
@@ -38,7 +46,7 @@ def evaluate_ctr(
     cells: str | os.PathLike[str] | None = None,
     show: bool = False,
 ) -> dict[str, Any]:
-    """Trains recommenders with and without each user feature, and compares them.
+    """Trains recommenders with each user feature, and compares them.
 
     Args:
         data: The whole log; it is split here, by the protocol.
@@ -51,14 +59,17 @@ def evaluate_ctr(
         show: Whether to show progress.
 
     Returns:
-        What `ctr.json` holds: `auc` and `logloss` by feature and backbone (mean, std, seeds and a
+        What `ctr.json` holds. By feature and backbone `auc` and `logloss` (mean, std, seeds and a
         95 % interval over users and seeds; null for a feature the data cannot have, with
-        `reasons`), `relative_improvement` over `none`, `paired` comparisons of the IDs, `rows` and
+        `reasons`), `slices` of it (see `_slices`) and `relative_improvement` over `none`; `paired`
+        comparisons; `floor`, AUC of the item's rate and popularity alone; `numbers`, AUC of further
+        single numbers; `unseen`, shares of items never met in training; `codes` by seed, what the
+        IDs are (`describe_codes`); of choices `ranking`; `rows`, `attributes`, `warnings`,
         settings.
 
     Raises:
         DataError: The data cannot give this protocol or label.
-        UnavailableError: torch-rechub is not installed.
+        UnavailableError: torch-rechub, LightGBM or implicit is not installed.
     """
     ctr = ctr or CTRConfig()
     if not isinstance(config, Config):
@@ -68,115 +79,336 @@ def evaluate_ctr(
             f"attributes: the items have no column {sorted(missing)[0]!r}, but "
             f"{data.items.column_names}"
         )
-    for backbone in ctr.backbones:
-        build(backbone, [Column("probe", 2, np.zeros(1, np.int64))], ctr)  # fails before hours pass
+    check_installed(ctr.backbones)  # fails before hours pass
     folder = Path(cells) if cells else Path(out) / "cells" if out else None
-    task = make_task(data, ctr)
-    profiles = Profiles(task.learn, config, ctr.attributes, folder, show)
-    store = Cells(folder)
-    scores: dict[str, dict[str, Scores]] = {}
-    reasons: dict[str, str] = {}
-    total = len(ctr.features) * ctr.seeds * len(ctr.backbones)
-    what = f"ctr {ctr.protocol}" + (f" {ctr.first}" if ctr.protocol == "new-users" else "")
-    with progress(what, total, "models", show) as bar:
-        for feature in ctr.features:
-            scores[feature] = {b: [] for b in ctr.backbones}
-            for seed in range(ctr.seeds):
-                try:
-                    codes = _codes(feature, seed, task, profiles, store)
-                except ImpossibleError as why:
-                    reasons[feature] = str(why)
-                    del scores[feature]
-                    bar.advance((ctr.seeds - seed) * len(ctr.backbones))
-                    break
-                for backbone in ctr.backbones:
-                    found = _scores(feature, backbone, seed, codes, task, ctr, store)
-                    scores[feature][backbone].append(found)
-                    bar.advance(1)
-    result = _result(scores, reasons, task, ctr, config)
-    if out is not None:
-        write_json(Path(out) / "ctr.json", result)
-    return result
+    return _Evaluation(data, ctr, config, folder, show).run(Path(out) if out else None)
 
 
-def _codes(feature: str, seed: int, task: Task, profiles: Profiles, store: Cells) -> list[Int64]:
-    """Per view [U, J] codes of the task's users; K_j for those the view does not hold."""
-    if feature == "none":
-        return []
-    found = []
-    for view in task.views:
+def backbones_of(feature: str, ctr: CTRConfig) -> tuple[str, ...]:
+    """The recommenders that read a feature: DIN the history, the chosen ones all others."""
+    return (DIN,) if feature == HISTORY else ctr.backbones
+
+
+class _Evaluation:
+    """One task, its columns and the work to do."""
+
+    def __init__(
+        self, data: Interactions, ctr: CTRConfig, config: Config, folder: Path | None, show: bool
+    ) -> None:
+        self.ctr, self.config, self.show = ctr, config, show
+        self.task = make_task(data, ctr)
+        self.store = Cells(folder)
+        self.profiles = Profiles(self.task.learn, config, ctr.attributes, folder, show)
+        self.inputs = Inputs(self.task, ctr, self.profiles, self.store)
+        self.reasons: dict[str, str] = {}
+        parts = list(dict.fromkeys(p for f in ctr.features for p in PARTS[f]))
+        seeds = [(part, seed) for part in parts for seed in range(ctr.seeds)]
+        # The LM and EM first: from then on it is known how long the rest will take.
+        self.parts = sorted(seeds, key=lambda p: _kind(p[0]) not in _LM_FEATURES.values())
+        self.models = [
+            (feature, backbone, seed)
+            for feature in ctr.features
+            for backbone in backbones_of(feature, ctr)
+            for seed in range(ctr.seeds)
+        ]
+        self.work = self._work()
+
+    def run(self, out: Path | None) -> dict[str, Any]:
+        self._base()
+        if any(_kind(part) in _LM_FEATURES.values() for part, _ in self.parts):
+            with self.work.job("LM", "language model"):
+                if not self.store.holds_all(self._inferred()):
+                    _ = self.profiles.lm_model
+        impossible: dict[str, str] = {}
+        for part, seed in self.parts:
+            if part in impossible:
+                self.work.drop(_kind(part))
+                continue
+            try:
+                with self.work.job(_kind(part), f"{part}, seed {seed}"):
+                    self.inputs.part(part, seed)
+            except ImpossibleError as why:
+                impossible[part] = str(why)
+                self.work.drop(_kind(part))
+        scores: dict[str, dict[str, Scores]] = {}
+        for feature, backbone, seed in self.models:
+            if lacking := [impossible[p] for p in PARTS[feature] if p in impossible]:
+                self.reasons[feature] = lacking[0]
+                self.work.drop(backbone)
+                continue
+            with self.work.job(backbone, f"{feature} in {backbone}, seed {seed}"):
+                found = self._scores(self.inputs.of(feature, seed), backbone, seed)
+            scores.setdefault(feature, {}).setdefault(backbone, []).append(found)
+        codes = {}
+        if "ids" in scores or "ids_prob" in scores or "all+ids" in scores:
+            for seed in range(self.ctr.seeds):
+                with self.work.job("codes", f"what codes are, seed {seed}"):
+                    codes[str(seed)] = self._codes(seed)
+        with self.work.job("statistics", "intervals"):
+            result = self._result(scores, codes)
+        if out is not None:
+            write_json(out / "ctr.json", result)
+        return result
+
+    def _base(self) -> None:
+        with self.work.job("base", "item and user statistics"):
+            self.inputs.number_part("base")
+            self.inputs.number_part("popularity")
+
+    def _work(self) -> Work:
+        """Jobs, and what they may cost: a guess of seconds for two cores, put right on the way."""
+        ctr, task = self.ctr, self.task
+        jobs = {"base": 1, "statistics": 1}
+        for part, _ in self.parts:
+            jobs[_kind(part)] = jobs.get(_kind(part), 0) + 1
+        for _, backbone, _ in self.models:
+            jobs[backbone] = jobs.get(backbone, 0) + 1
+        if set(_LM_FEATURES.values()) & set(jobs):
+            jobs["LM"] = 1
+        if {"ids", "ids_prob", "all+ids"} & set(ctr.features):
+            jobs["codes"] = ctr.seeds
+        rows = (len(task.train) + len(task.test)) / 1e5
+        read = (task.learn.num_events + sum(v.num_events for v in task.views)) / 1e5
+        lm = self.config.lm
+        tokens = lm.embedded_tokens / 1e6
+        guess = {
+            "base": 1 + rows, "statistics": 0.02 * rows * ctr.bootstrap * len(self.models) / 10,
+            "LM": 75 * tokens * (lm.embedded_hidden / 128) * (lm.embedded_layers / 3),
+            "EM": 60 + 120 * read, "published recipe": 600 * read, "LM states": 10 + 20 * read,
+            "codes": 20, "clusters": 2 + 2 * read, "numbers": 2 + 5 * rows,
+            **dict.fromkeys((*ctr.backbones, DIN), 1 + 3 * rows),
+        }  # fmt: skip
+        what = f"ctr {ctr.protocol}" + (f" {ctr.first}" if ctr.protocol == "new-users" else "")
+        return Work(what, jobs, guess, self.show)
+
+    def _inferred(self) -> list[dict[str, Any]]:
+        """Keys of the cells that an LM has to be there for."""
+        asked = {part.partition(":")[2] for part, _ in self.parts} & set(_LM_FEATURES)
+        return [
+            self.inputs.read_key(feature, view, seed)
+            for feature in asked
+            for view in range(len(self.task.views))
+            for seed in range(self.ctr.seeds)
+        ]
+
+    def _scores(
+        self, columns: dict[str, list[Input]], backbone: str, seed: int
+    ) -> NDArray[np.float32]:
+        task = self.task
+        labels = [r.label.tobytes() for r in (task.train, task.valid)]
         key = {
-            "kind": "codes",
-            "seed": seed,
-            "view": data_digest(view),
-            **profiles.key(feature),
-        }
-
-        def compute(view: Interactions = view) -> dict[str, NDArray[Any]]:
-            return {"codes": profiles.codes(feature, view, seed)}
-
-        read = store.get(key, compute)["codes"]
-        codes = np.tile(np.array(profiles.sizes), (task.data.num_users, 1))
-        codes[task.data.user_index(view.user_keys)] = read
-        found.append(codes)
-    return found
-
-
-def _scores(
-    feature: str,
-    backbone: str,
-    seed: int,
-    codes: list[Int64],
-    task: Task,
-    ctr: CTRConfig,
-    store: Cells,
-) -> NDArray[np.float32]:
-    settings = ctr.to_dict()
-    for other in ("features", "backbones", "seeds", "bootstrap"):
-        del settings[other]
-    key = {
-        "kind": "scores", "feature": feature, "backbone": backbone, "seed": seed, "ctr": settings,
-        "data": data_digest(task.data),
-        "codes": [hashlib.sha256(c.tobytes()).hexdigest() for c in codes],
-    }  # fmt: skip
-
-    def compute() -> dict[str, NDArray[Any]]:
-        inputs = _Inputs(task, ctr, codes)
-        return {
-            "score": train_and_predict(
-                backbone, inputs.columns(task.train), task.train.label,
-                inputs.columns(task.valid), task.valid.label, inputs.columns(task.test), ctr, seed,
-            )
+            "kind": "scores", "backbone": backbone, "seed": seed, "version": 1,
+            "columns": inputs_digest(columns), "labels": _hash(labels),
+            "ctr": {name: getattr(self.ctr, name) for name in _DECIDES},
         }  # fmt: skip
 
-    return store.get(key, compute)["score"]
+        def compute() -> dict[str, NDArray[Any]]:
+            return {
+                "score": train_and_predict(
+                    backbone, columns["train"], task.train.label, columns["valid"],
+                    task.valid.label, columns["test"], self.ctr, seed,
+                )
+            }  # fmt: skip
+
+        return self.store.get(key, compute)["score"]
+
+    def _codes(self, seed: int) -> dict[str, Any]:
+        """`describe_codes` of the profiles that test rows read, or of half histories."""
+        task, inputs = self.task, self.inputs
+        view, read = len(task.views) - 1, inputs.profile("ids", seed)
+        if view:  # the halves of a history, which training rows read
+            view, other = 0, read[1]["codes"]
+            again = np.where(other < np.array(self.profiles.sizes), other, -1)
+        else:
+            again = self._again(seed)
+        name = "user_popularity" if task.choices else "user_excess"
+        generosity = inputs.numbers.fit(-1).user_numbers(view)[name][task.view_rows(view)]
+        return describe_codes(
+            task, read[view]["codes"], self.profiles.sizes, generosity, inputs.attributes,
+            read[view].get("probabilities"), again,
+        )  # fmt: skip
+
+    def _again(self, seed: int) -> Int64:
+        """[U, J] codes of some test users from as many events after those of the profile."""
+        task, n = self.task, self.ctr.first
+        data = task.data
+        place = np.arange(data.num_events) - data.offsets[:-1][data.users_of_events()]
+        enough = np.flatnonzero((task.fold < 0) & (data.history_lengths >= 2 * n))[:_AGAIN]
+        out = np.full((data.num_users, len(self.profiles.sizes)), -1)
+        if not len(enough):
+            return out
+        mask = (place >= n) & (place < 2 * n) & np.isin(data.users_of_events(), enough)
+        view = data.select_events(mask)
+        key = {"kind": "again", "seed": seed, "view": data_digest(view), **self.profiles.key("ids")}
+        found = self.store.get(key, lambda: self.profiles.read("ids", view, seed))["codes"]
+        out[data.user_index(view.user_keys)] = found
+        return np.where(out < np.array(self.profiles.sizes), out, -1)
+
+    def _result(
+        self, scores: dict[str, dict[str, Scores]], codes: dict[str, Any]
+    ) -> dict[str, Any]:
+        task, ctr, test = self.task, self.ctr, self.task.test
+        counts = test.kind == 0
+        label, who = test.label[counts], test.user[counts]
+        draw = Bootstrap.draw(who, ctr.seeds, ctr.bootstrap)
+        resampled = {
+            f: {b: draw.auc(label, [x[counts] for x in s]) for b, s in by.items()}
+            for f, by in scores.items()
+        }
+        seen = self.inputs.numbers.fit(-1).counts[test.item] > 0
+        measured: dict[str, dict[str, Any]] = {"auc": {}, "logloss": {}, "slices": {}}
+        for f in ctr.features:
+            if f not in scores:
+                for part in measured.values():
+                    part[f] = None
+                continue
+            for part in measured.values():
+                part[f] = {}
+            for b, by_seed in scores[f].items():
+                areas = [float(auc(label, s[counts])[0]) for s in by_seed]
+                ci = np.quantile(resampled[f][b], [0.025, 0.975])
+                measured["auc"][f][b] = {**_summary(areas), "ci95": ci.tolist()}
+                losses = [log_loss(label, s[counts]) for s in by_seed]
+                measured["logloss"][f][b] = _summary(losses)
+                measured["slices"][f][b] = _slices(task, by_seed, seen)
+        mean = {f: {b: v["mean"] for b, v in by.items()} for f, by in measured["auc"].items() if by}
+        relative = {
+            f: {b: _relative(by[b], mean["none"][b]) for b in by if b in mean["none"]}
+            for f, by in mean.items()
+            if "none" in mean and f != "none"
+        }
+        floor, numbers = self._single_numbers(label, counts)
+        warnings = [
+            f"{b}: none has {area:.4f}, below the {name} alone, {floor[name]:.4f}: this "
+            "recommender does not even learn what items are liked; trust no difference in it"
+            for b, area in mean.get("none", {}).items()
+            for name in [max(floor, key=lambda n: floor[n])]
+            if area < floor[name] - _FLOOR
+        ]
+        return {
+            **measured,
+            "relative_improvement": relative,
+            "paired": _comparisons(resampled, mean, ctr),
+            "reasons": self.reasons,
+            "floor": floor,
+            "numbers": numbers,
+            "unseen": {
+                name: float((~seen[counts & (test.label == y)]).mean())
+                for name, y in (("positives", 1), ("negatives", 0))
+            },
+            "codes": codes,
+            "ranking": self._ranking() if task.choices else None,
+            "attributes": {a.name: {"values": a.distinct, "kept": a.size - 1}
+                           for a in self.inputs.attributes},
+            "warnings": warnings,
+            "protocol": ctr.protocol,
+            "first": ctr.first if ctr.protocol == "new-users" else None,
+            "label": task.label,
+            "rows": {
+                "train": len(task.train), "valid": len(task.valid), "test": int(counts.sum()),
+                "test_positive": float(label.mean()), "test_users": len(np.unique(who)),
+                "repeats": int((test.kind == REPEAT).sum()),
+                "users": task.data.num_users, "learn_users": task.learn.num_users,
+                "learn_events": task.learn.num_events,
+                "train_users": len(np.unique(task.train.user)),
+            },
+            "sizes": self.profiles.sizes,
+            "settings": ctr.to_dict(),
+            "em": self.config.to_dict()["em"],
+            "userip_fast": __version__,
+        }  # fmt: skip
+
+    def _single_numbers(
+        self, label: NDArray[np.float32], counts: NDArray[np.bool_]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """AUC of the item's rate and popularity; and of other numbers, on their own."""
+        inputs, test = self.inputs, self.task.test
+        base = inputs.number_part("base")["test"]
+        popular = inputs.number_part("popularity")["test"]["popularity"]
+        floor = {"item_rate": base["item_rate"], "popularity": popular}
+        others = {n: x for n, x in base.items() if n.startswith("user_")}
+        asked = {part for f in self.ctr.features if f not in self.reasons for part in PARTS[f]}
+        for kind in ("foldin", "text", "attribute_affinity"):
+            if f"number:{kind}" in asked:
+                others |= inputs.number_part(kind)["test"]
+        if "score:mixture" in asked:
+            others |= inputs.mixture_scores(0)["test"]
+
+        def areas(told: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
+            return {n: float(auc(label, x[counts])[0]) for n, x in told.items()}
+
+        assert len(test) == len(popular)
+        return areas(floor), areas(others)
+
+    def _ranking(self) -> dict[str, dict[str, float]]:
+        mixture = posterior = None
+        if "score:mixture" in {p for f in self.ctr.features for p in PARTS[f]}:
+            view = self.task.views[-1]
+            mixture = self.profiles.mixture(0)
+            posterior = mixture.posterior(*self.profiles.choices(view))
+        scores = choice_scores(self.inputs.numbers.fit(-1), mixture, posterior)
+        return rank_choices(self.task, scores)
 
 
-class _Inputs:
-    """Columns of any rows: item id, item attributes, the codes, and user ids where asked for."""
+def _kind(part: str) -> str:
+    kind, _, what = part.partition(":")
+    if kind in ("code", "probabilities"):
+        return _LM_FEATURES.get(what, "clusters")
+    return "numbers"
 
-    def __init__(self, task: Task, ctr: CTRConfig, codes: list[Int64]) -> None:
-        self.task, self.codes = task, codes
-        items = np.unique(task.train.item)
-        self.item_id = np.zeros(task.data.num_items, np.int64)  # 0: not met in training
-        self.item_id[items] = 1 + np.arange(len(items))
-        self.attributes: list[Attribute] = item_attributes(task.data, ctr.attributes)
 
-    def columns(self, rows: Rows) -> list[Column]:
-        out = [Column("item", int(self.item_id.max()) + 1, self.item_id[rows.item])]
-        for a in self.attributes:
-            values = a.values[rows.item]
-            out.append(
-                Column(f"item_{a.name}", a.size, values if values.shape[1] > 1 else values[:, 0])
-            )
-        if self.task.user_ids:
-            out.append(Column("user", self.task.data.num_users, rows.user))
-        if self.codes:
-            codes = np.stack(self.codes)[rows.view, rows.user]  # [N, J]
-            for j in range(codes.shape[1]):
-                size = int(max(c[:, j].max() for c in self.codes)) + 1
-                out.append(Column(f"code_{j}", size, codes[:, j]))
-        return out
+def _slices(
+    task: Task, scores: Scores, seen: NDArray[np.bool_]
+) -> dict[str, dict[str, Any] | None]:
+    """AUC of some test rows apart, mean over seeds; None where they have one label alone.
+
+    `unseen`: items never met in training. Of choices also `repeats`: positives that the profile
+    holds already, against the sampled items of all; `matched`: negatives as popular as the
+    positive.
+    """
+    test = task.test
+    counts = test.kind == 0
+    masks = {"unseen": counts & ~seen}
+    if task.choices:
+        masks["repeats"] = (test.kind == REPEAT) | (counts & (test.label == 0))
+        masks["matched"] = (test.kind == MATCHED) | (counts & (test.label == 1))
+    out: dict[str, dict[str, Any] | None] = {}
+    for name, mask in masks.items():
+        label = test.label[mask]
+        if not len(label) or label.min() == label.max():
+            out[name] = None
+            continue
+        areas = [float(auc(label, s[mask])[0]) for s in scores]
+        out[name] = {"mean": float(np.mean(areas)), "rows": int(mask.sum()),
+                     "positives": int(label.sum())}  # fmt: skip
+    return out
+
+
+def _comparisons(
+    resampled: dict[str, dict[str, Any]], mean: dict[str, dict[str, float]], ctr: CTRConfig
+) -> dict[str, Any]:
+    """By backbone: the IDs against every feature it reads, `best_cluster` the best of equal
+    capacity; and `all+ids` against `all`."""
+    out: dict[str, Any] = {}
+    for b in ctr.backbones:
+        found: dict[str, Any] = {}
+        if "ids" in mean:
+            clusters = [f for f in CLUSTERS if f in mean]
+            found["best_cluster"] = max(clusters, key=lambda f: mean[f][b], default=None)
+            found["against"] = {
+                f: paired(resampled["ids"][b], resampled[f][b], mean["ids"][b] - mean[f][b])
+                for f in mean
+                if f != "ids" and b in mean[f]
+            }
+        for ours, theirs in (("all+ids", "all"), ("ids_prob", "none"), ("all", "none")):
+            if ours in mean and theirs in mean:
+                difference = mean[ours][b] - mean[theirs][b]
+                found[f"{ours} - {theirs}"] = paired(
+                    resampled[ours][b], resampled[theirs][b], difference
+                )
+        if found:
+            out[b] = found
+    return out
 
 
 def _over_profiles(values: Mapping[str, Any]) -> Config:
@@ -188,63 +420,8 @@ def _over_profiles(values: Mapping[str, Any]) -> Config:
     return Config.from_dict(merged)
 
 
-def _result(
-    scores: dict[str, dict[str, Scores]],
-    reasons: dict[str, str],
-    task: Task,
-    ctr: CTRConfig,
-    config: Config,
-) -> dict[str, Any]:
-    test = task.test
-    draw = Bootstrap.draw(test.user, ctr.seeds, ctr.bootstrap)
-    resampled = {f: {b: draw.auc(test.label, s) for b, s in by.items()} for f, by in scores.items()}
-    measured: dict[str, dict[str, Any]] = {"auc": {}, "logloss": {}}
-    for f in ctr.features:
-        if f not in scores:
-            measured["auc"][f] = measured["logloss"][f] = None
-            continue
-        measured["auc"][f], measured["logloss"][f] = {}, {}
-        for b, by_seed in scores[f].items():
-            areas = [float(auc(test.label, s)[0]) for s in by_seed]
-            ci = np.quantile(resampled[f][b], [0.025, 0.975])
-            measured["auc"][f][b] = {**_summary(areas), "ci95": ci.tolist()}
-            measured["logloss"][f][b] = _summary([log_loss(test.label, s) for s in by_seed])
-    mean = {f: {b: v["mean"] for b, v in by.items()} for f, by in measured["auc"].items() if by}
-    relative = {
-        f: {b: _relative(by[b], mean["none"][b]) for b in by}
-        for f, by in mean.items()
-        if "none" in mean and f != "none"
-    }
-    comparisons: dict[str, Any] = {}
-    for b in ctr.backbones if "ids" in scores else ():
-        best = max((f for f in CLUSTERS if f in scores), key=lambda f: mean[f][b], default=None)
-        comparisons[b] = {
-            "best_cluster": best,
-            "against": {
-                f: paired(resampled["ids"][b], resampled[f][b], mean["ids"][b] - mean[f][b])
-                for f in scores
-                if f != "ids"
-            },
-        }
-    return {
-        **measured,
-        "relative_improvement": relative,
-        "paired": comparisons,
-        "reasons": reasons,
-        "protocol": ctr.protocol,
-        "first": ctr.first if ctr.protocol == "new-users" else None,
-        "label": task.label,
-        "rows": {
-            "train": len(task.train), "valid": len(task.valid), "test": len(test),
-            "test_positive": float(test.label.mean()), "test_users": len(np.unique(test.user)),
-            "users": task.data.num_users, "learn_users": task.learn.num_users,
-            "learn_events": task.learn.num_events,
-        },
-        "sizes": [f.codebook_size for f in config.fields],
-        "settings": ctr.to_dict(),
-        "em": config.to_dict()["em"],
-        "userip_fast": __version__,
-    }  # fmt: skip
+def _hash(parts: list[bytes]) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def _summary(values: list[float]) -> dict[str, Any]:

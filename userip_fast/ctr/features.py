@@ -1,12 +1,14 @@
 """Codes of users, feature by feature: learned on `learn`, then read from any view.
 
-All cluster features have the fields' own sizes: J levels of residual k-means with K_j centres, the
-best of `em.kmeans_restarts` starts by distance, on standardised vectors. Nothing is tuned on the
-evaluated rows for any feature, the IDs included.
+All have the fields' own sizes. Cluster features are J levels of residual k-means with K_j centres,
+the best of `em.kmeans_restarts` starts by distance, on standardised vectors; generosity's quantiles
+and the mixture's codes are as many as the fields have combinations, told as J digits. Nothing is
+tuned on the evaluated rows for any feature, the IDs included.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,15 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from userip_fast.api import fit, prepare
+from userip_fast.api import prepare
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource
 from userip_fast.codebook import ResidualCodebook
 from userip_fast.config import Config
 from userip_fast.ctr.cells import Cells, data_digest
+from userip_fast.ctr.mixture import Mixture
 from userip_fast.ctr.vectors import (
-    Factors,
     Float64,
+    Ridge,
     attribute_matrix,
     feedback_values,
     item_attributes,
@@ -71,10 +75,16 @@ class Profiles:
         self.catalogue = Catalogue.from_interactions(learn)
         self.sizes = [f.codebook_size for f in config.fields]
         self._books: dict[tuple[str, int], tuple[Vectors, ResidualCodebook]] = {}
+        self._mixtures: dict[int, Mixture] = {}
+        self._known_states: dict[str, Float64] = {}
         self._fitted: dict[tuple[str, int], Model] = {}
 
-    def codes(self, feature: str, view: Interactions, seed: int) -> Int64:
-        """[view.num_users, J]; K_j where the feature knows nothing of a user.
+    def read(self, feature: str, view: Interactions, seed: int) -> dict[str, NDArray[Any]]:
+        """Profiles of a view's users.
+
+        Returns:
+            `codes` [view.num_users, J] int64, K_j where the feature knows nothing of a user; and
+            `probabilities` [view.num_users, sum of K_j] float32 where it tells them.
 
         Raises:
             ImpossibleError: The data cannot have this feature.
@@ -82,21 +92,72 @@ class Profiles:
         if feature == "random":
             bits = seeded(hash_keys(view.user_keys), seed)
             columns = [seeded(bits, j) % np.uint64(k) for j, k in enumerate(self.sizes)]
-            return np.stack(columns, axis=1).astype(np.int64)
+            return {"codes": np.stack(columns, axis=1).astype(np.int64)}
         if feature in ("ids", "paper"):
             return self._inferred(feature, view, seed)
+        if feature == "mixture":
+            p = self.mixture(seed).posterior(*self.choices(view))
+            return {"codes": self._digits(p.argmax(1)), "probabilities": p.astype(np.float32)}
+        if feature == "generosity":
+            return {"codes": self._digits(np.searchsorted(self.quantiles, self._generosity(view)))}
         vectors, book = self._learned(feature, seed)
         x = torch.from_numpy(vectors(view)).float()
-        return book.assign(x)[0].numpy()
+        return {"codes": book.assign(x)[0].numpy()}
+
+    def mixture(self, seed: int) -> Mixture:
+        """The mixture without an LM."""
+        if seed not in self._mixtures:
+            scale = self.format.scale
+            words = len(scale.words) if scale else 1
+            self._mixtures[seed] = Mixture(
+                *self.choices(self.learn), self.learn.num_items, math.prod(self.sizes), seed, words
+            )
+        return self._mixtures[seed]
+
+    def choices(self, view: Interactions) -> tuple[Int64, Int64, Int64 | None]:
+        """Offsets, items and words of feedback of a view's own events; of choices no words."""
+        scale = self.format.scale
+        level = None if scale is None else scale.level(view.rating).astype(np.int64)  # type: ignore[arg-type]
+        return view.offsets, view.item_index.astype(np.int64), level
+
+    def _generosity(self, view: Interactions) -> Float64:
+        """[view.num_users] mean excess of ratings over the items' own; of choices, popularity."""
+        n = view.history_lengths + 2.0
+        values = self._item_means[view.item_index]
+        if view.rating is not None and self.format.scale is not None:
+            values = view.rating - values
+        return np.asarray(np.bincount(view.users_of_events(), values, view.num_users) / n)
+
+    @cached_property
+    def _item_means(self) -> Float64:
+        learn = self.learn
+        counts = learn.item_counts()
+        if learn.rating is None or self.format.scale is None:
+            return np.log1p(counts)
+        mean = float(learn.rating.mean())
+        total = np.bincount(learn.item_index, learn.rating - mean, learn.num_items)
+        return np.asarray(mean + total / (counts + 10.0))
+
+    @cached_property
+    def quantiles(self) -> Float64:
+        """[prod K - 1] cuts of the teachers' generosity into equal parts."""
+        size = math.prod(self.sizes)
+        return np.quantile(self._generosity(self.learn), np.arange(1, size) / size)
+
+    def _digits(self, code: Int64) -> Int64:
+        """[U, J] digits of one code among all combinations."""
+        return np.stack(np.unravel_index(code, self.sizes), axis=1).astype(np.int64)
 
     def key(self, feature: str) -> dict[str, Any]:
         """What decides a feature's codes, beside seed and view; ready for JSON."""
         config = self.config.to_dict()
         em = config.pop("em")
-        key: dict[str, Any] = {"feature": feature, "sizes": self.sizes, "version": 1}
+        key: dict[str, Any] = {"feature": feature, "sizes": self.sizes, "version": 2}
         if feature == "random":
             return key
         key |= {"learn": data_digest(self.learn), "data": config["data"]}
+        if feature in ("generosity", "mixture"):
+            return key
         if feature in ("kmeans_attributes", "kmeans_tfidf", "mf_clusters"):
             return key | {"restarts": em["kmeans_restarts"], "attributes": self.attributes}
         key |= {"lm": config["lm"], "fields": config["fields"], "lm_seed": em.pop("seed")}
@@ -117,10 +178,14 @@ class Profiles:
             if (run / "model" / "manifest.json").is_file():
                 model = Model.load(run / "model")
             else:
-                model = fit(
-                    self.learn, self.lm_model.lm, config=config, out=run, resume=True,
-                    show=self.show,
+                model, source = prepare(self.learn, config, lm=self.lm_model.lm, show=self.show)
+                trainer = model.ready_trainer(self.show)
+                found = trainer.fit(source, checkpoints=run / "checkpoints", resume=True)
+                model.codebooks, model.start, model.head = (
+                    found.codebooks, found.start, found.head,
                 )  # fmt: skip
+                model.save(run / "model")
+                trainer.forget(run / "checkpoints")
             self._fitted[feature, seed] = model
         return self._fitted[feature, seed]
 
@@ -133,12 +198,21 @@ class Profiles:
         """Events as the LM reads them."""
         return self.format.events(view, self.catalogue)
 
-    def _inferred(self, feature: str, view: Interactions, seed: int) -> Int64:
-        with tempfile.TemporaryDirectory() as folder:
-            model = self.model(feature, seed)
-            bank = model.infer(view, Path(folder) / "bank", on_bad="skip", show=self.show)
-            assert not isinstance(bank, np.ndarray)
-            return np.array(bank.lookup(view.user_keys, on_unknown="code"), np.int64)
+    def _inferred(self, feature: str, view: Interactions, seed: int) -> dict[str, NDArray[Any]]:
+        model = self.model(feature, seed)
+        source = model.source(view, "skip")
+        trainer = model.ready_trainer(self.show)
+        parts = list(trainer.infer(source, model.codebooks, model.start))
+        at = view.user_index(source.keys_of(0, source.num_users))
+        codes = np.tile(np.array(self.sizes), (view.num_users, 1))
+        codes[at] = torch.cat([p.code_ids for p in parts]).numpy()  # type: ignore[misc]
+        out: dict[str, NDArray[Any]] = {"codes": codes}
+        told = [p.log_resp for p in parts]
+        if all(r is not None for r in told):
+            p = np.concatenate([torch.cat(list(r), dim=1).exp().numpy() for r in told])  # type: ignore[arg-type]
+            out["probabilities"] = np.tile(p.mean(0), (view.num_users, 1)).astype(np.float32)
+            out["probabilities"][at] = p
+        return out
 
     def _learned(self, feature: str, seed: int) -> tuple[Vectors, ResidualCodebook]:
         if (feature, seed) not in self._books:
@@ -165,8 +239,8 @@ class Profiles:
             attributes = item_attributes(self.learn, self.attributes)
             if not attributes:
                 raise ImpossibleError(
-                    "no item column has few values or values separated by |; name some with "
-                    "--attributes"
+                    "no item column of text has values that recur among the items; name some "
+                    "with --attributes"
                 )
             matrix = attribute_matrix(attributes)
             return lambda view: pooled(self.events(view), matrix)
@@ -175,11 +249,13 @@ class Profiles:
             return lambda view: pooled(self.events(view), texts)
         if feature == "mf_clusters":
             events = self.events(self.learn)
-            factors = Factors(events, self._values(self.learn, events), seed)
+            value = self._values(self.learn, events)
+            items = self.learn.num_items
+            factors = Ridge(events.offsets, events.item_index, value, items, seed)
 
             def users(view: Interactions) -> Float64:
                 events = self.events(view)
-                return factors.users(events, self._values(view, events))
+                return factors.users(events.offsets, events.item_index, self._values(view, events))
 
             return users
         assert feature == "kmeans_states", feature
@@ -192,6 +268,12 @@ class Profiles:
         return feedback_values(events)
 
     def _states(self, view: Interactions) -> Float64:
+        key = data_digest(view)
+        if key not in self._known_states:  # no seed changes them
+            self._known_states[key] = self._read_states(view)
+        return self._known_states[key]
+
+    def _read_states(self, view: Interactions) -> Float64:
         lm_model = self.lm_model
         engine = PackedEngine(lm_model.lm, lm_model.layout)
         learn = BehaviourSource(self.events(self.learn), self.format)

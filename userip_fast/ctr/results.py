@@ -2,7 +2,7 @@
 
 A plan is a YAML file; `benchmarks/results.yaml` is the one behind docs/results.md:
 
-    ctr: {seeds: 3, max_users: 800}           settings of every evaluation (CTRConfig)
+    ctr: {seeds: 2, rows_per_user: 30}        settings of every evaluation (CTRConfig)
     config: {em: {estep: posterior}}          of every profile model (Config)
     quick: {ctr: {...}, config: {...},        laid over both by --quick
             evaluations: [name]}              and which of them it runs
@@ -12,6 +12,7 @@ A plan is a YAML file; `benchmarks/results.yaml` is the one behind docs/results.
         interactions: FILE                    below the data folder
         items: FILE
         about: one sentence, with the licence
+        labels: [ratings, choices]            what label 1 is; choices alone without ratings
         data: {rating: rating}                DataConfig; `fields`, `config`, `ctr` if need be
         evaluations: [cold]                   those of the plan to run; all without it
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,35 @@ import torch
 
 from userip_fast._version import __version__
 from userip_fast.config import Config
-from userip_fast.ctr.config import CTRConfig
+from userip_fast.ctr.codes import codes_in_words
+from userip_fast.ctr.config import CHOSEN, CLUSTERS, CTRConfig
 from userip_fast.ctr.evaluate import evaluate_ctr
+from userip_fast.ctr.statistics import in_words
 from userip_fast.data import read_interactions
 from userip_fast.errors import ConfigError, DataError
 from userip_fast.files import atomic_file, read_json, write_json
 
-TOP = 0.005
-"""The aim: AUC over the best cluster baseline, for new and cold users."""
-UNHURT = -0.001
+LABELS = {"ratings": None, "choices": CHOSEN}
+HEADLINE, BACKBONE = "new users, 10 events", "lightgbm"
+"""The evaluation and the recommender of the first table."""
+TOP = 0.01
+"""The aim: AUC of the IDs over the best cluster of equal capacity."""
+UNHURT = -0.002
 """The aim for warm users: lower bound of the difference to no user feature."""
+NO_HARM = -0.003
+"""What `all+ids` may lose against `all`."""
+
+Found = dict[str, dict[str, dict[str, Any]]]
+"""Data set -> label -> evaluation -> ctr.json, None for what is to do, or a text: why it cannot."""
+
+
+def parts_of(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(data set, label) of a plan."""
+    return [
+        (name, label)
+        for name, dataset in plan["datasets"].items()
+        for label in dataset.get("labels", ["choices"])
+    ]
 
 
 def run_plan(
@@ -50,47 +70,48 @@ def run_plan(
     only: tuple[str, ...] = (),
     seconds: float = float("inf"),
     show: bool = True,
-) -> dict[str, dict[str, Any]]:
+) -> Found:
     """Runs what is not yet there of a plan.
 
     Args:
         data_root: Folder that the plan's files lie below.
-        out: Gets `<data set>/<evaluation>/ctr.json` and `cells/`; run again, it goes on from there.
-        only: Names of data sets, of evaluations or of both; empty for all.
+        out: Gets `<data set>/<label>/<evaluation>/ctr.json` and `cells/`; run again, it goes on
+            from there.
+        only: Names of data sets, of labels, of evaluations or of several; empty for all.
         seconds: No evaluation is begun after so long.
-
-    Returns:
-        Data set -> evaluation -> ctr.json, or None for what is still to do, or a text: why it
-        cannot be.
     """
     started = time.monotonic()
-    found: dict[str, dict[str, Any]] = {}
-    for name, dataset in plan["datasets"].items():
-        found[name] = {}
+    found: Found = {}
+    for name, label in parts_of(plan):
+        dataset = plan["datasets"][name]
+        here = found.setdefault(name, {}).setdefault(label, {})
         asked = _settings(plan, dataset, quick)
         config = Config.from_dict(asked)
         data = None
         short = plan.get("quick", {}) if quick else {}
-        wanted = short.get("evaluations") or dataset.get("evaluations") or plan["evaluations"]
-        for evaluation in wanted:
+        for evaluation in (
+            short.get("evaluations") or dataset.get("evaluations") or plan["evaluations"]
+        ):
             settings, over = plan["evaluations"][evaluation], short.get("ctr", {})
             merged = {**plan.get("ctr", {}), **dataset.get("ctr", {}), **settings, **over}
+            merged["label"] = LABELS[label] or merged.get("label")
             ctr = CTRConfig(**_tuples(merged))
-            folder = out / name / evaluation
+            folder = out / name / label / evaluation
             want = {"ctr": merged, "config": asked}  # what the plan says, not a version's defaults
             stamp = folder / "settings.json"
             if (folder / "ctr.json").is_file() and stamp.is_file() and read_json(stamp) == want:
-                found[name][evaluation] = read_json(folder / "ctr.json")
+                here[evaluation] = read_json(folder / "ctr.json")
                 continue
             skipped = any(
                 chosen and one not in chosen
                 for one, chosen in (
                     (name, set(only) & set(plan["datasets"])),
+                    (label, set(only) & set(LABELS)),
                     (evaluation, set(only) & set(plan["evaluations"])),
                 )
             )
             if skipped or time.monotonic() - started > seconds:
-                found[name][evaluation] = None
+                here[evaluation] = None
                 continue
             if data is None:
                 d = config.data
@@ -100,18 +121,18 @@ def run_plan(
                     filter=d.filter, on_bad=d.on_bad, min_history=d.min_history,
                 )  # fmt: skip
             if show:
-                print(f"== {name}: {evaluation}", flush=True)
+                print(f"== {name}, {label}: {evaluation}", flush=True)
             begun = time.monotonic()
             try:
                 result = evaluate_ctr(data, ctr=ctr, config=config, cells=out / "cells", show=show)
             except DataError as why:  # say, no times for an earlier period
-                found[name][evaluation] = str(why)
+                here[evaluation] = str(why)
                 continue
             result["seconds"] = time.monotonic() - begun
             result["machine"] = _machine()
             write_json(folder / "ctr.json", result)
             write_json(stamp, want)
-            found[name][evaluation] = result
+            here[evaluation] = result
     return found
 
 
@@ -142,10 +163,26 @@ def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
 
 
+def results_json(found: Found) -> dict[str, Any]:
+    """{data set: {label: {evaluation: ctr.json without settings}}} of what is there."""
+    left_out = ("settings", "em", "userip_fast")
+    return {
+        name: {
+            label: {
+                e: {k: v for k, v in r.items() if k not in left_out}
+                for e, r in by.items()
+                if isinstance(r, Mapping)
+            }
+            for label, by in labels.items()
+        }
+        for name, labels in found.items()
+    }
+
+
 def write_page(
     path: Path,
     plan: Mapping[str, Any],
-    found: Mapping[str, Mapping[str, Any]],
+    found: Found,
     command: str,
     *,
     picture: str | None = None,
@@ -155,78 +192,145 @@ def write_page(
     Args:
         picture: File beside the page that draws them.
     """
-    done = {(d, e): r for d, by in found.items() for e, r in by.items() if isinstance(r, Mapping)}
-    lines = ["# Results", "", *_introduction(command, done)]
+    done = list(_done(found))
+    lines = ["# Results", "", *_introduction(command, done), *_headline(done)]
     if picture:
-        lines += [
-            f"![AUC by data set, users and feature, mean over the recommenders]({picture})",
-            "",
-        ]
+        lines += [f"![AUC of every feature, by data set and label]({picture})", ""]
     lines += _verdict(done)
-    for name, by in found.items():
+    for name, labels in found.items():
         about = " ".join(str(plan["datasets"][name].get("about", "")).split())
         lines += [f"## {name}", "", about, ""]
-        for evaluation, result in by.items():
-            lines += [f"### {name}: {evaluation}", ""]
-            if result is None:
-                lines += ["Not run yet.", ""]
-            elif isinstance(result, str):
-                lines += [f"n/a: {result}.", ""]
-            else:
-                lines += _table(result)
+        for label, by in labels.items():
+            for evaluation, result in by.items():
+                lines += [f"### {name}, {label}: {evaluation}", ""]
+                if result is None:
+                    lines += ["Not run yet.", ""]
+                elif isinstance(result, str):
+                    lines += [f"n/a: {result}.", ""]
+                else:
+                    lines += _table(result)
     if notes := plan.get("notes"):
         lines += ["## What was tried", "", notes.strip(), ""]
     with atomic_file(path) as tmp:
         tmp.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
-def _introduction(command: str, done: Mapping[Any, Mapping[str, Any]]) -> list[str]:
-    machines = sorted({str(r.get("machine")) for r in done.values()})
-    hours = sum(r.get("seconds", 0.0) for r in done.values()) / 3600
+def _done(found: Found) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
+    """(data set, label, evaluation, ctr.json) of what is there."""
+    for name, labels in found.items():
+        for label, by in labels.items():
+            for evaluation, result in by.items():
+                if isinstance(result, Mapping):
+                    yield name, label, evaluation, result
+
+
+def _introduction(command: str, done: list[Any]) -> list[str]:
+    machines = sorted({str(r.get("machine")) for *_, r in done})
+    hours = sum(r.get("seconds", 0.0) for *_, r in done) / 3600
     return [
-        "What a recommender gains from knowing a user by a few codes. Written by",
+        "What a recommender gains from knowing a user by a few codes, against what anyone would try"
+        " without an LM. Written by",
         "",
         f"    {command}",
         "",
-        "which keeps a file per trained model and goes on where it was stopped. AUC on test rows,"
+        "which keeps a file per piece of work and goes on where it was stopped. AUC on test rows,"
         " mean over the seeds ± their standard deviation; differences with a 95 % interval and a"
-        " two-sided p from resampling test users and seeds together, paired. Splits, leaks and"
-        " features are explained in [usage.md](usage.md#does-it-help-a-recommender). No feature was"
-        " tuned on these rows; all codes of a table have the same number of fields and sizes.",
+        " two-sided p from resampling test users and seeds together, paired. Every feature, `none`"
+        " included, comes with statistics of the item and of the user's profile events. Splits,"
+        " leaks and features are explained in [usage.md](usage.md#does-it-help-a-recommender). No"
+        " feature was tuned on these rows; all codes of a table have the same number of fields and"
+        " sizes.",
         "",
-        f"Evaluations: {len(done)}, together {hours:.1f} h"
+        f"Evaluations: {len(done)}, together {hours:.1f} h of processes of one thread"
         + (f", on {'; '.join(machines)}" if machines else "")
         + " (shared with other work, so the hours are an upper bound).",
         "",
     ]
 
 
-def _verdict(done: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
-    """Claims by data set: how many pairs of protocol and recommender bear them out."""
+def _headline(done: list[Any]) -> list[str]:
+    """New users of 10 events: what each step adds, in one recommender."""
+    columns = ("none", "best cluster", "foldin", "ids", "ids_prob", "all", "all+ids")
+    lines = [
+        f"New users known by 10 events, AUC in {BACKBONE}; *item alone* is the better of its rate"
+        " and its popularity, without any model.",
+        "",
+        "| data set | label | item alone | "
+        + " | ".join(columns)
+        + " | ids - best cluster | all+ids - all |",
+        "|---" * (len(columns) + 5) + "|",
+    ]
+    found = False
+    for name, label, evaluation, r in done:
+        compared = r["paired"].get(BACKBONE)
+        if evaluation != HEADLINE or not compared:
+            continue
+        found = True
+        area = {f: by[BACKBONE]["mean"] for f, by in r["auc"].items() if by and BACKBONE in by}
+        best = max((f for f in CLUSTERS if f in area), key=lambda f: area[f], default=None)
+        shown = {**area, **({"best cluster": area[best]} if best else {})}
+        cells = [f"{shown[c]:.4f}" if c in shown else "" for c in columns]
+        if best:
+            cells[1] += f" ({_short(best)})"
+        against = compared.get("against", {}).get(best)
+        differences = [_difference(d) for d in (against, compared.get("all+ids - all"))]
+        floor = max(r["floor"].values())
+        lines.append(
+            f"| {name} | {label} | {floor:.4f} | " + " | ".join(cells + differences) + " |"
+        )
+    return [*lines, ""] if found else []
+
+
+def _difference(d: Mapping[str, Any] | None) -> str:
+    if d is None:
+        return ""
+    low, high = d["ci95"]
+    return f"{d['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def _short(feature: str) -> str:
+    return feature.removeprefix("kmeans_").removesuffix("_clusters")
+
+
+def _verdict(done: list[Any]) -> list[str]:
+    """Claims by data set and label: how many pairs of protocol and recommender bear them out."""
     claims: dict[str, dict[str, list[bool]]] = {
+        "`none` is no worse than the item alone (by 0.005)": {},
         "new and cold users: IDs better than no user feature (interval above 0)": {},
-        "new and cold users: IDs better than every other feature": {},
-        f"the same, by {TOP} AUC over the best cluster baseline": {},
-        f"warm users not hurt (lower bound above {UNHURT})": {},
+        f"the same, IDs at least the best cluster of equal capacity + {TOP}": {},
+        "new and cold users: `all+ids` better than `all` (interval above 0)": {},
+        f"nowhere `all+ids` below `all` by more than {-NO_HARM} (lower bound)": {},
+        f"warm users not hurt by IDs (lower bound above {UNHURT})": {},
     }
-    over_none, over_all, by_top, unhurt = claims.values()
-    for (data, _), r in done.items():
+    floor, over_none, by_top, over_all, no_harm, unhurt = claims.values()
+    names = []
+    for name, label, _, r in done:
         if r["settings"]["damage"] or r["settings"]["period"] != "same":
             continue
-        for compared in r["paired"].values():
-            against, best = compared["against"], compared["best_cluster"]
-            above_none = against["none"]["ci95"][0]
-            if r["protocol"] == "warm":
-                unhurt.setdefault(data, []).append(above_none > UNHURT)
-                continue
-            beaten = all(d["difference"] > 0 for d in against.values())
-            top = best is not None and against[best]["difference"] >= TOP
-            over_none.setdefault(data, []).append(above_none > 0)
-            over_all.setdefault(data, []).append(beaten)
-            by_top.setdefault(data, []).append(beaten and top)
-    names = list(dict.fromkeys(data for data, _ in done))
+        key = f"{name}, {label}"
+        names.append(key)
+        for backbone, by in (r["auc"].get("none") or {}).items():
+            held = by["mean"] >= max(r["floor"].values()) - 0.005
+            floor.setdefault(key, []).append(held)
+            compared = r["paired"].get(backbone, {})
+            against = compared.get("against", {})
+            if "none" in against:
+                low = against["none"]["ci95"][0]
+                if r["protocol"] == "warm":
+                    unhurt.setdefault(key, []).append(low > UNHURT)
+                else:
+                    over_none.setdefault(key, []).append(low > 0)
+                    best = against.get(compared["best_cluster"])
+                    by_top.setdefault(key, []).append(
+                        best is not None and best["difference"] >= TOP
+                    )
+            if d := compared.get("all+ids - all"):
+                no_harm.setdefault(key, []).append(d["ci95"][0] > NO_HARM)
+                if r["protocol"] != "warm":
+                    over_all.setdefault(key, []).append(d["ci95"][0] > 0)
+    names = list(dict.fromkeys(names))
     lines = [
-        "## The aim, and where it stands",
+        "## The aims, and where they stand",
         "",
         "Pairs of protocol and recommender that bear a claim out.",
         "",
@@ -236,49 +340,85 @@ def _verdict(done: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
     for claim, by in claims.items():
         every = [by.get(name, []) for name in names]
         every.append([held for part in every for held in part])
-        lines.append(f"| {claim} | " + " | ".join(f"{sum(x)} of {len(x)}" for x in every) + " |")
+        cells = [f"{sum(x)} of {len(x)}" if x else "" for x in every]
+        lines.append(f"| {claim} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
 def _table(r: Mapping[str, Any]) -> list[str]:
-    backbones = r["settings"]["backbones"]
     rows = r["rows"]
+    backbones = list(dict.fromkeys(b for by in r["auc"].values() if by for b in by))
+    capped = r["settings"]["max_users"]
+    floor = ", ".join(f"{n.replace('_', ' ')} {x:.4f}" for n, x in r["floor"].items())
     lines = [
-        f"{r['label']}; {rows['train']:,} training rows, {rows['test']:,} test rows of"
-        f" {rows['test_users']:,} users ({rows['test_positive']:.0%} positive); at most"
-        f" {r['settings']['max_users']:,} users and {r['settings']['rows_per_user']} events of each"
-        f" as rows; codes of sizes {r['sizes']} learned on {rows['learn_users']:,} users;"
-        f" {r['settings']['seeds']} seeds.",
+        f"{r['label']}; {rows['train']:,} training rows of {rows['train_users']:,} users,"
+        f" {rows['test']:,} test rows of {rows['test_users']:,} ({rows['test_positive']:.0%}"
+        f" positive); codes of sizes {r['sizes']} learned on {rows['learn_users']:,} others"
+        + (f"; at most {capped:,} users on either side" if capped else "")
+        + f". Item alone: {floor}. Never met in training: {r['unseen']['positives']:.1%} of"
+        f" positives, {r['unseen']['negatives']:.1%} of negatives"
+        + (f"; {rows['repeats']:,} repeats stand apart." if rows["repeats"] else "."),
         "",
         "| feature | " + " | ".join(backbones) + " |",
         "|---" * (len(backbones) + 1) + "|",
     ]
-    best = {b: max(by[b]["mean"] for by in r["auc"].values() if by is not None) for b in backbones}
+    best = {b: max(by[b]["mean"] for by in r["auc"].values() if by and b in by) for b in backbones}
     for feature in r["settings"]["features"]:  # a file keeps no order
         by = r["auc"][feature]
         if by is None:
-            cells = [
-                "n/a: " + r["reasons"][feature].replace("|", "\\|"),
-                *[""] * (len(backbones) - 1),
-            ]
+            why = "n/a: " + r["reasons"][feature].replace("|", "\\|")
+            cells = [why, *[""] * (len(backbones) - 1)]
         else:
             cells = []
             for b in backbones:
-                text = f"{by[b]['mean']:.4f} ± {by[b]['std']:.4f}"
-                cells.append(f"**{text}**" if by[b]["mean"] == best[b] else text)
+                text = in_words(by[b]) if b in by else ""
+                top = text and by[b]["mean"] == best[b]
+                cells.append(f"**{text}**" if top else text)
         lines.append(f"| {feature} | " + " | ".join(cells) + " |")
-    for title, pick in (("none", "none"), ("best cluster", None)):
-        cells = []
-        for b in backbones:
-            compared = r["paired"].get(b, {"against": {}, "best_cluster": None})
-            other = pick or compared["best_cluster"]
-            d = compared["against"].get(other)
-            if d is None:
-                cells.append("")
-                continue
-            low, high = d["ci95"]
-            named = "" if pick else f" ({other.removeprefix('kmeans_').removesuffix('_clusters')})"
-            cells.append(f"{d['difference']:+.4f} [{low:+.4f}, {high:+.4f}] p {d['p']:.3f}{named}")
+    for title in ("ids - none", "ids - best cluster", "all+ids - all"):
+        cells = [_compared(title, r["paired"].get(b, {})) for b in backbones]
         if any(cells):
-            lines.append(f"| ids - {title} | " + " | ".join(cells) + " |")
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    lines.append("")
+    numbers = ", ".join(f"{n} {x:.4f}" for n, x in r["numbers"].items())
+    lines += [f"- Single numbers: {numbers}."] if numbers else []
+    lines += _apart(r)
+    if r["ranking"]:
+        ranked = "; ".join(
+            f"{n.replace('_', '-')} {by['recall20']:.4f} / {by['ndcg100']:.4f}"
+            for n, by in r["ranking"].items()
+        )
+        lines.append(f"- Whole catalogue, Recall@20 / NDCG@100: {ranked}.")
+    lines += [f"- Codes, seed {s}: {codes_in_words(c)}." for s, c in r["codes"].items()]
+    lines += [f"- **Warning:** {warning}." for warning in r["warnings"]]
     return [*lines, ""]
+
+
+def _compared(title: str, compared: Mapping[str, Any]) -> str:
+    against = compared.get("against", {})
+    if title == "ids - none":
+        return _difference(against.get("none"))
+    if title == "all+ids - all":
+        return _difference(compared.get(title))
+    best = compared.get("best_cluster")
+    return f"{_difference(against[best])} ({_short(best)})" if best else ""
+
+
+def _apart(r: Mapping[str, Any]) -> list[str]:
+    """AUC of rows that stand apart, of a few features, the mean over recommenders."""
+    lines = []
+    for name, what in (
+        ("unseen", "Items never met in training"),
+        ("repeats", "Repeats against sampled items"),
+        ("matched", "Against items as popular"),
+    ):
+        told, rows = [], 0
+        for feature in ("none", "mixture", "foldin", "text", "ids", "affinity", "all", "all+ids"):
+            by = r["slices"].get(feature) or {}
+            areas = [s[name]["mean"] for s in by.values() if s.get(name)]
+            if areas:
+                rows = next(s[name]["rows"] for s in by.values() if s.get(name))
+                told.append(f"{feature} {sum(areas) / len(areas):.4f}")
+        if told:
+            lines.append(f"- {what} ({rows:,} rows): {', '.join(told)}.")
+    return lines

@@ -19,25 +19,33 @@ from userip_fast.data.arrow import combine
 from userip_fast.packing import Int64
 
 Float64 = NDArray[np.float64]
-FEW_VALUES = 64
+_MOST_VALUES = 256  # of an attribute
+_RECURS = 5  # items with the same value: less is a name, not an attribute
 _TEXT_DIMS = 32
 _FACTORS = 8
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """One item column. `values` [I, L] int64 hold the values of each item, 0 for none."""
+    """One item column. `values` [I, L] int64 hold the values of each item, 0 for none or for one
+    that is not kept; the most frequent value is 1.
+
+    Attributes:
+        distinct: Values that the column holds; the `size - 1` most frequent are kept.
+    """
 
     name: str
     size: int
     values: Int64
+    distinct: int
 
 
 def item_attributes(data: Interactions, names: tuple[str, ...] | None) -> list[Attribute]:
-    """Columns of the items with few values, or with several separated by `|`.
+    """Columns of the items, values separated by `|`; of many values the most frequent are kept.
 
     Args:
-        names: The columns to take whatever they hold; None chooses.
+        names: The columns to take whatever they hold; None takes those of text whose values recur:
+            most items have one that `_RECURS` items have.
     """
     columns = data.items.column_names if names is None else names
     found = []
@@ -50,18 +58,25 @@ def item_attributes(data: Interactions, names: tuple[str, ...] | None) -> list[A
         text = pc.fill_null(pc.cast(column, pa.large_string()), "")
         parts = pc.split_pattern(text, "|")
         several = pc.list_value_length(parts).to_numpy(zero_copy_only=False)
-        flat = pc.list_flatten(parts)
-        used = pc.drop_null(pc.unique(flat)).to_pylist()
-        values = sorted(v for v in used if v)
-        if names is None and not (2 <= len(values) <= FEW_VALUES):
-            continue
-        code = {v: i + 1 for i, v in enumerate(values)}
-        table = np.zeros((data.num_items, int(several.max(initial=1))), np.int64)
+        coded = pc.dictionary_encode(pc.list_flatten(parts))
+        words = coded.dictionary.to_pylist()
+        code = np.asarray(coded.indices).astype(np.int64)
         row = np.repeat(np.arange(data.num_items), several)
-        start = np.cumsum(several) - several
-        place = np.arange(len(row)) - np.repeat(start, several)
-        table[row, place] = [code.get(v, 0) for v in flat.to_pylist()]
-        found.append(Attribute(name, len(values) + 1, table))
+        count = np.bincount(code, minlength=len(words)) * np.array([bool(w) for w in words], int)
+        distinct = int((count > 0).sum())
+        if names is None:
+            recurs = np.bincount(row, count[code] >= _RECURS, data.num_items) > 0
+            if distinct < 2 or recurs.mean() < 0.5:
+                continue
+        order = sorted(range(len(words)), key=lambda i: (-count[i], words[i]))
+        size = min(distinct, _MOST_VALUES)
+        number = np.zeros(len(words), np.int64)
+        number[order[:size]] = np.arange(1, size + 1)
+        table = np.zeros((data.num_items, int(several.max(initial=1))), np.int64)
+        table[row, np.arange(len(row)) - np.repeat(np.cumsum(several) - several, several)] = number[
+            code
+        ]
+        found.append(Attribute(name, size + 1, table, distinct))
     return found
 
 
@@ -111,42 +126,53 @@ def pooled(events: Events, matrix: Float64) -> Float64:
     return np.concatenate(halves, axis=1)
 
 
-class Factors:
+class Ridge:
     """Matrix factorisation by alternating ridge regressions; a new user is one more regression.
 
-    Predicts feedback, less the item's mean, from [1, item factors]. Source: "Large-scale Parallel
+    Predicts a value, less the item's mean, from [1, item factors]. Source: "Large-scale Parallel
     Collaborative Filtering for the Netflix Prize", AAIM 2008 (there with weighted ridges).
+
+    Args:
+        offsets, item: Events of users, in CSR.
+        value: [N] what is to be predicted.
     """
 
-    def __init__(self, events: Events, value: Float64, seed: int, ridge: float = 2.0) -> None:
+    def __init__(
+        self,
+        offsets: Int64,
+        item: NDArray[np.integer[Any]],
+        value: NDArray[np.floating[Any]],
+        num_items: int,
+        seed: int,
+        ridge: float = 2.0,
+    ) -> None:
         self.ridge = ridge
-        items = len(events.item_keys)
-        self.keys = events.item_keys
-        item = events.item_index.astype(np.int64)
-        count = np.bincount(item, minlength=items)
+        value, item = value.astype(np.float64), item.astype(np.int64)
+        count = np.bincount(item, minlength=num_items)
         self.mean = float(value.mean())
-        self.item_mean = np.bincount(item, value - self.mean, items) / (count + 5.0)
+        self.item_mean = np.bincount(item, value - self.mean, num_items) / (count + 5.0)
         y = value - self.mean - self.item_mean[item]
         random = np.random.default_rng(seed)
         self.v = np.concatenate(
-            [np.ones((items, 1)), random.normal(0, 0.1, (items, _FACTORS))], axis=1
+            [np.ones((num_items, 1)), random.normal(0, 0.1, (num_items, _FACTORS))], axis=1
         )
         by_item = np.argsort(item, kind="stable")
         item_offsets = np.concatenate([[0], np.cumsum(count)])
-        user = np.repeat(np.arange(events.num_users), np.diff(events.offsets))
+        user = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
         for _ in range(8):
-            u = self._solve(self.v[item], y, events.offsets)
+            u = self._solve(self.v[item], y, offsets)
             left = (y - u[user, 0])[by_item]  # a user's own mean is no item's doing
             self.v[:, 1:] = self._solve(u[user, 1:][by_item], left, item_offsets)
 
-    def users(self, events: Events, value: Float64) -> Float64:
+    def users(
+        self,
+        offsets: Int64,
+        item: NDArray[np.integer[Any]],
+        value: NDArray[np.floating[Any]],
+    ) -> Float64:
         """[U, 1 + factors] of any users."""
-        index = pc.fill_null(pc.index_in(events.item_keys, value_set=self.keys), -1)
-        known = np.asarray(index)[events.item_index]
-        x = np.where((known >= 0)[:, None], self.v[known], 0.0)
-        x[:, 0] = 1
-        y = value - self.mean - np.where(known >= 0, self.item_mean[known], 0.0)
-        return self._solve(x, y, events.offsets)
+        y = value.astype(np.float64) - self.mean - self.item_mean[item]
+        return self._solve(self.v[item], y, offsets)
 
     def _solve(self, x: Float64, y: Float64, offsets: Int64) -> Float64:
         """Ridge regression of each CSR segment."""
