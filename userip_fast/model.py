@@ -39,7 +39,8 @@ from userip_fast.em.amortised import Head
 from userip_fast.em.cache import DiskCache
 from userip_fast.em.checkpoints import load_codebooks
 from userip_fast.em.matching import numbered_like
-from userip_fast.em.trainer import Log, Trainer, profiles_total
+from userip_fast.em.steps import profiles_total
+from userip_fast.em.trainer import Log, Trainer
 from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
 from userip_fast.files import (
     atomic_dir,
