@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from userip_fast.config import DataConfig
 from userip_fast.data import Catalogue, Events, FeedbackScale, Interactions, Negatives, make_events
+from userip_fast.data.feedback import NEGATIVE_WORDS
 from userip_fast.errors import DataError
 from userip_fast.keys import hash_keys
 from userip_fast.packing import Behaviour, Int64, build_behaviour, told_events
@@ -102,6 +103,18 @@ class BehaviourFormat:
             feedback_weight,
             seed,
         )
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words that tell how an event went; none where nothing is told of it."""
+        if self.scale is not None:
+            return self.scale.words
+        return NEGATIVE_WORDS if self.negatives else ()
+
+    @property
+    def best_word(self) -> int:
+        """Index of the word for the best that may happen."""
+        return 0 if self.negatives else len(self.words) - 1
 
     def events(self, data: Interactions, catalogue: Catalogue) -> Events:
         """The users' events, ratings told as words or negatives added from the catalogue."""
