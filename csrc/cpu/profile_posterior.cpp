@@ -23,6 +23,7 @@ namespace {
 
 constexpr int64_t kRun = 32;        // events that are added up in fp32
 constexpr int64_t kAhead = 12;      // events between asking for a row and adding it
+constexpr int64_t kTogether = 16;   // users whose sums wait for their softmax
 constexpr int64_t kLine = 16;       // floats in a cache line
 constexpr int64_t kNear = 1 << 16;  // floats of a table that is found in a core's own cache unasked
 
@@ -80,10 +81,10 @@ USERIP_AVX2 void add_columns(const Table& t, int64_t begin, int64_t end, int64_t
     } while (begin < end);
 }
 
-// One user; `prior` and `sum` are padded with -inf, so that only the end of `log_resp` is ragged.
+// sum = prior + the rows of one user's events; all three are padded with -inf.
 template <bool kWeighted>
-USERIP_AVX2 void user(const Table& t, int64_t begin, int64_t end, const double* prior, double* sum,
-                      float* log_resp, double* evidence) {
+USERIP_AVX2 void add_events(const Table& t, int64_t begin, int64_t end, const double* prior,
+                            double* sum) {
     const int64_t codes = t.codes;
     if (t.num_kinds * codes > kNear) {
         // The rows of the user after this one, or so: past its events lie the next one's.
@@ -101,27 +102,27 @@ USERIP_AVX2 void user(const Table& t, int64_t begin, int64_t end, const double* 
         add_columns<2, 4, kWeighted>(t, begin, end, c, 16, prior + c, sum + c);
     for (; c < codes; c += 8)
         add_columns<1, 4, kWeighted>(t, begin, end, c, codes - c, prior + c, sum + c);
+}
 
+// Of one user's sums: log_resp[0 : codes] = sum - evidence.
+USERIP_AVX2 void normalise(const double* sum, int64_t codes, float* log_resp, double* evidence) {
     __m256d high4 = _mm256_loadu_pd(sum);
-    for (int64_t k = 4; k < t.padded; k += 4)
-        high4 = _mm256_max_pd(high4, _mm256_loadu_pd(sum + k));
-    alignas(32) double lanes[4];
-    _mm256_store_pd(lanes, high4);
-    const double high = std::max(std::max(lanes[0], lanes[1]), std::max(lanes[2], lanes[3]));
-    high4 = _mm256_set1_pd(high);
+    for (int64_t k = 4; k < codes; k += 4) high4 = _mm256_max_pd(high4, _mm256_loadu_pd(sum + k));
+    __m128d high2 = _mm_max_pd(_mm256_castpd256_pd128(high4), _mm256_extractf128_pd(high4, 1));
+    high2 = _mm_max_pd(high2, _mm_permute_pd(high2, 1));
+    high4 = _mm256_broadcastsd_pd(high2);
     const auto below = [&](int64_t k) USERIP_AVX2 {
         return _mm256_set_m128(_mm256_cvtpd_ps(_mm256_sub_pd(_mm256_loadu_pd(sum + k + 4), high4)),
                                _mm256_cvtpd_ps(_mm256_sub_pd(_mm256_loadu_pd(sum + k), high4)));
     };
     __m256 total8 = _mm256_setzero_ps();
     for (int64_t k = 0; k < codes; k += 8) total8 = _mm256_add_ps(total8, exp8(below(k)));
-    const __m128 total4 =
-        _mm_add_ps(_mm256_castps256_ps128(total8), _mm256_extractf128_ps(total8, 1));
-    alignas(16) float parts[4];
-    _mm_store_ps(parts, total4);
-    const double log_total = std::log((parts[0] + parts[1]) + (parts[2] + parts[3]));
-    *evidence = high + log_total;
-    const __m256 shift = _mm256_set1_ps(static_cast<float>(log_total));
+    __m128 total = _mm_add_ps(_mm256_castps256_ps128(total8), _mm256_extractf128_ps(total8, 1));
+    total = _mm_add_ps(total, _mm_movehl_ps(total, total));
+    total = _mm_add_ss(total, _mm_movehdup_ps(total));
+    const float log_total = std::log(_mm_cvtss_f32(total));
+    *evidence = _mm_cvtsd_f64(high2) + log_total;
+    const __m256 shift = _mm256_set1_ps(log_total);
     for (int64_t k = 0; k < codes; k += 8) {
         store(log_resp + k, codes - k, _mm256_sub_ps(below(k), shift));
     }
@@ -132,6 +133,8 @@ USERIP_AVX2 int64_t first_bad(const Table& t, int64_t begin, int64_t end) {
     const __m256i last = _mm256_set1_epi64x(t.num_kinds - 1);
     int64_t n = begin;
     for (; n + 4 <= end; n += 4) {
+        // At a page's end the processor stops reading ahead; a hint may point past what is ours.
+        _mm_prefetch(reinterpret_cast<const char*>(t.kinds + n) + 4096, _MM_HINT_T0);
         const __m256i kind = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(t.kinds + n));
         // Negative where below 0, or above the last.
         const __m256i sign = _mm256_or_si256(kind, _mm256_sub_epi64(last, kind));
@@ -178,17 +181,24 @@ void profile_posterior(uintptr_t table, int64_t num_kinds, int64_t codes, uintpt
             }
         }
         if (good) {
-            std::vector<double> sum(t.padded);
-            auto* one = t.weights == nullptr ? user<false> : user<true>;
-            for (int64_t u = begin; u < end; ++u) {
-                const int64_t wrong = first_bad(t, first[u], first[u + 1]);
-                if (wrong < first[u + 1]) {
-                    bad_kind = wrong;
+            // Some users at a time: what one waits for another can do meanwhile.
+            std::vector<double> sums(kTogether * t.padded);
+            auto* add = t.weights == nullptr ? add_events<false> : add_events<true>;
+            for (int64_t from = begin; from < end && good; from += kTogether) {
+                const int64_t to = std::min(end, from + kTogether);
+                const int64_t wrong = first_bad(t, first[from], first[to]);
+                if (wrong < first[to]) {
+                    bad_kind = wrong, good = false;
                     break;
                 }
-                one(t, first[u], first[u + 1], prior.data(), sum.data(),
-                    reinterpret_cast<float*>(log_resp) + u * codes,
-                    reinterpret_cast<double*>(evidence) + u);
+                for (int64_t u = from; u < to; ++u) {
+                    add(t, first[u], first[u + 1], prior.data(), &sums[(u - from) * t.padded]);
+                }
+                for (int64_t u = from; u < to; ++u) {
+                    normalise(&sums[(u - from) * t.padded], codes,
+                              reinterpret_cast<float*>(log_resp) + u * codes,
+                              reinterpret_cast<double*>(evidence) + u);
+                }
             }
         }
     }
