@@ -41,6 +41,7 @@ BENCHMARKS = {
     "bench_em_step": 240,
     "bench_nf4": 60,
     "bench_linear_cross_entropy": 60,
+    "bench_event_table": 60,
     "bench_sparse_adam": 60,
     "bench_frozen_block": 60,
 }

@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
     bind_features(m);
     bind_frozen_block(m);
     bind_nf4(m);
+    bind_profile_posterior(m);
     bind_sparse_adam(m);
 #ifdef USERIP_FAST_WITH_CUDA
     m.attr("cuda_architectures") = USERIP_FAST_CUDA_ARCHITECTURES;

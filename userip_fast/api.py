@@ -21,7 +21,7 @@ from userip_fast.config import Config
 from userip_fast.data import Catalogue, InteractionStream
 from userip_fast.em.distributed import start_processes
 from userip_fast.em.mstep import check_codebook_sizes
-from userip_fast.em.trainer import profiles_total
+from userip_fast.em.steps import profiles_total
 from userip_fast.errors import ConfigError, DataError, StorageError
 from userip_fast.files import storage_errors, sweep_leftovers, write_json
 from userip_fast.lm import FrozenLM

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -14,9 +14,10 @@ import pyarrow as pa
 
 from userip_fast.config import DataConfig
 from userip_fast.data import Catalogue, Events, FeedbackScale, Interactions, Negatives, make_events
+from userip_fast.data.feedback import NEGATIVE_WORDS
 from userip_fast.errors import DataError
 from userip_fast.keys import hash_keys
-from userip_fast.packing import Behaviour, Int64, build_behaviour
+from userip_fast.packing import Behaviour, Int64, build_behaviour, told_events
 from userip_fast.prompts import Layout, TokenTable, tokenize_events
 
 if TYPE_CHECKING:
@@ -103,11 +104,39 @@ class BehaviourFormat:
             seed,
         )
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words that tell how an event went; none where nothing is told of it."""
+        if self.scale is not None:
+            return self.scale.words
+        return NEGATIVE_WORDS if self.negatives else ()
+
+    @property
+    def best_word(self) -> int:
+        """Index of the word for the best that may happen."""
+        return 0 if self.negatives else len(self.words) - 1
+
     def events(self, data: Interactions, catalogue: Catalogue) -> Events:
         """The users' events, ratings told as words or negatives added from the catalogue."""
         if self.negatives:
             return make_events(data, Negatives(catalogue, n=self.negatives, seed=self.seed))
         return make_events(data, self.scale)
+
+    def kinds(self, tokenizer: Any, layout: Layout, kinds: Sequence[tuple[str, str]]) -> Behaviour:
+        """Independent events [E], texts and words, each event in the place of a user."""
+        texts = [text for text, _ in kinds]
+        words = [word for _, word in kinds] if "{feedback}" in self.template else None
+        table = tokenize_events(tokenizer, texts, words, self.template, self.separator)
+        return build_behaviour(
+            table,
+            np.arange(len(kinds)),
+            np.arange(len(kinds) + 1),
+            layout,
+            max_tokens=int(np.diff(table.offsets).max(initial=2)),
+            context="independent",
+            text_weight=self.text_weight,
+            feedback_weight=self.feedback_weight,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -121,8 +150,32 @@ class BehaviourFormat:
         return cls(**{**values, "scale": FeedbackScale.from_dict(scale) if scale else None})
 
 
+@dataclass(frozen=True)
+class Told:
+    """Events of U users that the LM is told of, by kind: an item's text and how it went.
+
+    Attributes:
+        texts, words: Of each kind; `words` is None where nothing is told of how it went.
+        tokens: [kinds] int64, their numbers of tokens.
+        kinds: [N] int64, the users' events one user after another, oldest first.
+        offsets: [U + 1] int64; user u has events `offsets[u]:offsets[u + 1]`.
+    """
+
+    texts: list[str]
+    words: list[str] | None
+    tokens: Int64
+    kinds: Int64
+    offsets: Int64
+
+
 class Source(Protocol):
-    """Behaviour of users in the order of their key hashes, a block at a time."""
+    """Behaviour of users in the order of their key hashes, a block at a time.
+
+    Attributes:
+        format: How events are told.
+    """
+
+    format: BehaviourFormat
 
     @property
     def num_users(self) -> int: ...
@@ -149,6 +202,10 @@ class Source(Protocol):
 
     def block(self, tokenizer: Any, layout: Layout, start: int, stop: int) -> Behaviour:
         """Behaviour of users `start:stop`."""
+        ...
+
+    def told(self, tokenizer: Any, start: int, stop: int) -> Told:
+        """The events in `block`, as kinds."""
         ...
 
 
@@ -234,6 +291,17 @@ class BehaviourSource:
             text_weight=self.format.text_weight,
             feedback_weight=self.format.feedback_weight,
         )
+
+    def told(self, tokenizer: Any, start: int, stop: int) -> Told:
+        """See `Source`."""
+        offsets = self.events.offsets[start : stop + 1]
+        kinds = self.kinds[offsets[0] : offsets[-1]]
+        tokens = np.diff(self._table(tokenizer).offsets)
+        kept, user = told_events(
+            tokens[kinds], offsets - offsets[0], self.format.max_tokens, self.format.chunk_tokens
+        )
+        ends = np.cumsum(np.bincount(user[kept], minlength=stop - start))
+        return Told(self.texts, self.feedback, tokens, kinds[kept], np.concatenate([[0], ends]))
 
     def empty_users(self, tokenizer: Any) -> Int64:
         """Users whose latest event alone has more tokens than fit: nothing is left of them."""

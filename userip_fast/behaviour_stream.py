@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from userip_fast.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.behaviour import BehaviourFormat, BehaviourSource, Told
 from userip_fast.data import Catalogue, Events, InteractionStream
 from userip_fast.data.feedback import NEGATIVE_WORDS
 from userip_fast.keys import hash_keys
@@ -109,6 +109,10 @@ class StreamSource:
     def block(self, tokenizer: Any, layout: Layout, start: int, stop: int) -> Behaviour:
         """See `Source`."""
         return self._users(start, stop).block(tokenizer, layout, 0, stop - start)
+
+    def told(self, tokenizer: Any, start: int, stop: int) -> Told:
+        """See `Source`."""
+        return self._users(start, stop).told(tokenizer, 0, stop - start)
 
     def _users(self, start: int, stop: int) -> BehaviourSource:
         """Users `start:stop`, the last few blocks asked for being kept."""

@@ -33,6 +33,13 @@ class UsageStats:
     perplexity: float
     dead: int
 
+    @classmethod
+    def of(cls, counts: Tensor) -> UsageStats:
+        """From counts [K] int64."""
+        p = counts.double() / counts.sum().clamp(min=1)
+        entropy = -(p * p.clamp(min=1e-300).log()).sum()
+        return cls(counts, float(entropy.exp()), int((counts == 0).sum()))
+
 
 class Codebook:
     """K codewords of dimension D in fp32, with EMA statistics once `ema_update` was called.
@@ -163,10 +170,7 @@ class Codebook:
 
     def usage(self, ids: Tensor) -> UsageStats:
         """Usage of the codes by `ids` [N]."""
-        counts = torch.bincount(ids.flatten(), minlength=len(self))
-        p = counts.double() / counts.sum().clamp(min=1)
-        entropy = -(p * p.clamp(min=1e-300).log()).sum()
-        return UsageStats(counts, float(entropy.exp()), int((counts == 0).sum()))
+        return UsageStats.of(torch.bincount(ids.flatten(), minlength=len(self)))
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `from_state` needs, as tensors."""

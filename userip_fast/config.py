@@ -159,8 +159,9 @@ class EMConfig:
     """Further Adam steps from the codeword of the nearest code, once there are codebooks."""
     posterior: Literal["auto", "exact", "ascent", "mean_field"] = "auto"
     """Posterior: score all combinations of codes, or one field after another, given codes of the
-    others ("ascent") or their probabilities ("mean_field"); "auto" is exact up to 4,096
-    combinations, if they are at most twice as many as codes, else ascent."""
+    others ("ascent") or their probabilities ("mean_field"); "auto" is exact up to 256 combinations
+    of independent events, whose table then serves all users, and up to 4,096 otherwise, if they are
+    at most twice as many as codes, else ascent."""
     sweeps: int = 6
     """Posterior: sweeps over the fields, at most, of coordinate ascent and then of mean field."""
     prune_share: float = 0.34
@@ -175,8 +176,14 @@ class EMConfig:
     """Posterior: standard deviation of random codewords, in units of the embedding RMS."""
     restarts: int = 1
     """Posterior: random or k-means++ starts tried for two rounds; the likeliest goes on."""
-    fit_users: int = 1_024
-    """Posterior: the codewords are learned on the first so many users in hash order."""
+    fit_users: int | None = None
+    """Posterior: the codewords are learned on the first so many users in hash order; None is all
+    where an event table serves them, else 1,024."""
+    table_readings: int = 32_768
+    """Posterior, event table: pairs of an item's text and codes that EM reads a round; the most
+    frequent texts are kept. The table of all texts is read once, at the end."""
+    codeword_draws: int = 4_096
+    """Posterior, event table: pairs that a gradient step draws among these, by weight; 0 is all."""
     held_out: float = 0.2
     """Posterior: share of them who judge each round instead of training (from 50 users on)."""
     codeword_steps: int = 4
@@ -212,12 +219,13 @@ class EMConfig:
     paper_vq_weight: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.rounds is not None:
-            _require(self.rounds >= 1, "em.rounds", "at least 1", self.rounds)
+        for name in ("rounds", "fit_users"):
+            if (value := getattr(self, name)) is not None:
+                _require(value >= 1, f"em.{name}", "at least 1", value)
         for name in (
             "steps",
             "restarts",
-            "fit_users",
+            "table_readings",
             "head_users",
             "codeword_steps",
             "patience",
@@ -238,6 +246,7 @@ class EMConfig:
             "dead_code_threshold",
             "paper_vq_weight",
             "gain",
+            "codeword_draws",
         ):
             _require(getattr(self, name) >= 0, f"em.{name}", "0 or more", getattr(self, name))
         _require(0 <= self.ema_decay < 1, "em.ema_decay", "in [0, 1)", self.ema_decay)

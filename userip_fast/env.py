@@ -157,6 +157,7 @@ def _calls(device: str) -> Mapping[str, Callable[[str], object]]:
         "nf4_dequantize": lambda impl: ops.nf4_dequantize(weight, impl=impl),
         "nf4_linear": lambda impl: ops.nf4_linear(x, weight, impl=impl),
         "prepend_soft_prompts": lambda impl: ops.prepend_soft_prompts(x, x, int32, impl=impl),
+        "profile_posterior": lambda impl: ops.profile_posterior(x, ids, bounds, x[0], impl=impl),
         "rms_norm": lambda impl: ops.rms_norm(x, x[0], impl=impl),
         "rotate": lambda impl: ops.rotate(heads, x, x, impl=impl),
         "soft_prompt_attention": lambda impl: ops.soft_prompt_attention(

@@ -20,12 +20,16 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
 from userip_fast._version import __version__
@@ -39,7 +43,9 @@ from userip_fast.em.amortised import Head
 from userip_fast.em.cache import DiskCache
 from userip_fast.em.checkpoints import load_codebooks
 from userip_fast.em.matching import numbered_like
-from userip_fast.em.trainer import Log, Trainer, profiles_total
+from userip_fast.em.steps import profiles_total
+from userip_fast.em.table import EventTable, has_table
+from userip_fast.em.trainer import Log, Trainer
 from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
 from userip_fast.files import (
     atomic_dir,
@@ -88,6 +94,7 @@ class Model:
     cards: dict[str, list[dict[str, Any]]]
     trainer: Trainer | None = None
     head: Head | None = None
+    _table: EventTable | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def template(self) -> PromptTemplate:
@@ -177,6 +184,122 @@ class Model:
             }
         )
         return FeatureBank.open(out)
+
+    def profile(
+        self,
+        items: Sequence[Any],
+        reactions: Sequence[Any] | None = None,
+        texts: Mapping[Any, str] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """p(codes | events) of a user, or of many, by the event table.
+
+        The LM reads what it has not read of these items; else it is not asked.
+
+        Args:
+            items: Keys of the items of a user's events, maybe none; or a sequence of such sequences
+                for many users.
+            reactions: How each event went, in the shape of `items`: a feedback word, or a rating
+                where the model was fitted on ratings. None where nothing is told of it.
+            texts: Item text by key, of items that the training data lacks.
+
+        Returns:
+            [Z], or [U, Z] for many users, of all Z combinations of codes, the last field's running
+            fastest. A user without events has the prior.
+
+        Raises:
+            ConfigError: The model has no event table (see `userip_fast.em.table.has_table`).
+            DataError: An item has no known text, or reactions are not the model's.
+        """
+        many = len(items) > 0 and isinstance(items[0], list | tuple | np.ndarray)
+        users = items if many else [items]
+        if reactions is None:
+            told: Sequence[Any] = [[None] * len(own) for own in users]
+        else:
+            told = reactions if many else [reactions]
+        table = self.event_table()
+        words = {r: self._word(r) for r in set(chain.from_iterable(told))}
+        offsets = np.zeros(len(users) + 1, np.int64)
+        kinds: list[tuple[str, str]] = []
+        for u, (own, went) in enumerate(zip(users, told, strict=True)):
+            if len(own) != len(went):
+                raise DataError(f"user {u} has {len(own)} items and {len(went)} reactions")
+            kinds += [(t, words[r]) for t, r in zip(self._texts_of(own, texts), went)]
+            offsets[u + 1] = len(kinds)
+        log_resp, _ = table.posterior(table.rows(kinds), offsets)
+        found = log_resp.exp().numpy()
+        return found if many else found[0]
+
+    def affinity(
+        self,
+        probabilities: npt.NDArray[np.floating[Any]],
+        items: Sequence[Any],
+        texts: Mapping[Any, str] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """p(the best reaction | item, a user's codes), averaged over the codes.
+
+        The best reaction is the highest rating's word, or "chosen"; the LM's probabilities of the
+        words add up to one.
+
+        Args:
+            probabilities: [Z] or [U, Z], as `profile` gives them.
+            items, texts: As `profile`'s, for one list of n items.
+
+        Returns:
+            [n] or [U, n].
+
+        Raises:
+            ConfigError: The model has no event table, or tells no reactions.
+            DataError: An item has no known text.
+        """
+        words = self.format.words
+        if not words or self.format.feedback_weight <= 0:
+            raise ConfigError(
+                "affinity: the model puts no loss on reactions; fit with ratings or negatives, and "
+                "data.loss=feedback or all"
+            )
+        table = self.event_table()
+        rows = table.rows([(t, w) for t in self._texts_of(items, texts) for w in words])
+        scores = table.values[torch.from_numpy(rows)].view(len(items), len(words), -1)
+        # Whatever loss is on the text is the same for all words.
+        likes = (scores / self.format.feedback_weight).softmax(1)[:, self.format.best_word]
+        found = np.asarray(probabilities, np.float32) @ likes.numpy().T
+        return np.asarray(found, np.float32)
+
+    def event_table(self) -> EventTable:
+        """What the LM says of events, as far as it was asked; it grows as more is asked.
+
+        Raises:
+            ConfigError: The model has none.
+        """
+        if not has_table(self.config):
+            raise ConfigError(
+                "an event table needs em.estep=posterior, data.behaviour_context=independent and "
+                "few combinations of codes; fit a model with these"
+            )
+        if self._table is None or self._table.codebooks is not self.codebooks:
+            engine = self.ready_trainer().engine
+            self._table = EventTable(engine, self.format, self.codebooks, self.config.em)
+        return self._table
+
+    def _texts_of(self, items: Sequence[Any], texts: Mapping[Any, str] | None) -> list[str]:
+        known = self.catalogue.text_of
+        try:
+            return [known[i] if i in known else (texts or {})[i] for i in items]
+        except KeyError as e:
+            raise DataError(
+                f"item {e} is not in the training data; give its text as texts={{key: text}}"
+            ) from e
+
+    def _word(self, reaction: Any) -> str:
+        words, scale = self.format.words, self.format.scale
+        if scale is not None and isinstance(reaction, int | float | np.number):
+            return scale.words[int(scale.level(np.asarray([reaction]))[0])]
+        if (reaction is None and not words) or reaction in words:
+            return reaction or ""
+        raise DataError(
+            f"reaction {reaction!r} is not one of the model's: {list(words) or None}"
+            + ("" if scale is None else " or a rating")
+        )
 
     def source(self, data: Data, on_bad: str | None = None) -> BehaviourSource | StreamSource:
         """Behaviour of the users of `data` as this model reads it; see `behaviour_source`."""

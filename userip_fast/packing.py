@@ -161,10 +161,7 @@ def build_behaviour(
     """
     chunk_tokens = min(max_tokens, chunk_tokens or max_tokens)
     size = np.diff(table.offsets)[kinds]
-    # Tokens from an event to the end of its user's history; those within the budget are a suffix.
-    total = np.concatenate([[0], np.cumsum(np.where(size > chunk_tokens, max_tokens + 1, size))])
-    user = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    kept = total[offsets[1:]][user] - total[:-1] <= max_tokens
+    kept, user = told_events(size, offsets, max_tokens, chunk_tokens)
     kinds, user, size = kinds[kept], user[kept], size[kept]
     events = np.bincount(user, minlength=len(offsets) - 1).astype(np.int64)
 
@@ -195,6 +192,17 @@ def build_behaviour(
         events,
         cuts,
     )
+
+
+def told_events(
+    size: Int64, offsets: Int64, max_tokens: int, chunk_tokens: int
+) -> tuple[npt.NDArray[np.bool_], Int64]:
+    """[E] whether an event is told, and its user, from its number of tokens; see
+    `build_behaviour`."""
+    # Tokens from an event to the end of its user's history; those within the budget are a suffix.
+    total = np.concatenate([[0], np.cumsum(np.where(size > chunk_tokens, max_tokens + 1, size))])
+    user = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    return total[offsets[1:]][user] - total[:-1] <= max_tokens, user
 
 
 def _cuts(size: Int64, events: Int64, lengths: Int64, chunk_tokens: int) -> Int64:

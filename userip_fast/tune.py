@@ -15,6 +15,7 @@ import numpy as np
 from userip_fast.api import prepare
 from userip_fast.config import Config
 from userip_fast.data import Interactions
+from userip_fast.em.crowd import APART_USERS, Apart
 from userip_fast.em.matching import agreement
 from userip_fast.em.mixture import Mixture, is_last
 from userip_fast.em.posterior import PosteriorEStep
@@ -68,7 +69,7 @@ def tune(
     A field is left out by giving it one code, so that the LM reads the same prompt.
 
     Args:
-        data: Histories; the first 4/3 `em.fit_users` users in hash order are used.
+        data: Histories; the first 4/3 `em.fit_users` users (None: 1,024) in hash order are used.
         config: LM, fields and EM; the E-step is the posterior.
         sizes: Numbers of codes, 2 or more.
         lm: The frozen LM; None loads the config's.
@@ -93,7 +94,8 @@ def tune(
     tried = list(dict.fromkeys(map(tuple, wanted)))
     largest = [max(codes[j] for codes in tried) for j in range(len(own))]
 
-    everyone = data.head_users(min(data.num_users, config.em.fit_users * _JUDGES // (_JUDGES - 1)))
+    training_users = config.em.fit_users or APART_USERS
+    everyone = data.head_users(min(data.num_users, training_users * _JUDGES // (_JUDGES - 1)))
     model, source = prepare(everyone, _with_codes(config, largest), lm=lm, show=show)
     assert model.trainer is not None
     engine = model.trainer.engine
@@ -111,7 +113,7 @@ def tune(
                 em = replace(config.em, seed=seed)
                 part = users.select(_part(training, seed))
                 fields = _with_codes(config, list(codes)).fields
-                mixture = Mixture(part, engine, em, fields)
+                mixture = Mixture(Apart(part, engine, em), engine, em, fields)
                 books = mixture.best_start(fields, start)
                 for r, at in enumerate(mixture.rounds(books)):
                     if is_last(mixture.record(at, r), em):

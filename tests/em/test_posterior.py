@@ -12,7 +12,8 @@ import userip_fast as uf
 from userip_fast.codebook import Codebook
 from userip_fast.config import Config, DataConfig, EMConfig
 from userip_fast.em import Block, EMState
-from userip_fast.em.mixture import Mixture, MixtureMStep
+from userip_fast.em.crowd import Apart
+from userip_fast.em.mixture import Mixture
 from userip_fast.em.posterior import PosteriorEStep, is_exact
 from userip_fast.em.starts import Starts
 from userip_fast.em.units import Units
@@ -176,13 +177,19 @@ def test_a_user_does_not_depend_on_pack_or_company(posterior):
     assert torch.equal(alone.code_ids, whole.code_ids[some])
 
 
+def stats_of(engine, block, config, profiles, books):
+    users = Apart(block, engine, config)
+    assert users.judged == 0
+    return users.stats(replace(users.judge(books), shares=profiles.candidates), books)
+
+
 @pytest.mark.parametrize("posterior", ["exact", "ascent", "mean_field"])
 def test_mstep_gradient_is_that_of_the_objective(posterior):
     """Autograd through the log of the sum over candidates, in one piece, gives the same."""
     engine, block, books = make(2)
     config = replace(CONFIG, posterior=posterior, pack_tokens=64)
     found = PosteriorEStep(engine, config).run(block, books, EMState())
-    got = MixtureMStep(engine, config, 0.1).stats(block, found.candidates, books)
+    got = stats_of(engine, block, config, found, books)
     words = [b.codewords.clone().requires_grad_() for b in books]
     users, codes = found.candidates.users, found.candidates.codes
     pack = make_pack(block.behaviour, users.numpy(), engine.layout, engine.lm.device)
@@ -196,7 +203,7 @@ def test_mstep_gradient_is_that_of_the_objective(posterior):
             assert (a - b).norm() < 0.03 * b.norm()  # unlikely candidates are left out
     total = sum(float(c.sum()) for c in got.counts)
     assert total == pytest.approx(2 * len(block.hashes), rel=0.02)
-    again = MixtureMStep(engine, config, 0.1).stats(block, found.candidates, books)
+    again = stats_of(engine, block, config, found, books)
     assert all(torch.equal(a, b) for a, b in zip(got.gradient, again.gradient))
 
 
@@ -206,8 +213,8 @@ def test_mstep_gradient_is_that_of_the_objective(posterior):
 def test_the_objective_never_falls(posterior, prune):
     engine, block, books = make(2)
     config = replace(CONFIG, posterior=posterior, prune_share=prune)
-    found = list(islice(Mixture(block, engine, config).rounds(books), 4))
-    objective = [f.objective for f in found]
+    found = list(islice(Mixture(Apart(block, engine, config), engine, config).rounds(books), 4))
+    objective = [f.found.objective for f in found]
     assert all(b >= a - 1e-6 * abs(a) for a, b in pairwise(objective))
     assert objective[-1] > objective[0] + 1.0
     for f in found:
@@ -225,20 +232,22 @@ def test_split_and_merge_leave_a_poor_optimum():
     book.log_prior = torch.tensor([1 - 1e-6, 1e-6]).log()
     fields = (ProfileField("a", "", 1, 2),)
     alone, freed = (
-        list(islice(Mixture(block, engine, config, f).rounds([book]), 4)) for f in ((), fields)
+        list(islice(Mixture(Apart(block, engine, config), engine, config, f).rounds([book]), 4))
+        for f in ((), fields)
     )
-    used = [f[-1].profiles.log_resp[0].exp().sum(0).min() for f in (alone, freed)]
+    used = [f[-1].found.used[0].min() for f in (alone, freed)]
     assert used[0] < 1 < 5 < used[1]
-    assert freed[-1].objective > alone[-1].objective + 1.0
-    objective = [f.objective for f in freed]
+    assert freed[-1].found.objective > alone[-1].found.objective + 1.0
+    objective = [f.found.objective for f in freed]
     assert all(b >= a for a, b in pairwise(objective))
 
 
 def test_codes_that_are_words_keep_their_places():
     engine, block, _ = make(2, users=60)
     fields = (ProfileField("a", "", 1, 2, ("rod", "lamp")), ProfileField("b", "", 1, 2))
-    assert Mixture(block, engine, CONFIG, fields).loose == [1]
-    assert Mixture(block, engine, replace(CONFIG, start="behaviour"), fields).loose == [0, 1]
+    assert Mixture(Apart(block, engine, CONFIG), engine, CONFIG, fields).loose == [1]
+    told = replace(CONFIG, start="behaviour")
+    assert Mixture(Apart(block, engine, CONFIG), engine, told, fields).loose == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -247,15 +256,16 @@ def test_codes_that_are_words_keep_their_places():
 def test_a_round_that_lowers_it_is_taken_back(monkeypatch, training, judges, stays):
     """For the training users, or for those held out."""
     engine, block, books = make(1, users=60)
-    mixture = Mixture(block, engine, CONFIG)
-    assert (len(mixture.training.hashes), len(mixture.held_out.hashes)) == (48, 12)
+    mixture = Mixture(Apart(block, engine, CONFIG), engine, CONFIG)
+    assert (mixture.users.trained, mixture.users.judged) == (48, 12)
     real, calls = Mixture._judge, []
 
     def judge(self, codebooks, lr):
         calls.append(codebooks)
-        found = real(self, codebooks, lr)
+        at = real(self, codebooks, lr)
         later = len(calls) > 1
-        return replace(found, objective=training * later, held_out=judges * later)
+        values = {"objective": training * later, "held_out": judges * later}
+        return replace(at, found=replace(at.found, **values))
 
     monkeypatch.setattr(Mixture, "_judge", judge)
     before, after = islice(mixture.rounds(books), 2)

@@ -11,7 +11,7 @@ import torch
 from userip_fast.codebook import Codebook
 from userip_fast.config import EMConfig
 from userip_fast.em import Block, EMState, units
-from userip_fast.em.mixture import MixtureMStep
+from userip_fast.em.crowd import Apart
 from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.units import Units
 from userip_fast.lm import PackedEngine
@@ -92,7 +92,8 @@ def test_m_step_is_that_of_users_apart(engine):
     generator = torch.Generator().manual_seed(1)
     books = [Codebook(torch.randn(k, engine.lm.hidden_size, generator=generator)) for k in (3, 4)]
     found = PosteriorEStep(engine, replace(CONFIG, pack_tokens=64)).run(block, books, EMState())
-    stats = MixtureMStep(engine, CONFIG, 0.1).stats(block, found.candidates, books)
+    users = Apart(block, engine, CONFIG)
+    stats = users.stats(replace(users.judge(books), shares=found.candidates), books)
     gradient = [torch.zeros_like(b.codewords, dtype=torch.float64) for b in books]
     counts = [torch.zeros(len(b), dtype=torch.float64) for b in books]
     nll = 0.0

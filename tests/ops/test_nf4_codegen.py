@@ -1,4 +1,4 @@
-"""Compiles the NF4, Adam and cross-entropy kernels for GPUs that are not here.
+"""Compiles the NF4, Adam, cross-entropy and posterior kernels for GPUs that are not here.
 
 Run as a script it compiles for the architectures named and prints what came out.
 """
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def compile_all(arch):
     """Reports of every kernel, in its widest variants."""
     from codegen import compile_kernel
-    from userip_fast.kernels import linear_cross_entropy, nf4, sparse_adam
+    from userip_fast.kernels import linear_cross_entropy, nf4, profile_posterior, sparse_adam
 
     reports = []
     for out, nested in (("*fp32", False), ("*bf16", True), ("*fp16", True)):
@@ -94,6 +94,23 @@ def compile_all(arch):
             aligned=("V",),
         )
     )
+    for codes in (16, 128, 8192):
+        block_u, block_z, num_warps = profile_posterior.block_shape(codes)
+        reports.append(
+            compile_kernel(
+                profile_posterior._profile_posterior_kernel,
+                {
+                    **dict.fromkeys(("table_ptr", "weights_ptr", "log_resp_ptr"), "*fp32"),
+                    **dict.fromkeys(("kinds_ptr", "offsets_ptr"), "*i64"),
+                    **dict.fromkeys(("log_prior_ptr", "evidence_ptr"), "*fp64"),
+                    **dict.fromkeys(("U", "E", "Z"), "i32"),
+                },
+                {"HAS_WEIGHTS": True, "BLOCK_U": block_u, "BLOCK_Z": block_z},
+                arch,
+                num_warps=num_warps,
+                aligned=("Z",),
+            )
+        )
     return reports
 
 

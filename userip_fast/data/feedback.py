@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -178,6 +179,11 @@ class Catalogue:
         keys = data.item_keys.take(used)
         used = used[key_order(keys, hash_keys(keys))]
         return cls(data.item_keys.take(used), data.item_text.take(used), counts[used])
+
+    @cached_property
+    def text_of(self) -> dict[Any, str]:
+        """Item key -> item text."""
+        return dict(zip(self.item_keys.to_pylist(), self.item_text.to_pylist()))
 
     def to_table(self) -> pa.Table:
         return pa.table({"item": self.item_keys, "text": self.item_text, "count": self.counts})

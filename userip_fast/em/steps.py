@@ -100,6 +100,18 @@ class Profiles:
         return Profiles(hashes=hashes, **_unflatten(tensors))
 
 
+def profiles_total(profiles: Profiles) -> npt.NDArray[np.float64]:
+    """[4] users, NLL, weight and forward equivalents, summed in fp64."""
+    return np.array(
+        [
+            len(profiles.nll),
+            float(profiles.nll.double().sum()),
+            float(profiles.weight.sum()),
+            float(profiles.forward_equivalents.double().sum()),
+        ]
+    )
+
+
 def _flatten(value: Any, name: str) -> dict[str, Tensor]:
     if isinstance(value, Tensor):
         return {name: value}

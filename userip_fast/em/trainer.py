@@ -17,22 +17,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from userip_fast.behaviour import Source
-from userip_fast.codebook import Codebook
+from userip_fast.behaviour import Source, Told
+from userip_fast.codebook import Codebook, UsageStats
 from userip_fast.config import Config
 from userip_fast.em.amortised import AmortisedEStep, Head, HeadReport, features, train_head
 from userip_fast.em.cache import BlockCache, DiskCache, MemoryCache
 from userip_fast.em.checkpoints import Checkpoint, Checkpoints
+from userip_fast.em.crowd import APART_USERS, Apart, Crowd, Users
 from userip_fast.em.distributed import Processes
 from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.mixture import Mixture, is_last
 from userip_fast.em.mstep import Stats, ThetaMStep, check_codebook_sizes
 from userip_fast.em.paper import run_paper
 from userip_fast.em.posterior import PosteriorEStep
-from userip_fast.em.steps import Block, EMState, EStep, Profiles, books_digest
+from userip_fast.em.steps import (
+    Block,
+    EMState,
+    EStep,
+    Profiles,
+    books_digest,
+    profiles_total,
+)
+from userip_fast.em.table import EventTable, has_table, survey
 from userip_fast.interrupts import deferred_interrupts
 from userip_fast.lm.engine import Engine
 from userip_fast.lm.memory import is_out_of_memory, smaller_pack
@@ -200,6 +210,9 @@ class Trainer:
                 fields = self.config.fields
                 yield run_paper(block, self.engine, fields, em, codebooks, self.show)[1]
             return
+        if em.estep == "posterior" and has_table(self.config):
+            yield from self._infer_by_table(source, codebooks, users, cache)
+            return
         estep = self._estep
         if em.estep != "gradient":
             estep = slow = PosteriorEStep(self.engine, em)
@@ -213,16 +226,55 @@ class Trainer:
             "inferring profiles", estep, source, codebooks, EMState(em.max_rounds), users, cache
         )
 
+    def _infer_by_table(
+        self,
+        source: Source,
+        codebooks: list[Codebook],
+        users: tuple[int, int] | None,
+        cache: BlockCache | None,
+    ) -> Iterator[Profiles]:
+        """As `_sweep`, from an event table; what is kept is the table."""
+        first, last = users or self.own_users(source)
+        tokenizer, size = self.engine.lm.tokenizer, self.config.em.block_users
+        began = time.perf_counter()
+        table = EventTable(
+            self.engine, source.format, codebooks, self.config.em, cache=cache, show=self.show
+        )
+        table.read(survey(source, tokenizer, first, last))
+
+        def told(a: int) -> tuple[Told, npt.NDArray[np.uint64]]:
+            b = min(a + size, last)
+            return source.told(tokenizer, a, b), source.hashes_of(a, b)
+
+        with (
+            progress("inferring profiles", last - first, "users", self.show) as bar,
+            Prefetch(range(first, last, size), told) as blocks,
+            deferred_interrupts() as let_through,
+        ):
+            for block, hashes in blocks:
+                profiles = table.profiles(block, hashes)
+                bar.advance(len(hashes))
+                yield profiles
+                let_through()
+            self.waited_s += blocks.waited_s
+        self.swept_s += time.perf_counter() - began
+
     def _fit_mixture(
         self, source: Source, start: Tensor, kept: Checkpoints | None, resume: bool, log: Log
     ) -> list[Codebook]:
-        """Codebooks of a mixture of soft prompts, from the first `fit_users` users.
+        """Codebooks of a mixture of soft prompts, from the users that `em.fit_users` says.
 
         Each process learns them for itself: they see the same users and find the same.
         """
-        em = self.config.em
-        users = self._block(source, 0, min(em.fit_users, source.num_users))
-        mixture = Mixture(users, self.engine, em, self.config.fields)
+        em, fields = self.config.em, self.config.fields
+        users: Users
+        if has_table(self.config):
+            count = min(em.fit_users or source.num_users, source.num_users)
+            users = Crowd(source, count, self.engine, em, fields)
+        else:
+            count = min(em.fit_users or APART_USERS, source.num_users)
+            users = Apart(self._block(source, 0, count), self.engine, em)
+        mixture = Mixture(users, self.engine, em, fields)
         records: list[dict[str, Any]] = []
         if resume and kept is not None and (last := kept.last()):
             books, records = last.codebooks, last.records
@@ -231,14 +283,14 @@ class Trainer:
             if is_last(records[-1], em):
                 return books
         else:
-            books = mixture.best_start(self.config.fields, start)
+            books = mixture.best_start(fields, start)
         rounds = mixture.rounds(books, records[-1]["lr"] if records else None)
         if records:
             next(rounds)  # where the last record stands
         with progress("EM", em.max_rounds, "rounds", self.show) as bar:
             for at in rounds:
-                usage = _usage(at.codebooks, at.profiles.code_ids)
-                record = self._record(len(records), profiles_total(at.profiles), usage, 0)
+                usage = _told_usage(at.found.usage)
+                record = self._record(len(records), at.found.totals, usage, 0)
                 record |= mixture.record(at, len(records))
                 records.append(record)
                 if kept is not None and self.processes.rank == 0:
@@ -444,18 +496,6 @@ class _Ticker:
         self.bar.advance(whole, nll=nll)
 
 
-def profiles_total(profiles: Profiles) -> Any:
-    """[4] users, NLL, weight and forward equivalents, summed in fp64."""
-    return np.array(
-        [
-            len(profiles.nll),
-            float(profiles.nll.double().sum()),
-            float(profiles.weight.sum()),
-            float(profiles.forward_equivalents.double().sum()),
-        ]
-    )
-
-
 def shared_start(engine: Engine, config: Config, source: Source) -> Tensor:
     """[S, D] fp32: where all users of a field begin.
 
@@ -484,7 +524,10 @@ def shared_start(engine: Engine, config: Config, source: Source) -> Tensor:
 def _usage(books: list[Codebook] | None, codes: Tensor | None) -> list[dict[str, Any]]:
     if books is None or codes is None:
         return []
-    found = [book.usage(codes[:, j].long()) for j, book in enumerate(books)]
+    return _told_usage([book.usage(codes[:, j].long()) for j, book in enumerate(books)])
+
+
+def _told_usage(usage: list[UsageStats]) -> list[dict[str, Any]]:
     return [
-        {"perplexity": u.perplexity, "dead": u.dead, "counts": u.counts.tolist()} for u in found
+        {"perplexity": u.perplexity, "dead": u.dead, "counts": u.counts.tolist()} for u in usage
     ]

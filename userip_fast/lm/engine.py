@@ -35,7 +35,10 @@ class Engine(Protocol):
     layout: Layout
 
     def nll(self, pack: Pack, soft_rows: Tensor) -> Tensor:
-        """[U] fp32 weighted NLL in nats; differentiable in `soft_rows` [U, S, D]."""
+        """[U] fp32 weighted NLL in nats; differentiable in `soft_rows` [U, S, D].
+
+        Of a pack whose `cu_rows` count other sums than users', those: [A] for A sums.
+        """
         ...
 
 
@@ -84,10 +87,12 @@ class PackedEngine:
         rows: Tensor | None = pack.loss_rows
         if self.last_layer is None or not 0 < len(pack.loss_rows) <= _FEW * pack.num_tokens:
             rows = None
+        elif len(pack.cu_rows) - 1 != pack.num_users:  # several may ask of one row
+            rows = torch.unique(pack.loss_rows)
         return self.loss(self.hidden_states(pack, soft_rows, rows)[pack.loss_rows], pack)
 
     def loss(self, hidden: Tensor, pack: Pack) -> Tensor:
-        """[U] weighted NLL from the final hidden states [R, D] of the loss rows."""
+        """As `nll`, from the final hidden states [R, D] of the loss rows."""
         return linear_cross_entropy(
             hidden,
             self.lm.head_weight,
@@ -249,8 +254,10 @@ class ReferenceEngine:
         row = pack.loss_rows - pack.cu_seqlens.long()[sequence] + prefix_rows
         picked = logits[sequence, row]
         token = F.cross_entropy(picked.float(), pack.target, reduction="none") * pack.loss_weight
-        nll = torch.zeros(pack.num_users, dtype=token.dtype, device=device)
-        return nll.index_add(0, pack.sequence_user[sequence], token)
+        sums = len(pack.cu_rows) - 1
+        nll = torch.zeros(sums, dtype=token.dtype, device=device)
+        own = torch.arange(sums, device=device).repeat_interleave(pack.cu_rows.diff())
+        return nll.index_add(0, own, token)
 
     def _mask(self, segment: Tensor, position: Tensor) -> Any:
         """Additive [U, 1, L, L] masks, one per kind of layer where the model has several kinds."""

@@ -23,6 +23,7 @@ from userip_fast.ops.prepend_soft_prompts import (
     prepend_soft_prompts,
     prepend_soft_prompts_reference,
 )
+from userip_fast.ops.profile_posterior import profile_posterior, profile_posterior_reference
 from userip_fast.ops.soft_prompt_attention import (
     soft_prompt_attention,
     soft_prompt_attention_reference,
@@ -44,6 +45,8 @@ __all__ = [
     "nf4_linear_reference",
     "prepend_soft_prompts",
     "prepend_soft_prompts_reference",
+    "profile_posterior",
+    "profile_posterior_reference",
     "rms_norm",
     "rotate",
     "soft_prompt_attention",

@@ -1,0 +1,123 @@
+"""`Model.profile` and `Model.affinity`: users and items from the event table, without a bank."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_resume import read
+from test_table import WHOLE
+
+import userip_fast as uf
+from userip_fast.errors import ConfigError, DataError
+from userip_fast.lm import PackedEngine
+from userip_fast.packing import make_pack
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny.frozen("llama")
+
+
+@pytest.fixture(scope="module")
+def model(lm):
+    return uf.fit(read(60), lm, config=WHOLE)
+
+
+@pytest.fixture(scope="module")
+def choices(lm):
+    data = replace(read(60), rating=None)
+    return uf.fit(data, lm, config=WHOLE.override({"data.loss": "all"}))
+
+
+def events(data):
+    """Per user item keys and ratings, oldest first."""
+    keys = np.asarray(data.item_keys.to_pylist())
+    ends = data.offsets[1:-1]
+    return (
+        [x.tolist() for x in np.split(keys[data.item_index], ends)],
+        [x.tolist() for x in np.split(data.rating, ends)],
+    )
+
+
+def test_profiles_are_those_of_infer(model, tmp_path):
+    data = read(60)
+    items, ratings = events(data)
+    p = model.profile(items, ratings)
+    assert p.shape == (60, 12)
+    np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)
+    grid = p.reshape(60, 4, 3)
+    codes = np.stack([grid.sum(2).argmax(1), grid.sum(1).argmax(1)], axis=1)
+    bank = model.infer(data, tmp_path / "bank", probabilities=True)
+    assert np.array_equal(codes, bank.codes())
+    sure = np.stack([grid.sum(2).max(1), grid.sum(1).max(1)], axis=1)
+    np.testing.assert_allclose(sure, bank.probabilities, rtol=1e-4, atol=1e-5)
+    scale = model.format.scale
+    words = [[scale.words[k] for k in scale.level(np.asarray(own))] for own in ratings]
+    assert np.array_equal(model.profile(items, words), p)
+    assert np.array_equal(model.profile(items[7], ratings[7]), p[7])
+
+
+def test_no_events_give_the_prior(model):
+    prior = sum(np.ix_(*[b.log_prior.numpy() for b in model.codebooks]))
+    np.testing.assert_allclose(model.profile([]), np.exp(prior).ravel(), rtol=1e-4)
+    np.testing.assert_allclose(model.profile([[], []])[1], np.exp(prior).ravel(), rtol=1e-4)
+
+
+def test_a_known_item_is_read_once_and_a_new_one_by_its_text(model, monkeypatch):
+    fresh = replace(model)
+    reads = []
+    real = PackedEngine.nll
+    monkeypatch.setattr(PackedEngine, "nll", lambda *a: reads.append(1) or real(*a))
+    known = fresh.profile([0, 3], ["liked", "disliked"])
+    assert len(reads) > 0
+    reads.clear()
+    assert np.array_equal(fresh.profile([0, 3], ["liked", "disliked"]), known)
+    assert reads == []
+    with pytest.raises(DataError, match="item 99 is not in the training data"):
+        fresh.profile([99], ["liked"])
+    new = fresh.profile([99], ["liked"], texts={99: tiny.TEXTS[3]})
+    np.testing.assert_allclose(new, fresh.profile([3], ["liked"]), rtol=1e-6)
+    assert np.array_equal(fresh.profile([99], ["liked"], texts={99: "a thing"}).shape, (12,))
+
+
+@pytest.mark.parametrize("which", ["model", "choices"])
+def test_affinity_is_the_words_share_under_each_code(which, request, lm):
+    model = request.getfixturevalue(which)
+    engine, words = model.ready_trainer().engine, model.format.words
+    best = "chosen" if which == "choices" else "liked"
+    table = model.event_table()
+    p = np.eye(12, dtype=np.float32)  # sure of one combination each
+    got = model.affinity(p, [0, 4])
+    assert got.shape == (12, 2)
+    for i, item in enumerate((0, 4)):
+        kinds = [(tiny.TEXTS[item], w) for w in words]
+        told = model.format.kinds(lm.tokenizer, engine.layout, kinds)
+        for z in (0, 5, 11):
+            pack = make_pack(told, np.arange(len(words)), engine.layout, lm.device)
+            with torch.no_grad():
+                soft = table.grid.soft[z : z + 1].expand(len(words), -1, -1)
+                share = (-engine.nll(pack, soft)).softmax(0)
+            assert got[z, i] == pytest.approx(float(share[words.index(best)]), rel=1e-4)
+    mean = model.affinity(np.full(12, 1 / 12, np.float32), [0, 4])
+    np.testing.assert_allclose(mean, got.mean(0), rtol=1e-5)
+
+
+def test_what_cannot_be_asked(model, choices, lm):
+    with pytest.raises(DataError, match="reaction 'loved' is not one of the model's"):
+        model.profile([0], ["loved"])
+    with pytest.raises(DataError, match="reaction None"):
+        model.profile([0])
+    with pytest.raises(DataError, match="reaction 5"):
+        choices.profile([0], [5])
+    with pytest.raises(DataError, match="user 1 has 2 items and 1 reactions"):
+        model.profile([[0], [0, 1]], [["liked"], ["liked"]])
+    sequence = uf.fit(read(20), lm, config=WHOLE.override({"data.behaviour_context": "sequence"}))
+    with pytest.raises(ConfigError, match="an event table needs"):
+        sequence.profile([0], ["liked"])
+    silent = WHOLE.override({"data.behaviour": "{text}", "data.loss": "all"})
+    told = uf.fit(read(20), lm, config=silent)
+    assert told.profile([0, 1]).shape == (12,)
+    with pytest.raises(ConfigError, match="no loss on reactions"):
+        told.affinity(told.profile([]), [0])

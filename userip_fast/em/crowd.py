@@ -1,0 +1,362 @@
+"""The users that a mixture of soft prompts learns from: what E-step and M-step find of them all.
+
+`Apart` reads some users whole. `Crowd` never reads users: it keeps an event table of their most
+frequent texts and adds up, whatever their number; its LM work is that of the texts. A drawn M-step
+reads few of its (text, codes) pairs and expects what all would give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from userip_fast.behaviour import Source, Told
+from userip_fast.codebook import Codebook, UsageStats
+from userip_fast.config import EMConfig
+from userip_fast.em.posterior import PosteriorEStep
+from userip_fast.em.readings import Readings, gradients, log_likelihoods
+from userip_fast.em.scorer import soft_tables
+from userip_fast.em.steps import (
+    Block,
+    Candidates,
+    EMState,
+    Profiles,
+    books_digest,
+    profiles_total,
+)
+from userip_fast.em.table import Grid, Kind, Numbering, survey
+from userip_fast.em.units import Units
+from userip_fast.lm.engine import Engine
+from userip_fast.ops import profile_posterior
+from userip_fast.packing import Int64, iter_packs
+from userip_fast.prefetch import Prefetch
+from userip_fast.prompts import ProfileField
+
+_FEWEST_USERS = 50  # below that all of them train
+APART_USERS = 1_024  # read whole, if not told how many
+_START_USERS = 1_024  # whose behaviour codewords start from
+_CHUNK = 4_096  # users whose sums are added before they join the others': part of the result
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an E-step finds of the users, added up.
+
+    Attributes:
+        objective: Sum of the training users' ELBO, in nats.
+        held_out: The same of users whom the M-step never sees; 0 where there are none.
+        used: Per field [K_j] fp64, the training users' responsibilities.
+        usage: Per field, the training users' likeliest codes.
+        totals: As `profiles_total` of the training users.
+        shares: Who has which codes, for `Users.stats`.
+    """
+
+    objective: float
+    held_out: float
+    used: list[Tensor]
+    usage: list[UsageStats]
+    totals: npt.NDArray[np.float64]
+    shares: Any
+
+
+@dataclass
+class MixtureStats:
+    """Sums over users: per field the gradient [K_j, m_j D] of the weighted NLL and the
+    responsibilities [K_j], fp64, and the NLL itself."""
+
+    gradient: list[Tensor]
+    counts: list[Tensor]
+    nll: float
+
+
+class Users(Protocol):
+    """Training users, and others who judge.
+
+    Attributes:
+        trained, judged: Their numbers.
+        some: Training users whose behaviour codewords may start from.
+        lm_tokens: Rows that the LM has read so far; forward and backward count one each.
+    """
+
+    trained: int
+    judged: int
+    some: Block
+    lm_tokens: int
+
+    def judge(self, codebooks: list[Codebook]) -> Found:
+        """The E-step."""
+        ...
+
+    def stats(self, found: Found, codebooks: list[Codebook]) -> MixtureStats:
+        """Gradients at `codebooks` for the shares in `found`."""
+        ...
+
+
+class Apart:
+    """Some users, read whole.
+
+    Args:
+        users: Of whom the share `config.held_out` judges.
+    """
+
+    def __init__(self, users: Block, engine: Engine, config: EMConfig) -> None:
+        self.engine, self.config = engine, config
+        judging = _judging(len(users.hashes), config.held_out)
+        self.some = users.select(np.flatnonzero(~judging))
+        self.judges = users.select(np.flatnonzero(judging))
+        self.trained, self.judged = len(self.some.hashes), len(self.judges.hashes)
+        self.lm_tokens = 0
+
+    def judge(self, codebooks: list[Codebook]) -> Found:
+        """See `Users`."""
+        held_out = self._run(self.judges, codebooks).elbo if self.judged else None
+        found = self._run(self.some, codebooks)
+        assert found.elbo is not None
+        assert found.log_resp is not None
+        assert found.code_ids is not None
+        return Found(
+            float(found.elbo.sum()),
+            0.0 if held_out is None else float(held_out.sum()),
+            [r.double().exp().sum(0) for r in found.log_resp],
+            [book.usage(z) for book, z in zip(codebooks, found.code_ids.T)],
+            np.array(profiles_total(found)),
+            found.candidates,
+        )
+
+    def _run(self, users: Block, codebooks: list[Codebook]) -> Profiles:
+        found = PosteriorEStep(self.engine, self.config).run(users, codebooks, EMState())
+        rows = torch.from_numpy(users.behaviour.pack_rows(self.engine.layout.num_soft))
+        self.lm_tokens += round(float(rows.double() @ found.forward_equivalents.double()))
+        return found
+
+    def stats(self, found: Found, codebooks: list[Codebook]) -> MixtureStats:
+        """One pass, forward and backward, over every candidate.
+
+        Gradients of single candidates are added in their order in fp64: packs leave no trace.
+        """
+        engine, slices = self.engine, self.engine.layout.field_slices
+        candidates: Candidates = found.shares
+        tables = soft_tables([book.codewords for book in codebooks], engine)
+        gradient = [torch.zeros_like(book.codewords, dtype=torch.float64) for book in codebooks]
+        counts = [torch.zeros(len(book), dtype=torch.float64) for book in codebooks]
+        for j, n in enumerate(counts):
+            n.index_add_(0, candidates.codes[:, j], candidates.weight)
+        units = Units.of(self.some.behaviour, engine.layout)
+        pairs = units.pairs(candidates.users, candidates.codes)
+        weights = pairs.spread(candidates.weight)
+        total, done = 0.0, 0
+        for pack in iter_packs(
+            units.behaviour, pairs.unit, engine.layout, engine.lm.device, self.config.pack_tokens
+        ):
+            here = slice(done, done + pack.num_users)
+            done += pack.num_users
+            codes, weight = pairs.codes[here], weights[here]
+            picked = codes.to(engine.lm.device)
+            rows = torch.cat([t[picked[:, j]] for j, t in enumerate(tables)], dim=1)
+            rows.requires_grad_()
+            nll = engine.nll(pack, rows)
+            (grad,) = torch.autograd.grad(nll.sum(), rows)
+            grad = grad.cpu().double() * weight[:, None, None]
+            total += float(nll.detach().cpu().double() @ weight)
+            for j, s in enumerate(slices):
+                gradient[j].index_add_(0, codes[:, j], grad[:, s].flatten(1))
+            self.lm_tokens += 2 * int(pack.cu_seqlens[-1])
+        return MixtureStats(gradient, counts, total)
+
+
+class Crowd:
+    """All users of a source, through an event table of their most frequent texts.
+
+    A table has `config.table_readings` pairs of a text and codes at most; events of rarer texts are
+    left out here, as if they had not been told. Sums run over fixed chunks of users in hash order,
+    so blocks, threads and processes leave no trace in them.
+
+    Args:
+        source, users: The first so many users of it.
+        fields: Whose codes make up the table's columns.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        users: int,
+        engine: Engine,
+        config: EMConfig,
+        fields: tuple[ProfileField, ...],
+    ) -> None:
+        self.source, self.engine, self.config = source, engine, config
+        tokenizer, layout = engine.lm.tokenizer, engine.layout
+        self.judging = _judging(users, config.held_out)
+        self.judged = int(self.judging.sum())
+        self.trained = users - self.judged
+        self.lm_tokens = 0
+        start = min(users, _START_USERS)
+        block = Block(source.block(tokenizer, layout, 0, start), source.hashes_of(0, start))
+        self.some = block.select(np.flatnonzero(~self.judging[:start]))
+
+        columns = math.prod(f.codebook_size for f in fields)
+        kinds = _frequent(
+            survey(source, tokenizer, 0, users), max(1, config.table_readings // columns)
+        )
+        self.numbering = Numbering(kinds)
+        told = source.format.kinds(tokenizer, layout, kinds)
+        self.readings = Readings.of(told)
+        self.weight = torch.from_numpy(told.total_weight)
+        self.tokens = torch.from_numpy(told.lengths)
+
+    def _read(self, rows: int) -> None:
+        self.lm_tokens += rows
+
+    def judge(self, codebooks: list[Codebook]) -> Found:
+        """See `Users`."""
+        grid, before = Grid(codebooks, self.engine), self.lm_tokens
+        table = log_likelihoods(
+            self.engine, self.readings, grid.soft, self.config.pack_tokens, self._read
+        )
+        objective, held_out, own_rows = 0.0, 0.0, 0
+        used = [torch.zeros(k, dtype=torch.float64) for k in grid.sizes]
+        counts = [torch.zeros(k, dtype=torch.int64) for k in grid.sizes]
+        shares = torch.zeros(table.shape, dtype=torch.float64)
+        totals = np.zeros(4)
+        for first, told in self._chunks():
+            kinds, user, offsets = self._known(told)
+            log_resp, evidence = profile_posterior(table, kinds, offsets, grid.log_prior)
+            trains = torch.from_numpy(~self.judging[first : first + len(evidence)])
+            objective += float(evidence[trains].sum())
+            held_out += float(evidence[~trains].sum())
+            marginals = grid.marginals(log_resp)
+            codes = torch.stack([r.argmax(1) for r in marginals], dim=1)
+            at = grid.index(codes)
+            joint = log_resp.gather(1, at[:, None]).flatten().double() + evidence
+            resp = log_resp.double().exp() * trains[:, None]
+            for j, (r, k) in enumerate(zip(marginals, grid.sizes)):
+                # NumPy adds rows one after another whatever the number of threads.
+                used[j] += torch.from_numpy(r[trains].double().exp().numpy().sum(0))
+                counts[j] += torch.bincount(codes[trains, j], minlength=k)
+            shares += _by_kind(kinds, user, resp, len(table))
+            own = trains[user]
+            own_rows += int(self.tokens[kinds[own]].sum())
+            totals[1] += float((grid.log_prior[at] - joint)[trains].sum())
+            totals[2] += float(self.weight[kinds[own]].sum())
+        own_rows += self.trained * self.engine.layout.num_soft
+        totals[0] = self.trained
+        totals[3] = self.trained * (self.lm_tokens - before) / own_rows
+        usage = [UsageStats.of(c) for c in counts]
+        return Found(objective, held_out, used, usage, totals, shares)
+
+    def stats(self, found: Found, codebooks: list[Codebook]) -> MixtureStats:
+        """One pass, forward and backward, over pairs of a reading and codes: all, or as many as
+        `config.codeword_draws` says, drawn by weight."""
+        grid, weight = Grid(codebooks, self.engine), found.shares
+        readings = torch.zeros(
+            self.readings.num_readings, len(grid.codes), dtype=torch.float64
+        ).index_add_(0, torch.from_numpy(self.readings.reading), weight)
+        seed = np.frombuffer(books_digest(codebooks), np.uint32)
+        random = np.random.default_rng([self.config.seed, *seed.tolist()])
+        reading, codes, factor = draw(
+            readings.numpy(), self.config.codeword_draws, random.random(len(grid.codes))
+        )
+        gradient, nll = gradients(
+            self.engine,
+            self.readings,
+            grid.soft,
+            reading,
+            codes,
+            torch.from_numpy(factor),
+            weight,
+            self.config.pack_tokens,
+            self._read,
+        )
+        fields = []
+        for j, (s, k) in enumerate(zip(self.engine.layout.field_slices, grid.sizes)):
+            g = gradient[:, s].flatten(1)
+            fields.append(g.new_zeros(k, g.shape[1]).index_add_(0, grid.codes[:, j], g))
+        return MixtureStats(fields, found.used, nll)
+
+    def _chunks(self) -> Iterator[tuple[int, Told]]:
+        tokenizer, users = self.engine.lm.tokenizer, len(self.judging)
+
+        def told(first: int) -> tuple[int, Told]:
+            return first, self.source.told(tokenizer, first, min(first + _CHUNK, users))
+
+        with Prefetch(range(0, users, _CHUNK), told) as chunks:
+            yield from chunks
+
+    def _known(self, told: Told) -> tuple[Tensor, Tensor, Tensor]:
+        """[N] rows of the table and [N] users of the events that have one, and [U + 1] offsets."""
+        kinds, users = self.numbering.of(told)[told.kinds], len(told.offsets) - 1
+        user = np.repeat(np.arange(users), np.diff(told.offsets))[kinds >= 0]
+        ends = np.cumsum(np.bincount(user, minlength=users))
+        offsets = np.concatenate([[0], ends]).astype(np.int64)
+        return (
+            torch.from_numpy(kinds[kinds >= 0]),
+            torch.from_numpy(user),
+            torch.from_numpy(offsets),
+        )
+
+
+def draw(
+    weight: npt.NDArray[np.float64], draws: int, offset: npt.NDArray[np.float64]
+) -> tuple[Int64, Int64, npt.NDArray[np.float64]]:
+    """Pairs (row, column) of `weight` [R, Z] to stand for all of positive weight.
+
+    Each column has the same number of draws, so that codes of few users are not noise: at evenly
+    spaced points of its running weight, the first of them anywhere in the first interval. A column
+    of no more pairs than draws has them all.
+
+    Args:
+        draws: In all; 0 for all pairs.
+        offset: [Z] in [0, 1), where a column's first point lies.
+
+    Returns:
+        [N] row, column, and factor: how often a pair counts. Over all offsets it is 1 on average.
+    """
+    rows, columns, factors = [], [], []
+    each = max(1, draws // weight.shape[1])
+    for z, w in enumerate(weight.T):
+        there = np.flatnonzero(w > 0)
+        factor = np.ones(len(there))
+        if draws and len(there) > each:
+            running = np.cumsum(w[there])
+            points = (np.arange(each) + offset[z]) * (running[-1] / each)
+            hit = np.searchsorted(running, points, side="right").clip(max=len(there) - 1)
+            count = np.bincount(hit, minlength=len(there))
+            factor = count * (running[-1] / each) / w[there]
+            there, factor = there[count > 0], factor[count > 0]
+        rows.append(there)
+        columns.append(np.full(len(there), z))
+        factors.append(factor)
+    return np.concatenate(rows), np.concatenate(columns), np.concatenate(factors)
+
+
+def _frequent(counts: Counter[Kind], texts: int) -> list[Kind]:
+    """The kinds of the most frequent `texts`, in an order of their own."""
+    mass: Counter[str] = Counter()
+    for (text, _), count in counts.items():
+        mass[text] += count
+    chosen = set(sorted(mass, key=lambda text: (-mass[text], text))[:texts])
+    return sorted(kind for kind in counts if kind[0] in chosen)
+
+
+def _by_kind(kinds: Tensor, user: Tensor, resp: Tensor, num_kinds: int) -> Tensor:
+    """[E, Z] sum of `resp` [U, Z] over the events [N] of each kind, in order of users."""
+    order = torch.sort(kinds, stable=True).indices
+    ends = torch.bincount(kinds, minlength=num_kinds).cumsum(0)
+    offsets = torch.cat([ends.new_zeros(1), ends])
+    return F.embedding_bag(user[order], resp, offsets, mode="sum", include_last_offset=True)
+
+
+def _judging(count: int, held_out: float) -> npt.NDArray[np.bool_]:
+    """[count] which users, in hash order, judge instead of training."""
+    if not held_out or count < _FEWEST_USERS:
+        return np.zeros(count, np.bool_)
+    return np.asarray(np.arange(count) % round(1 / held_out) == 0)

@@ -1,0 +1,221 @@
+"""The event table: what the LM says of every kind of event under every combination of codes.
+
+Given the codes, independent events are independent, and a kind of event (an item's text, and how it
+went) has the same likelihood for everyone. So the LM reads kinds, once, and whatever the number of
+users the rest is `ops.profile_posterior`: an exact posterior without an LM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from userip_fast.behaviour import BehaviourFormat, Source, Told
+from userip_fast.codebook import Codebook
+from userip_fast.config import Config, EMConfig
+from userip_fast.em.cache import BlockCache
+from userip_fast.em.readings import Readings, log_likelihoods
+from userip_fast.em.scorer import log_prior, soft_tables
+from userip_fast.em.steps import Profiles, books_digest
+from userip_fast.lm.engine import Engine
+from userip_fast.ops import profile_posterior
+from userip_fast.packing import Int64
+from userip_fast.progress import progress
+
+Kind = tuple[str, str]
+"""An item's text, and the word for how it went ("" where none is told)."""
+
+_AUTO_LIMIT = 256
+_SURVEY_USERS = 1 << 16
+
+
+def has_table(config: Config) -> bool:
+    """Whether an event table serves this config: posteriors of independent events, with all
+    combinations of codes scored."""
+    em, combinations = config.em, math.prod(f.codebook_size for f in config.fields)
+    return (
+        em.recipe == "userip"
+        and em.estep != "gradient"
+        and config.data.behaviour_context == "independent"
+        and (em.posterior == "exact" or (em.posterior == "auto" and combinations <= _AUTO_LIMIT))
+    )
+
+
+class Grid:
+    """All combinations of the codes of J codebooks, the last field's running fastest.
+
+    Attributes:
+        codes: [Z, J] int64.
+        soft: [Z, S, D] fp32, their soft rows on the LM's device.
+        log_prior: [Z] fp64.
+    """
+
+    def __init__(self, codebooks: list[Codebook], engine: Engine) -> None:
+        self.sizes = [len(book) for book in codebooks]
+        ranges = [torch.arange(k) for k in self.sizes]
+        self.codes = torch.cartesian_prod(*ranges).view(-1, len(ranges))
+        tables = soft_tables([book.codewords for book in codebooks], engine)
+        self.soft = torch.cat([t[k.to(t.device)] for t, k in zip(tables, self.codes.T)], dim=1)
+        priors = [log_prior(book) for book in codebooks]
+        self.log_prior = torch.stack([p[k] for p, k in zip(priors, self.codes.T)]).sum(0)
+
+    def marginals(self, log_resp: Tensor) -> list[Tensor]:
+        """Per field [U, K_j] from [U, Z]."""
+        if len(self.sizes) == 1:
+            return [log_resp]
+        grid = log_resp.view(-1, *self.sizes)
+        return [grid.movedim(1 + j, 1).flatten(2).logsumexp(2) for j in range(len(self.sizes))]
+
+    def index(self, codes: Tensor) -> Tensor:
+        """[U] rows of `self.codes` that are `codes` [U, J]."""
+        at = torch.zeros(len(codes), dtype=torch.int64)
+        for size, k in zip(self.sizes, codes.T):
+            at = at * size + k
+        return at
+
+
+class Numbering:
+    """Numbers of kinds, from 0."""
+
+    def __init__(self, kinds: Iterable[Kind] = ()) -> None:
+        self.number: dict[Kind, int] = {}
+        self.add(kinds)
+
+    def add(self, kinds: Iterable[Kind]) -> None:
+        """Gives `kinds`, which have none yet, the next numbers."""
+        for kind in kinds:
+            self.number[kind] = len(self.number)
+        self._last: tuple[list[str], Int64] | None = None
+
+    def of(self, told: Told) -> Int64:
+        """[kinds] the number of each kind of `told`; -1 for those that have none."""
+        # A source in memory tells of the same kinds again and again.
+        if self._last is None or self._last[0] is not told.texts:
+            words = told.words or [""] * len(told.texts)
+            found = [self.number.get(kind, -1) for kind in zip(told.texts, words)]
+            self._last = told.texts, np.asarray(found, np.int64)
+        return self._last[1]
+
+
+def survey(source: Source, tokenizer: object, first: int, last: int) -> Counter[Kind]:
+    """How often users `first:last` have each kind of event, as far as they are told."""
+    found: Counter[Kind] = Counter()
+    for a in range(first, last, _SURVEY_USERS):
+        told = source.told(tokenizer, a, min(a + _SURVEY_USERS, last))
+        count = np.bincount(told.kinds, minlength=len(told.texts))
+        for i in np.flatnonzero(count).tolist():
+            found[told.texts[i], told.words[i] if told.words else ""] += int(count[i])
+    return found
+
+
+class EventTable:
+    """See the module.
+
+    Args:
+        fmt: How events are told.
+        cache: Keeps what was read, and finds it again.
+        show: Whether to show progress.
+
+    Attributes:
+        codebooks, grid: What makes the columns.
+        values: [E, Z] fp32, log p(kind | codes).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        fmt: BehaviourFormat,
+        codebooks: list[Codebook],
+        config: EMConfig,
+        cache: BlockCache | None = None,
+        show: bool = False,
+    ) -> None:
+        self.engine, self.format, self.config = engine, fmt, config
+        self.codebooks, self.cache, self.show = codebooks, cache, show
+        self.grid = Grid(codebooks, engine)
+        self.values = torch.empty(0, len(self.grid.codes))
+        self._unpaid = 0  # rows that were read, and are no user's cost yet
+        self._books = books_digest(codebooks)
+        self._numbering = Numbering()
+        self._weight = np.zeros(0)  # [E] loss weight of a kind
+        self._tokens = np.zeros(0, np.int64)  # [E] its rows in a history of its own
+
+    def read(self, kinds: Iterable[Kind]) -> None:
+        """Has the LM read those of `kinds` that it has not read; in an order of their own."""
+        new = sorted(set(kinds) - self._numbering.number.keys())
+        if not new:
+            return
+        told = self.format.kinds(self.engine.lm.tokenizer, self.engine.layout, new)
+        values = self._scored(Readings.of(told), told.ids.tobytes() + told.offsets.tobytes())
+        self._numbering.add(new)
+        self.values = torch.cat([self.values, values])
+        self._weight = np.concatenate([self._weight, told.total_weight])
+        self._tokens = np.concatenate([self._tokens, told.lengths])
+
+    def _scored(self, readings: Readings, content: bytes) -> Tensor:
+        key = hashlib.sha256(self._books + content).digest()
+        if self.cache is not None and (found := self.cache.get("table", key)) is not None:
+            return found["values"]
+        rows = readings.behaviour.pack_rows(self.engine.layout.num_soft).sum()
+        total = int(rows) * len(self.grid.codes)
+        with progress("reading events", total, "rows", self.show) as bar:
+            values = log_likelihoods(
+                self.engine, readings, self.grid.soft, self.config.pack_tokens, bar.advance
+            )
+        self._unpaid += total
+        if self.cache is not None:
+            self.cache.put("table", key, {"values": values})
+        return values
+
+    def rows(self, kinds: Sequence[Kind]) -> Int64:
+        """[N] row of each of `kinds`, those that are new being read first."""
+        self.read(kinds)
+        return np.asarray([self._numbering.number[kind] for kind in kinds], np.int64)
+
+    def _rows_told(self, told: Told) -> Int64:
+        """[N] the same of each event."""
+        number = self._numbering.of(told)
+        used = np.unique(told.kinds)
+        if len(unread := used[number[used] < 0]):
+            words = told.words or [""] * len(told.texts)
+            self.read((told.texts[i], words[i]) for i in unread.tolist())
+            number = self._numbering.of(told)
+        return number[told.kinds]
+
+    def posterior(self, rows: Int64, offsets: Int64) -> tuple[Tensor, Tensor]:
+        """[U, Z] log responsibilities and [U] evidence of users whose events are `rows`."""
+        return profile_posterior(
+            self.values, torch.from_numpy(rows), torch.from_numpy(offsets), self.grid.log_prior
+        )
+
+    def profiles(self, told: Told, hashes: npt.NDArray[np.uint64]) -> Profiles:
+        """Of the users of `told`; what was read since the last ones costs each of them alike."""
+        rows, offsets = self._rows_told(told), told.offsets
+        log_resp, evidence = self.posterior(rows, offsets)
+        marginals = self.grid.marginals(log_resp)
+        codes = torch.stack([r.argmax(1) for r in marginals], dim=1)
+        at = self.grid.index(codes)
+        joint = log_resp.gather(1, at[:, None]).flatten().double() + evidence
+        own = self._tokens[rows].sum() + self.engine.layout.num_soft * len(hashes)
+        cost, self._unpaid = self._unpaid / own, 0
+        return Profiles(
+            hashes=hashes,
+            code_ids=codes,
+            nll=(self.grid.log_prior[at] - joint).float(),
+            weight=torch.from_numpy(_sums(self._weight[rows], offsets)),
+            forward_equivalents=torch.full((len(hashes),), float(cost)),
+            log_resp=marginals,
+            elbo=evidence,
+        )
+
+
+def _sums(values: npt.NDArray[np.float64], offsets: Int64) -> npt.NDArray[np.float64]:
+    running = np.concatenate([[0.0], np.cumsum(values)])
+    return np.asarray(running[offsets[1:]] - running[offsets[:-1]])
