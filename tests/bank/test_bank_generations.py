@@ -73,7 +73,7 @@ def test_users_that_wait_on_disk_make_the_same_files(tmp_path, monkeypatch, stri
     np.testing.assert_array_equal(bank.lookup(keys), want)
     for generation in ("gen-000002", "gen-000003"):
         files = sorted((tmp_path / "memory" / generation).iterdir())
-        assert len(files) == (6 if strings else 4) + probabilities
+        assert len(files) == (7 if strings else 5) + probabilities
         for file in files:
             assert file.read_bytes() == (tmp_path / "disk" / generation / file.name).read_bytes()
     writer = BankWriter(tmp_path / "disk", **SETTINGS)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from userip_fast.bank.feast import write_feast
 from userip_fast.bank.generations import current_generation
 from userip_fast.bank.index import KeyTypeError, as_keys, key_type, name_some
-from userip_fast.bank.layout import VERSION, Field, Generation
+from userip_fast.bank.layout import PAGE_SUMS, VERSION, Field, Generation
 from userip_fast.bank.parquet import read_parquet, write_parquet
 from userip_fast.bank.writer import LOCK_TIMEOUT_S, BankWriter
 from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
@@ -30,6 +30,9 @@ class FeatureBank:
     """One generation of a bank, read-only; open it with `open`, make it with `write`.
 
     An instance never changes: `update` and later writers make new generations, which `open` finds.
+    Every page of its files is checked before it is first read (`userip_fast.bank.pages`): whatever
+    reads codes, keys or probabilities raises FormatError, naming the page, instead of giving what
+    is damaged.
 
     Attributes:
         path: The bank's folder.
@@ -109,6 +112,7 @@ class FeatureBank:
         Raises:
             DataError: Users are not in the bank and `on_unknown` is "error".
             KeyTypeError: Integers for a bank of strings or the other way round.
+            FormatError: A page of the bank that has to be read is damaged.
         """
         if on_unknown not in ("error", "code"):
             raise ConfigError(f"on_unknown={on_unknown!r}: must be 'error' or 'code'")
@@ -257,7 +261,7 @@ class FeatureBank:
     @property
     def digest(self) -> str:
         """SHA-256 over fields, users and codes: banks of equal digests give equal look-ups."""
-        files = {name: entry["sha256"] for name, entry in self._generation.files.items()}
+        files = {n: e["sha256"] for n, e in self._generation.files.items() if n != PAGE_SUMS}
         about = json.dumps([self.fields, self.model_fingerprint, files], sort_keys=True)
         return hashlib.sha256(about.encode()).hexdigest()
 
@@ -267,17 +271,22 @@ class FeatureBank:
         return self._generation.metadata
 
     def keys(self) -> pa.Array:
-        """[U] int64 or large_string, in hash order; mapped, not copied."""
+        """[U] int64 or large_string, in hash order; mapped, not copied; checked as a whole."""
         return self._generation.index.keys()
 
     def codes(self) -> NDArray[Any]:
-        """[U, J] code ids in their storage type, rows as in `keys()`; mapped, read-only."""
-        return self._generation.codes
+        """[U, J] code ids in their storage type, rows as in `keys()`; mapped, read-only; checked as
+        a whole, once.
+        """
+        return self._codes.rows()
 
     @property
     def probabilities(self) -> NDArray[np.float32] | None:
-        """[U, J] float32, rows as in `keys()`; mapped, read-only; None if the bank has none."""
-        return self._generation.probabilities
+        """[U, J] float32, rows as in `keys()`; mapped, read-only; checked as a whole, once. None if
+        the bank has none.
+        """
+        p = self._generation.probabilities
+        return None if p is None else p.rows()
 
     def info(self) -> dict[str, Any]:
         """What is in the bank and what it costs, as JSON values."""
@@ -290,9 +299,10 @@ class FeatureBank:
             "version": VERSION,
             "users": len(self),
             "key_type": self.key_type,
-            "code_dtype": self.codes().dtype.name,
+            "code_dtype": self._codes.unchecked.dtype.name,
             "fields": self.fields,
-            "probabilities": self.probabilities is not None,
+            "probabilities": self._generation.probabilities is not None,
+            "page_sums": PAGE_SUMS in self._generation.files,
             "model_fingerprint": self.model_fingerprint,
             "metadata": self.metadata,
             "file_bytes": sizes,
