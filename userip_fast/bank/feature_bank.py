@@ -17,11 +17,17 @@ from numpy.typing import NDArray
 
 from userip_fast.bank.feast import write_feast
 from userip_fast.bank.generations import current_generation
-from userip_fast.bank.index import KeyTypeError, as_keys, key_type, name_some
+from userip_fast.bank.index import (
+    KeyTypeError,
+    as_keys,
+    check_on_unknown,
+    keys_of_type,
+    unknown_users,
+)
 from userip_fast.bank.layout import PAGE_SUMS, VERSION, Field, Generation
 from userip_fast.bank.parquet import read_parquet, write_parquet
 from userip_fast.bank.writer import LOCK_TIMEOUT_S, BankWriter
-from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
+from userip_fast.errors import ConfigError, FormatError, MismatchError
 
 _INTEGER = re.compile(r"-?[0-9]+")
 
@@ -114,18 +120,14 @@ class FeatureBank:
             KeyTypeError: Integers for a bank of strings or the other way round.
             FormatError: A page of the bank that has to be read is damaged.
         """
-        if on_unknown not in ("error", "code"):
-            raise ConfigError(f"on_unknown={on_unknown!r}: must be 'error' or 'code'")
+        check_on_unknown(on_unknown)
         keys = self._as_numbers(user_ids)
         if keys is None:
             keys = self._as_keys("user_ids", user_ids)
         missing, codes = self._generation.index.lookup(keys, self._codes, self._reserved)
         if missing and on_unknown == "error":
-            names = as_keys("user_ids", keys).filter(pa.array(self.rows(keys) < 0))
-            raise DataError(
-                f"user_ids: {missing} of {len(keys)} are not in the bank {self.path}: "
-                f"{name_some(names)}; on_unknown='code' gives them the reserved code"
-            )
+            unknown = as_keys("user_ids", keys).filter(pa.array(self.rows(keys) < 0))
+            raise unknown_users(unknown, len(keys), str(self.path))
         return codes
 
     def rows(self, user_ids: Any) -> NDArray[np.int64]:
@@ -326,19 +328,7 @@ class FeatureBank:
         return None
 
     def _as_keys(self, name: str, values: Any) -> pa.Array:
-        own = pa.int64() if self._integers else pa.large_string()
-        if isinstance(values, pa.Array) and values.type == own and values.null_count == 0:
-            return values  # canonical already, as in any tight loop
-        keys = as_keys(name, values)
-        if len(keys) == 0:
-            return pa.array([], own)
-        if len(self) and keys.type != own:  # an empty bank has no key type yet
-            raise KeyTypeError(
-                f"{name}: the bank {self.path} has {self.key_type} keys, these are "
-                f"{key_type(keys)} (the first is {keys[0].as_py()!r}); convert them, or see "
-                "coerce_keys"
-            )
-        return keys
+        return keys_of_type(name, values, self.key_type if len(self) else None, str(self.path))
 
     def _identity(self) -> tuple[Any, ...]:
         return self.model_fingerprint, self.fields, self.metadata, self.key_type

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from userip_fast import _extension
 from userip_fast.bank.pages import PagedArray
-from userip_fast.errors import DataError, FormatError, MismatchError
+from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
 from userip_fast.keys import canonical_keys, hash_keys, key_order
 
 _USERS_PER_BUCKET = 8  # at least, on average; below 16, since the number of buckets doubles
@@ -51,6 +51,45 @@ def as_keys(name: str, values: Any) -> pa.Array:
     except (DataError, TypeError, OverflowError, UnicodeError) as e:
         raise KeyTypeError(f"{name}: {e}; pass integers (within int64) or strings") from e
     return keys
+
+
+def keys_of_type(name: str, values: Any, kind: str | None, where: str) -> pa.Array:
+    """`values` as keys of a bank with keys of `kind`; None: the bank is empty and has no type yet.
+
+    Raises:
+        KeyTypeError: See `as_keys`; or they are of the other type.
+    """
+    own = pa.int64() if kind == "int64" else pa.large_string()
+    if isinstance(values, pa.Array) and values.type == own and values.null_count == 0:
+        return values  # canonical already, as in any tight loop
+    keys = as_keys(name, values)
+    if kind is None:
+        return keys
+    if len(keys) == 0:
+        return pa.array([], own)
+    if keys.type != own:
+        raise KeyTypeError(
+            f"{name}: the bank {where} has {kind} keys, these are {key_type(keys)} (the first is "
+            f"{keys[0].as_py()!r}); convert them, or see coerce_keys"
+        )
+    return keys
+
+
+def check_on_unknown(on_unknown: str) -> None:
+    """
+    Raises:
+        ConfigError: Neither "error" nor "code".
+    """
+    if on_unknown not in ("error", "code"):
+        raise ConfigError(f"on_unknown={on_unknown!r}: must be 'error' or 'code'")
+
+
+def unknown_users(unknown: pa.Array, asked: int, where: str) -> DataError:
+    """What a look-up of `asked` users raises where some are not in the bank."""
+    return DataError(
+        f"user_ids: {len(unknown)} of {asked} are not in the bank {where}: {name_some(unknown)}; "
+        "on_unknown='code' gives them the reserved code"
+    )
 
 
 def key_type(keys: pa.Array) -> str:
