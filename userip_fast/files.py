@@ -131,7 +131,15 @@ def sweep_leftovers(folder: Path) -> None:
     """Removes what killed writers left in `folder`. Nobody may be writing there."""
     for entry in folder.glob(".*"):
         if entry.suffix in (".tmp", ".old"):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            remove(entry)
+
+
+def remove(entry: Path) -> None:
+    """Removes a file, a link (not what it leads to) or a folder with all that is in it."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -147,8 +155,18 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         FormatError: The file is missing, unreadable or not JSON.
     """
+    return read_json_bytes(path)[0]
+
+
+def read_json_bytes(path: str | os.PathLike[str]) -> tuple[Any, bytes]:
+    """JSON and the very bytes it was read from: a second reading may find another file.
+
+    Raises:
+        FormatError: See `read_json`.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        data = Path(path).read_bytes()
+        return json.loads(data.decode("utf-8")), data
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise FormatError(f"{path}: cannot be read as JSON ({e})") from e
 

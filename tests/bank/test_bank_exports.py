@@ -144,6 +144,7 @@ def test_a_reader_whose_version_is_gone_follows_its_model_or_says_so(server, tmp
     follows = RedisBank(server.url)
     for i in range(1, 4):
         made, codes = bank(tmp_path / f"{i}", keys, i, model="m")
+        made.update(keys[:1], codes[:1]).update(keys[:1], codes[:1])  # its files are gone
         export_redis(made, server.url, version=f"v{i}")
         if i == 1:
             assert np.array_equal(follows.lookup(keys), before)  # one of the two that are kept

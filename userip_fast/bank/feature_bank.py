@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -292,8 +293,9 @@ class FeatureBank:
 
     def info(self) -> dict[str, Any]:
         """What is in the bank and what it costs, as JSON values."""
-        sizes = {
-            name: (self._generation.folder / name).stat().st_size for name in self._generation.files
+        sizes = {  # by the manifest: the files may be gone
+            name: np.dtype(entry["dtype"]).itemsize * math.prod(entry["shape"])
+            for name, entry in self._generation.files.items()
         }
         return {
             "path": str(self.path),
@@ -310,6 +312,17 @@ class FeatureBank:
             "file_bytes": sizes,
             "bytes_per_user": sum(sizes.values()) / max(1, len(self)),
         }
+
+    # What is opened stays as it is, so a copy is the same thing. Another process maps it anew.
+    def __copy__(self) -> FeatureBank:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeatureBank:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        where = os.path.abspath(self.path), self._generation.folder.name
+        return _reopened, (*where, self._generation.manifest_sha256)
 
     def __repr__(self) -> str:
         names = [field["name"] for field in self.fields]
@@ -332,3 +345,17 @@ class FeatureBank:
 
     def _identity(self) -> tuple[Any, ...]:
         return self.model_fingerprint, self.fields, self.metadata, self.key_type
+
+
+def _reopened(path: str, generation: str, manifest_sha256: str) -> FeatureBank:
+    """The very generation that was pickled."""
+    folder = Path(path, generation)
+    try:
+        return FeatureBank(Path(path), Generation.open(folder, manifest_sha256))
+    except FormatError as e:
+        if folder.exists():
+            raise
+        raise FormatError(
+            f"{folder}: is gone, as the bank was written twice since this reader was opened; open "
+            "the bank again before passing it to other processes"
+        ) from e

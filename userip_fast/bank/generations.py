@@ -7,7 +7,8 @@
 
 A writer prepares a generation under a temporary name, fsyncs and renames it, and then replaces the
 small file CURRENT atomically. Killed at any point, it leaves CURRENT and what CURRENT names intact;
-the next writer sweeps up. Readers hold mappings, which outlive the names of the files.
+the next writer sweeps up before it writes, so that leftovers do not fill a small disk. Readers hold
+mappings, which outlive the names of the files.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,14 @@ from pathlib import Path
 from typing import IO
 
 from userip_fast.errors import DataError, FormatError, UnavailableError
-from userip_fast.files import atomic_dir, read_json, sha256_file, storage_errors, write_json
+from userip_fast.files import (
+    atomic_dir,
+    read_json,
+    remove,
+    sha256_file,
+    storage_errors,
+    write_json,
+)
 
 CURRENT = "CURRENT"
 MANIFEST = "manifest.json"
@@ -72,10 +79,26 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
         write(tmp)
     pointer = {"generation": folder.name, "manifest_sha256": sha256_file(folder / MANIFEST)}
     write_json(path / CURRENT, pointer)
-    for entry in path.iterdir():
-        old = _GENERATION.fullmatch(entry.name) and entry.name not in (folder.name, previous)
-        if old or _LEFTOVER.fullmatch(entry.name):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    """Removes what nobody opens: what killed writers left, and all generations but the current one
+    and the one before. The caller holds the lock.
+    """
+    entries = list(path.iterdir())
+    generations = {int(m[1]): e for e in entries if (m := _GENERATION.fullmatch(e.name))}
+    if not (path / CURRENT).exists():
+        kept = set()  # none was ever current
+    else:
+        try:
+            current = int(current_generation(path)[0].name.removeprefix("gen-"))
+            kept = {current, max((n for n in generations if n < current), default=current)}
+        except FormatError:  # whichever it was
+            kept = set(generations)
+    old = [entry for number, entry in generations.items() if number not in kept]
+    for entry in [*old, *(e for e in entries if _LEFTOVER.fullmatch(e.name))]:
+        remove(entry)
 
 
 @contextmanager
@@ -92,6 +115,8 @@ def write_lock(path: Path, timeout_s: float) -> Iterator[None]:
     _refuse_foreign(path)
     lock = _acquire(path, timeout_s)
     try:
+        with storage_errors(path):
+            _sweep(path)
         yield
     finally:
         if not (path / CURRENT).exists() and os.listdir(path) == [_LOCK]:

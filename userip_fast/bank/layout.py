@@ -44,7 +44,7 @@ from userip_fast.bank.index import (
 from userip_fast.bank.pages import PagedArray, PageSums, num_pages
 from userip_fast.bank.spool import Users
 from userip_fast.errors import ConfigError, DataError, FormatError
-from userip_fast.files import read_json, sha256_file, write_json
+from userip_fast.files import read_json_bytes, write_json
 from userip_fast.keys import hash_keys, key_order
 
 FORMAT = "userip_fast.bank"
@@ -248,6 +248,7 @@ class Generation:
     key_type: str
     model_fingerprint: str
     metadata: dict[str, Any]
+    manifest_sha256: str
     files: dict[str, dict[str, Any]]
     arrays: dict[str, PagedArray]
     index: HashIndex
@@ -268,8 +269,8 @@ class Generation:
             FormatError: Torn, altered, of another version or not ours; names the file.
         """
         path = folder / MANIFEST
-        manifest = read_json(path)
-        if sha256_file(path) != manifest_sha256:
+        manifest, data = read_json_bytes(path)
+        if hashlib.sha256(data).hexdigest() != manifest_sha256:
             raise FormatError(f"{path}: altered since it was written (SHA-256 differs)")
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise FormatError(f"{path}: not the manifest of a feature bank")
@@ -297,6 +298,7 @@ class Generation:
                 key_type=kind,
                 model_fingerprint=manifest["model_fingerprint"],
                 metadata=manifest["metadata"],
+                manifest_sha256=manifest_sha256,
                 files=files,
                 arrays=paged,
                 index=HashIndex(

@@ -166,7 +166,7 @@ class BankWriter:
     def _parts(self, others: Generation | None) -> Iterator[Users]:
         """The users in hash order, together with those of `others` who were not appended."""
         row = 0
-        for _, stop, users in self._spool.parts():
+        for _, stop, users in self._spool.parts(0 if others is None else len(others.index)):
             users = users.in_hash_order()
             if others is not None:
                 first, row = row, _first_row(others, stop)
