@@ -2,22 +2,26 @@
 
 `atomic_file` and `atomic_dir` write under a temporary name in the target's own folder, fsync, and
 rename. A reader therefore never sees a half-written file, and an interrupted writer leaves the
-previous state in place. `write_json` and `write_tensors` are the only formats models and
-checkpoints use. A disk that is full, read-only or failing is a `StorageError` that says so.
+previous state in place. They replace regular files and folders only, keep the mode of what they
+replace, and give new files what the umask allows. `write_json` and `write_tensors` are the only
+formats models and checkpoints use. A disk that is full, read-only or failing is a `StorageError`
+that says so.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -25,6 +29,15 @@ from userip_fast.errors import FormatError, StorageError
 
 _CHUNK = 1 << 20
 _SHA256 = "sha256"
+_KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "folder",
+    stat.S_IFLNK: "symbolic link",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -54,9 +67,11 @@ def storage_errors(target: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         raise StorageError(
-            f"{target}: cannot be written ({e}); what was there before is untouched. Free space or "
-            "choose a folder that can be written to, then run the same command again"
+            f"{target}: cannot be written ({e}); what was there before is untouched. "
+            f"{'Free space' if full else 'Make it possible'}, or choose a folder that can be "
+            "written to, then run the same command again"
         ) from e
 
 
@@ -65,17 +80,20 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is fsynced and renamed onto `path`.
 
     Raises:
-        StorageError: Writing it failed, in the `with` block or here.
+        StorageError: Writing it failed, in the `with` block or here; or `path` is a link, a device
+            or anything else than a regular file.
     """
     target = Path(path)
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        os.close(fd)
-        tmp = Path(name)
+        mode = _mode_to_keep(target, stat.S_IFREG)
+        tmp = _beside(target, ".tmp")
+        os.close(os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        if mode is None:
+            mode = stat.S_IMODE(tmp.stat().st_mode)  # what the umask allows
         try:
             yield tmp
-            os.chmod(tmp, 0o644)
+            os.chmod(tmp, mode)  # libraries may have made the file anew
             fsync_path(tmp)
             os.replace(tmp, target)
             fsync_path(target.parent)
@@ -91,30 +109,74 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     new one. (Where the system cannot, on other than Linux, `path` is absent for an instant.)
 
     Raises:
-        StorageError: Writing it failed, in the `with` block or here.
+        StorageError: Writing it failed, in the `with` block or here; or `path` is a link or
+            anything else than a folder.
     """
     target = Path(path)
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+        mode = _mode_to_keep(target, stat.S_IFDIR)
+        tmp = _beside(target, ".tmp")
+        tmp.mkdir()
         try:
             yield tmp
-            os.chmod(tmp, 0o755)
+            if mode is not None:
+                os.chmod(tmp, mode)
             for entry in sorted(tmp.rglob("*")):
                 fsync_path(entry)
             fsync_path(tmp)
             if not target.exists():
                 os.rename(tmp, target)
             elif not _exchange(tmp, target):
-                old = Path(
-                    tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old")
-                )
-                os.rename(target, old / target.name)
+                old = _beside(target, ".old")
+                os.rename(target, old)
                 os.rename(tmp, target)
                 shutil.rmtree(old, ignore_errors=True)
             fsync_path(target.parent)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}{suffix}")
+
+
+def _mode_to_keep(target: Path, kind: int) -> int | None:
+    """Permissions of what is to be replaced; None where nothing is there.
+
+    Raises:
+        StorageError: It is not of `kind`, `stat.S_IFREG` or `stat.S_IFDIR`.
+    """
+    try:
+        found = target.lstat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_IFMT(found) != kind:
+        wanted = "regular file" if kind == stat.S_IFREG else "folder"
+        raise StorageError(
+            f"{target}: is a {_KINDS[stat.S_IFMT(found)]}, which is never replaced; name a "
+            f"{wanted} (what a link leads to, if it is one), or remove it first"
+        )
+    return stat.S_IMODE(found)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file of a folder that is not to be trusted: no link is followed, no device read.
+
+    Raises:
+        OSError: It cannot be opened, or is not a regular file.
+    """
+    try:  # not to wait for a FIFO's writer
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "is a symbolic link, which is not followed here") from e
+        raise
+    kind = stat.S_IFMT(os.fstat(fd).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(fd)
+        raise OSError(errno.EINVAL, f"is a {_KINDS[kind]}, not a regular file")
+    return open(fd, "rb")
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -155,17 +217,18 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         FormatError: The file is missing, unreadable or not JSON.
     """
-    return read_json_bytes(path)[0]
+    return read_json_bytes(os.path.realpath(path))[0]
 
 
 def read_json_bytes(path: str | os.PathLike[str]) -> tuple[Any, bytes]:
     """JSON and the very bytes it was read from: a second reading may find another file.
 
     Raises:
-        FormatError: See `read_json`.
+        FormatError: See `read_json`; also a link.
     """
     try:
-        data = Path(path).read_bytes()
+        with open_regular(path) as file:
+            data = file.read()
         return json.loads(data.decode("utf-8")), data
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise FormatError(f"{path}: cannot be read as JSON ({e})") from e

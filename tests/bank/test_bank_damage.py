@@ -1,6 +1,7 @@
 """Torn, altered and foreign folders: a FormatError that names the file, never a crash."""
 
 import json
+import os
 import shutil
 import zlib
 
@@ -280,7 +281,7 @@ def forge(path, change):
         (lambda m: m.update(users=301), "must be"),
         (lambda m: m.update(users="many"), "not a valid manifest"),
         (lambda m: m.update(users=-1), "manifest"),
-        (lambda m: m.update(key_type="string"), "not a valid manifest"),
+        (lambda m: m.update(key_type="string"), r"names \['keys.bin'\], no files of such a bank"),
         (lambda m: m.update(fields=[]), "not a valid manifest"),
         (lambda m: m["fields"][0].update(codebook_size=70000), "codes.bin is .* must be"),
         (lambda m: m["files"].pop("keys.bin"), "not a valid manifest"),
@@ -315,6 +316,38 @@ def test_verify_checks_what_checksums_cannot(bank, name, change, message):
     forge(path, lambda m: rewrite(m, file, change(np.fromfile(file, dtype))))
     with pytest.raises(FormatError, match=message):
         FeatureBank.open(path).verify()
+
+
+@pytest.mark.parametrize("outside", ["../../../secret", "/dev/zero", "/etc/passwd", "sub/x", ".."])
+def test_manifests_name_files_of_the_bank_only(bank, tmp_path, outside):
+    path = bank("int64")
+    (tmp_path / "secret").write_text("x")
+    entry = {"dtype": "|u1", "shape": [1], "sha256": sha256_file(tmp_path / "secret")}
+    forge(path, lambda m: m["files"].update({outside: entry}))
+    with pytest.raises(FormatError, match="no files of such a bank"):
+        FeatureBank.open(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["CURRENT", "gen-000001", *(f"gen-000001/{n}" for n in INTEGER_FILES)]
+)
+@pytest.mark.parametrize("kind", ["symbolic link", "FIFO"])
+def test_links_are_not_followed_and_pipes_not_waited_for(bank, tmp_path, name, kind):
+    path = bank("int64")
+    entry, moved = path / name, tmp_path / "outside"
+    entry.rename(moved)
+    if kind == "FIFO":
+        os.mkfifo(entry)
+    else:
+        entry.symlink_to(moved)
+    with pytest.raises(FormatError, match=entry.name):
+        FeatureBank.open(path)
+
+
+def test_a_bank_itself_may_be_reached_by_a_link(bank, tmp_path):
+    (tmp_path / "link").symlink_to(bank("int64"))
+    FeatureBank.open(tmp_path / "link", verify=True).update([1000], [[1]], [[0.5]])
+    assert len(FeatureBank.open(tmp_path / "link")) == 301
 
 
 def test_no_bank(tmp_path):

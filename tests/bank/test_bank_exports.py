@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import time
+import traceback
 from datetime import UTC, datetime
 
 import numpy as np
@@ -296,6 +297,27 @@ def test_secrets_are_never_told():
         connect("redis://me:hush@127.0.0.1:1/0", timeout_s=0.2)
     assert "hush" not in str(e.value)
     assert "127.0.0.1:1" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "me:hush@host:6379/0", ":hush@host", "redis:me:hush@host", "redis:/me:hush@host/0",
+        "hush@host", "redis//me:hush@host", "rediss:///:hush@host", "redis://me:1/hush@host",
+        "redis://me:12#hush@host", "redis://me:12?hush@host", "redis://me:hush@host:port",
+        "redis://[me:hush@host", "http://me:hush@host", "redis://host/hush", "unix:me:hush@x",
+        "redis://me:hush@", "unix://hush@", "REDIS:me:hush@host",
+    ],
+)  # fmt: skip
+def test_no_part_of_a_url_that_may_be_secret_is_told(url):
+    pytest.importorskip("redis")
+    assert "hush" not in redacted(url)
+    with pytest.raises((ConfigError, UnavailableError)) as e:
+        connect(url, timeout_s=0.05)
+    told = "".join(traceback.format_exception(e.value.__cause__ or e.value, chain=False))
+    assert "hush" not in str(e.value)
+    assert "12" not in redacted(url)
+    assert "hush" not in told.replace(repr(url), "")
 
 
 @pytest.mark.parametrize("name", ["", "a:b", "x" * 65, "a*"])

@@ -26,7 +26,7 @@ from userip_fast.bank.index import (
     unknown_users,
 )
 from userip_fast.bank.layout import PAGE_SUMS, VERSION, Field, Generation
-from userip_fast.bank.parquet import read_parquet, write_parquet
+from userip_fast.bank.parquet import read_parquet, write_csv, write_parquet
 from userip_fast.bank.writer import LOCK_TIMEOUT_S, BankWriter
 from userip_fast.errors import ConfigError, FormatError, MismatchError
 
@@ -222,6 +222,10 @@ class FeatureBank:
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
         """Writes `user_id`, a column of codes per field and, if any, `FIELD_probability`."""
         write_parquet(self, path)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the same columns as text; fields and fingerprint are not in it."""
+        write_csv(self, path)
 
     def to_feast(self, path: str | os.PathLike[str], at: datetime | None = None) -> None:
         """Writes the Parquet layout that Feast's file source reads.

@@ -25,7 +25,7 @@ from typing import IO
 from userip_fast.errors import DataError, FormatError, UnavailableError
 from userip_fast.files import (
     atomic_dir,
-    read_json,
+    read_json_bytes,
     remove,
     sha256_file,
     storage_errors,
@@ -47,7 +47,7 @@ def current_generation(path: Path) -> tuple[Path, str]:
     """
     if not (path / CURRENT).is_file():
         raise FormatError(f"{path}: no feature bank here (there is no file {CURRENT})")
-    pointer = read_json(path / CURRENT)
+    pointer, _ = read_json_bytes(path / CURRENT)
     if (
         not isinstance(pointer, dict)
         or not _GENERATION.fullmatch(str(pointer.get("generation")))

@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ from userip_fast.bank.index import (
 from userip_fast.bank.pages import PagedArray, PageSums, num_pages
 from userip_fast.bank.spool import Users
 from userip_fast.errors import ConfigError, DataError, FormatError
-from userip_fast.files import read_json_bytes, write_json
+from userip_fast.files import open_regular, read_json_bytes, write_json
 from userip_fast.keys import hash_keys, key_order
 
 FORMAT = "userip_fast.bank"
@@ -269,6 +270,8 @@ class Generation:
             FormatError: Torn, altered, of another version or not ours; names the file.
         """
         path = folder / MANIFEST
+        if folder.is_symlink():
+            raise FormatError(f"{folder}: is a symbolic link, which is not followed")
         manifest, data = read_json_bytes(path)
         if hashlib.sha256(data).hexdigest() != manifest_sha256:
             raise FormatError(f"{path}: altered since it was written (SHA-256 differs)")
@@ -283,7 +286,10 @@ class Generation:
             files: dict[str, dict[str, Any]] = manifest["files"]
             users, kind = int(manifest["users"]), str(manifest["key_type"])
             arrays = {}
-            for name, (dtype, shape) in _expected(users, kind, fields).items():
+            expected = _expected(users, kind, fields)
+            if unknown := set(files) - set(expected) - {PAGE_SUMS}:
+                raise FormatError(f"{path}: names {sorted(unknown)}, no files of such a bank")
+            for name, (dtype, shape) in expected.items():
                 if name == "probabilities.bin" and name not in files:
                     continue
                 got = (files[name]["dtype"], tuple(files[name]["shape"]))
@@ -394,12 +400,13 @@ def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[An
     """Maps a file read-only as a plain array, after checking its size."""
     want = dtype.itemsize * math.prod(shape)
     try:
-        got = path.stat().st_size
-        if got != want:
-            raise FormatError(f"{path}: is {got} bytes, must be {want}; the file is torn")
-        if want == 0:  # an empty file cannot be mapped
-            return np.empty(shape, dtype)
-        return np.asarray(np.memmap(path, dtype, mode="r", shape=shape))
+        with open_regular(path) as file:
+            got = os.fstat(file.fileno()).st_size
+            if got != want:
+                raise FormatError(f"{path}: is {got} bytes, must be {want}; the file is torn")
+            if want == 0:  # an empty file cannot be mapped
+                return np.empty(shape, dtype)
+            return np.asarray(np.memmap(file, dtype, mode="r", shape=shape))
     except OSError as e:
         raise FormatError(f"{path}: cannot be opened ({e})") from e
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from userip_fast.bank.feature_bank import FeatureBank
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_DATABASE = re.compile(r"(/[0-9]*)?")
 _SCHEMES = ("redis", "rediss", "unix")
 _HEAD = 96  # bytes of `about`, which hold the bank's digest
 
@@ -62,8 +63,8 @@ def connect(url: str, timeout_s: float = 10.0) -> Any:
     where_ok = parts.path not in ("", "/") if parts.scheme == "unix" else bool(parts.hostname)
     if parts.scheme not in _SCHEMES or not where_ok or not port_ok:
         raise ConfigError(
-            f"the Redis URL must be redis://[user:password@]host[:port][/db], rediss://... or "
-            f"unix:///path, is {redacted(url)!r}"
+            "the Redis URL must be redis://[user:password@]host[:port][/db], rediss://... or "
+            f"unix:///path, is {redacted(url)!r} (without what may be secret)"
         )
     try:
         import redis
@@ -78,12 +79,18 @@ def connect(url: str, timeout_s: float = 10.0) -> Any:
 
 
 def redacted(url: str) -> str:
-    """The URL without user, password, query and fragment."""
+    """The URL without user, password, query and fragment; "..." where these cannot be told apart,
+    as without a scheme or where a password holds a slash.
+    """
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
         port = f":{parts.port}" if parts.port else ""
     except ValueError:
+        return "..."
+    plain = parts.scheme == "unix" or _DATABASE.fullmatch(parts.path)
+    misread = "@" in parts.path + parts.query + parts.fragment
+    if parts.scheme not in _SCHEMES or misread or not plain:
         return "..."
     return f"{parts.scheme}://{host}{port}{parts.path}"
 
@@ -97,8 +104,8 @@ def _told(url: str) -> Iterator[None]:
         yield
     except UserIPError:
         raise
-    except redis.AuthenticationError as e:
-        raise UnavailableError(f"{redacted(url)}: Redis refuses user or password") from e
+    except redis.AuthenticationError:
+        raise UnavailableError(f"{redacted(url)}: Redis refuses user or password") from None
     except (redis.RedisError, OSError, ValueError) as e:
         # The cause is kept to its class: its text may hold the URL.
         raise UnavailableError(

@@ -1,0 +1,128 @@
+"""What is replaced, with which permissions, and what is refused."""
+
+import os
+import stat
+
+import pytest
+import torch
+
+from userip_fast.errors import FormatError, StorageError
+from userip_fast.files import (
+    atomic_dir,
+    atomic_file,
+    open_regular,
+    read_json,
+    read_json_bytes,
+    sweep_leftovers,
+    write_json,
+    write_tensors,
+)
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """Everything that is not a regular file, by what messages call it."""
+    (tmp_path / "real").write_text("{}")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "folder-link").symlink_to("folder")
+    os.mkfifo(tmp_path / "fifo")
+    found = {
+        "link": "symbolic link", "dangling": "symbolic link", "folder-link": "symbolic link",
+        "fifo": "FIFO", "folder": "folder",
+    }  # fmt: skip
+    if os.geteuid() == 0:
+        os.mknod(tmp_path / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        found["null"] = "device"
+    return tmp_path, found
+
+
+def test_only_regular_files_are_replaced(odd):
+    folder, found = odd
+    for name, kind in found.items():
+        before = (folder / name).lstat()
+        with pytest.raises(StorageError, match=rf"{name}: is a {kind}, .*; name a regular file"):
+            write_json(folder / name, {})
+        after = (folder / name).lstat()
+        assert (before.st_ino, before.st_mode) == (after.st_ino, after.st_mode)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(["real", *found])
+
+
+def test_only_folders_are_replaced(odd):
+    folder, found = odd
+    for name, kind in (found | {"real": "file"}).items():
+        if name != "folder":
+            with (
+                pytest.raises(StorageError, match=rf"{name}: is a {kind}, .*; name a folder"),
+                atomic_dir(folder / name),
+            ):
+                raise AssertionError("it must not begin")
+    with atomic_dir(folder / "folder") as tmp:
+        (tmp / "x").write_text("x")
+    assert os.listdir(folder / "folder") == ["x"]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(["real", *found])
+
+
+def test_links_and_devices_are_not_read(odd):
+    folder, found = odd
+    for name, kind in found.items():
+        with pytest.raises(OSError, match=f"is a {kind}"):
+            open_regular(folder / name).close()
+        with pytest.raises(FormatError, match=f"{name}: cannot be read as JSON .*is a {kind}"):
+            read_json_bytes(folder / name)
+    assert read_json_bytes(folder / "real") == ({}, b"{}")
+    assert read_json(folder / "link") == {}  # a path that somebody named may be one
+
+
+def test_new_files_are_what_the_umask_allows_and_old_ones_keep_their_mode(tmp_path):
+    before = os.umask(0o077)
+    try:
+        write_json(tmp_path / "a", {})
+        with atomic_dir(tmp_path / "d") as tmp:
+            write_json(tmp / "b", {})
+        assert [mode(tmp_path / n) for n in ("a", "d", "d/b")] == [0o600, 0o700, 0o600]
+        os.umask(0o022)
+        write_json(tmp_path / "a", {})
+        with atomic_dir(tmp_path / "d") as tmp:
+            write_json(tmp / "b", {})
+        write_json(tmp_path / "c", {})
+        assert [mode(tmp_path / n) for n in ("a", "d", "c")] == [0o600, 0o700, 0o644]
+    finally:
+        os.umask(before)
+
+
+def test_only_a_full_disk_is_told_to_be_freed(tmp_path):
+    for error, said in ((28, "Free space, or choose"), (5, "Make it possible, or choose")):
+        with pytest.raises(StorageError, match=said), atomic_file(tmp_path / "a"):
+            raise OSError(error, os.strerror(error))
+    assert not os.listdir(tmp_path)
+
+
+def test_sweeping_does_not_follow_links(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine").write_text("x")
+    (tmp_path / ".a.1.tmp").symlink_to(outside)
+    (tmp_path / ".b.1.old").mkdir()
+    (tmp_path / ".c.1.tmp").write_text("x")
+    sweep_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["outside"]
+    assert os.listdir(outside) == ["mine"]
+
+
+def test_libraries_that_make_the_file_anew_do_not_decide_its_mode(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "x", {"a": torch.zeros(2)})
+        with atomic_file(tmp_path / "y") as tmp:
+            tmp.unlink()
+            tmp.touch(0o666)
+            tmp.chmod(0o666)
+        assert [mode(tmp_path / n) for n in "xy"] == [0o640, 0o640]
+    finally:
+        os.umask(before)
