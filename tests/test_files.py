@@ -1,15 +1,22 @@
 """What is replaced, with which permissions, and what is refused."""
 
+import logging
 import os
+import signal
 import stat
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 
-from userip_fast.errors import FormatError, StorageError
+from userip_fast.api import _open_run
+from userip_fast.errors import FormatError, StorageError, UnavailableError
 from userip_fast.files import (
     atomic_dir,
     atomic_file,
+    lock_file,
     open_regular,
     read_json,
     read_json_bytes,
@@ -126,3 +133,70 @@ def test_libraries_that_make_the_file_anew_do_not_decide_its_mode(tmp_path):
         assert [mode(tmp_path / n) for n in "xy"] == [0o640, 0o640]
     finally:
         os.umask(before)
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from userip_fast.files import lock_file
+held = lock_file(Path(sys.argv[1]), 0.0, "held")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds RUN/LOCK."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "RUN" / "LOCK")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root,
+    )  # fmt: skip
+    assert process.stdout.readline() == "locked\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_a_lock_holds_against_other_processes_until_they_end(tmp_path, holder, caplog):
+    path = tmp_path / "RUN" / "LOCK"
+    with pytest.raises(UnavailableError, match=r"^taken$"):
+        lock_file(path, 0.0, "taken")
+    waiting = threading.Timer(0.3, holder.send_signal, [signal.SIGKILL])
+    waiting.start()
+    with caplog.at_level(logging.WARNING), lock_file(path, 60.0, "taken"):
+        assert caplog.messages == [f"{path} is held by another process; waiting for it to end"]
+        with pytest.raises(UnavailableError):  # nor does this process lock it twice
+            lock_file(path, 0.0, "taken")
+    lock_file(path, 0.0, "taken").close()
+
+
+def test_a_run_folder_is_written_by_one_process(tmp_path, holder):
+    run = tmp_path / "RUN"
+    (run / ".metrics.json.dead.tmp").write_text("x")
+    message = r"out=.*RUN': another process is writing this run; wait for it to end, or name"
+    with pytest.raises(UnavailableError, match=message), _open_run(run, writes=True):
+        raise AssertionError("it must not begin")
+    assert (run / ".metrics.json.dead.tmp").exists()  # it may be the other's, at work
+    with _open_run(run, writes=False) as opened:  # another rank of the same run
+        assert opened.root == run
+    holder.kill()
+    holder.wait()
+    blocks = run / "checkpoints" / "blocks" / "profiles"
+    blocks.mkdir(parents=True)
+    for leftover in (run / "checkpoints" / ".round-0001.dead.tmp", blocks / ".x.dead.tmp"):
+        leftover.mkdir()
+    with _open_run(run, writes=True):
+        assert sorted(p.name for p in run.rglob(".*")) == []
+    with _open_run(run, writes=True):
+        pass  # let go of
+
+
+def test_a_lock_is_no_link(tmp_path):
+    (tmp_path / "LOCK").symlink_to("elsewhere")
+    with pytest.raises(StorageError, match="LOCK: cannot be written"):
+        lock_file(tmp_path / "LOCK", 0.0, "")
+    assert os.listdir(tmp_path) == ["LOCK"]

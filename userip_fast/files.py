@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +28,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from userip_fast.errors import FormatError, StorageError
+from userip_fast.errors import FormatError, StorageError, UnavailableError
+
+logger = logging.getLogger("userip_fast")
 
 _CHUNK = 1 << 20
 _SHA256 = "sha256"
@@ -187,6 +192,46 @@ def _exchange(a: Path, b: Path) -> bool:
     return bool(
         renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
     )
+
+
+def lock_file(path: Path, timeout_s: float, refusal: str) -> BinaryIO:
+    """Opens a file, made with its folder if need be, and locks it until it is closed.
+
+    The lock holds against all processes of this machine (flock), and a kill releases it. The file
+    may stay behind: it means nothing.
+
+    Args:
+        timeout_s: How long to wait for another holder, which is told; may be infinite.
+        refusal: The message after that.
+
+    Raises:
+        StorageError: The file cannot be made.
+        UnavailableError: Another process holds the lock for longer than `timeout_s`.
+    """
+    deadline, told = time.monotonic() + timeout_s, False
+    while True:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            except FileNotFoundError:
+                continue  # a holder who leaves nothing behind just removed the folder
+        lock = open(fd, "r+b", buffering=0)  # noqa: SIM115 (it lives as long as the lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return lock
+        except FileNotFoundError:
+            pass  # we locked a file whose name is gone
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                lock.close()
+                raise UnavailableError(refusal) from None
+            if not told:
+                logger.warning("%s is held by another process; waiting for it to end", path)
+            told = True
+            time.sleep(0.05)
+        lock.close()
 
 
 def sweep_leftovers(folder: Path) -> None:

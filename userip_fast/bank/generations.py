@@ -13,18 +13,16 @@ mappings, which outlive the names of the files.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-from userip_fast.errors import DataError, FormatError, UnavailableError
+from userip_fast.errors import DataError, FormatError
 from userip_fast.files import (
     atomic_dir,
+    lock_file,
     read_json_bytes,
     remove,
     sha256_file,
@@ -113,7 +111,12 @@ def write_lock(path: Path, timeout_s: float) -> Iterator[None]:
         UnavailableError: Another writer holds the lock for longer than `timeout_s`.
     """
     _refuse_foreign(path)
-    lock = _acquire(path, timeout_s)
+    lock = lock_file(
+        path / _LOCK,
+        timeout_s,
+        f"path={path}: another writer has been holding this bank for {timeout_s:g} s; wait for it "
+        "to finish, or raise lock_timeout_s",
+    )
     try:
         with storage_errors(path):
             _sweep(path)
@@ -137,29 +140,3 @@ def _refuse_foreign(path: Path) -> None:
                 f"path={path}: exists and is not a feature bank (it holds {name!r}); "
                 "choose another path"
             )
-
-
-def _acquire(path: Path, timeout_s: float) -> IO[bytes]:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        with storage_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-            try:
-                lock = open(path / _LOCK, "ab")  # noqa: SIM115 (it lives as long as the lock)
-            except FileNotFoundError:
-                continue  # an abandoned first write just removed the folder
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / _LOCK)):
-                return lock
-        except FileNotFoundError:
-            pass  # we locked a file whose name is gone
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                lock.close()
-                raise UnavailableError(
-                    f"path={path}: another writer has been holding this bank for {timeout_s:g} s; "
-                    "wait for it to finish, or raise lock_timeout_s"
-                ) from None
-            time.sleep(0.05)
-        lock.close()
