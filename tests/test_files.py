@@ -7,6 +7,8 @@ import stat
 import subprocess
 import sys
 import threading
+import time
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -200,3 +202,36 @@ def test_a_lock_is_no_link(tmp_path):
     with pytest.raises(StorageError, match="LOCK: cannot be written"):
         lock_file(tmp_path / "LOCK", 0.0, "")
     assert os.listdir(tmp_path) == ["LOCK"]
+
+
+def test_a_lock_whose_file_its_holder_removes_is_handed_on(tmp_path):
+    """However many wait, one at a time is in, and no file is left."""
+    inside, most = [], []
+
+    def enter():
+        with _open_run_waiting(tmp_path / "RUN"):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+
+    threads = [threading.Thread(target=enter) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 8
+    assert os.listdir(tmp_path / "RUN") == []
+
+
+@contextmanager
+def _open_run_waiting(run):
+    while True:
+        with ExitStack() as held:
+            try:
+                held.enter_context(_open_run(run, writes=True))
+            except UnavailableError:
+                time.sleep(0.001)
+                continue
+            yield
+            return

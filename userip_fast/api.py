@@ -350,10 +350,13 @@ def _open_run(out: str | os.PathLike[str] | None, writes: bool) -> Iterator[Run 
         "another folder"
     )
     with lock_file(root / "LOCK", 0.0, refusal):
-        with storage_errors(root):
-            for folder in (root, run.checkpoints, *run.checkpoints.glob("blocks/*")):
-                sweep_leftovers(folder)
-        yield run
+        try:
+            with storage_errors(root):
+                for folder in (root, run.checkpoints, *run.checkpoints.glob("blocks/*")):
+                    sweep_leftovers(folder)
+            yield run
+        finally:
+            (root / "LOCK").unlink(missing_ok=True)
 
 
 class _JsonLines:

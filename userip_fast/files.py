@@ -198,7 +198,7 @@ def lock_file(path: Path, timeout_s: float, refusal: str) -> BinaryIO:
     """Opens a file, made with its folder if need be, and locks it until it is closed.
 
     The lock holds against all processes of this machine (flock), and a kill releases it. The file
-    may stay behind: it means nothing.
+    may stay behind, which means nothing, or be removed by who holds the lock.
 
     Args:
         timeout_s: How long to wait for another holder, which is told; may be infinite.
@@ -222,7 +222,7 @@ def lock_file(path: Path, timeout_s: float, refusal: str) -> BinaryIO:
             if os.path.samestat(os.fstat(fd), os.stat(path)):
                 return lock
         except FileNotFoundError:
-            pass  # we locked a file whose name is gone
+            pass  # we locked a file that its holder has removed
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 lock.close()
