@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,11 +20,11 @@ from userip_fast.behaviour import BehaviourFormat, BehaviourSource
 from userip_fast.behaviour_stream import StreamSource
 from userip_fast.config import Config
 from userip_fast.data import Catalogue, InteractionStream
-from userip_fast.em.distributed import start_processes
+from userip_fast.em.distributed import Processes, start_processes
 from userip_fast.em.mstep import check_codebook_sizes
 from userip_fast.em.steps import profiles_total
 from userip_fast.errors import ConfigError, DataError, StorageError
-from userip_fast.files import storage_errors, sweep_leftovers, write_json
+from userip_fast.files import lock_file, storage_errors, sweep_leftovers, write_json
 from userip_fast.lm import FrozenLM
 from userip_fast.lm.embedded import SlotIds, embedded_lm
 from userip_fast.lm.trace import Workload
@@ -115,6 +116,7 @@ def fit(
         ConfigError: A setting is wrong.
         UnsupportedError, UnavailableError: The LM cannot be used, and why.
         MismatchError: `like` has another LM or other fields.
+        UnavailableError: Another process is writing `out`.
     """
     loaded = lm if isinstance(lm, FrozenLM) else None
     config = _config(config, loaded.source if loaded else lm, fields)
@@ -126,8 +128,23 @@ def fit(
     if max_users is not None:
         data = data.head_users(max_users)
     processes = start_processes()
+    with _open_run(out, writes=processes.rank == 0) as run:
+        return _fit(data, loaded, config, run, processes, resume, probabilities, like, show)
+
+
+def _fit(
+    data: Data,
+    loaded: FrozenLM | None,
+    config: Config,
+    run: Run | None,
+    processes: Processes,
+    resume: bool,
+    probabilities: bool,
+    like: str | os.PathLike[str] | None,
+    show: bool,
+) -> Model:
+    """The work of `fit`, in a run folder that is ours alone."""
     writes = processes.rank == 0
-    run = _open_run(out, sweep=writes)
     started = time.monotonic()
     with processes.first_alone():  # it fills the cache of embedded LMs
         model, source = prepare(data, config, lm=loaded, show=show and writes)
@@ -309,9 +326,12 @@ def _config(
     return config
 
 
-def _open_run(out: str | os.PathLike[str] | None, sweep: bool) -> Run | None:
+@contextmanager
+def _open_run(out: str | os.PathLike[str] | None, writes: bool) -> Iterator[Run | None]:
+    """The run folder, locked by the one process that writes it."""
     if out is None:
-        return None
+        yield None
+        return
     root = Path(out)
     if root.exists() and not root.is_dir():
         raise ConfigError(f"out={str(root)!r} is a file; name a folder for the run")
@@ -321,10 +341,22 @@ def _open_run(out: str | os.PathLike[str] | None, sweep: bool) -> Run | None:
         raise ConfigError(f"out={str(root)!r} cannot be made: {e}") from e
     if not os.access(root, os.W_OK):
         raise ConfigError(f"out={str(root)!r} cannot be written to")
-    if sweep:
-        with storage_errors(root):
-            sweep_leftovers(root)
-    return Run(root)
+    run = Run(root)
+    if not writes:
+        yield run
+        return
+    refusal = (
+        f"out={str(root)!r}: another process is writing this run; wait for it to end, or name "
+        "another folder"
+    )
+    with lock_file(root / "LOCK", 0.0, refusal):
+        try:
+            with storage_errors(root):
+                for folder in (root, run.checkpoints, *run.checkpoints.glob("blocks/*")):
+                    sweep_leftovers(folder)
+            yield run
+        finally:
+            (root / "LOCK").unlink(missing_ok=True)
 
 
 class _JsonLines:

@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 from userip_fast._version import __version__
 from userip_fast.errors import UserIPError
+from userip_fast.visible import visible
 
 if TYPE_CHECKING:
     from userip_fast.config import Config
@@ -42,8 +43,17 @@ class _Group(TyperGroup):
 
 
 def _die(message: str, code: int) -> NoReturn:
-    print(f"userip: {message}", file=sys.stderr)
+    print(visible(f"userip: {message}"), file=sys.stderr)
     raise typer.Exit(code)
+
+
+def _say(text: object) -> None:
+    print(visible(text))
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 app = typer.Typer(
@@ -77,7 +87,9 @@ def main() -> None:
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    logging.basicConfig(level=logging.WARNING, format="userip: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("userip: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     if version:
         print(__version__)
         raise typer.Exit
@@ -166,7 +178,7 @@ def demo(
     metrics = run_demo(out=out, full=full, seed=seed, show=True)
     print_scores(metrics)
     print_cards(read_json(out / "model" / "codes.json"))
-    print(f"{out}: model, bank, metrics.json, report.html")
+    _say(f"{out}: model, bank, metrics.json, report.html")
 
 
 @app.command()
@@ -306,7 +318,7 @@ def infer(
 
         rule = settings.data.on_bad
         file = infer_shard(fitted, data, *parse_shard(shard), out, on_bad=rule, show=not quiet)
-        print(f"{file}: done")
+        _say(f"{file}: done")
         return
     found: dict[str, Any] = {}
     started = monotonic()
@@ -425,7 +437,7 @@ def ctr(
     result = evaluate_ctr(data, ctr=ctr_settings, config=settings, out=out, show=not quiet)
     if not quiet:
         print_ctr(result)
-        print(f"{out}: ctr.json")
+        _say(f"{out}: ctr.json")
 
 
 @app.command()
@@ -506,11 +518,11 @@ def explain(
     )
     for field, by in found["associations"].items():
         for trait, a in by.items():
-            print(
+            _say(
                 f"{field} and {trait}: {a['bits']:.3f} bits, by chance {a['chance_bits']:.3f}, "
                 f"p {a['p']:.3f} ({a['users']:,} users)"
             )
-    print(f"{report_run(run)}: explained on {data.num_users:,} users")
+    _say(f"{report_run(run)}: explained on {data.num_users:,} users")
 
 
 @app.command()
@@ -518,7 +530,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder of fit.")]) -> N
     """Write RUN/report.html anew from all that the run folder holds, ctr.json files included."""
     from userip_fast.report import report_run
 
-    print(report_run(run))
+    _say(report_run(run))
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
@@ -575,9 +587,9 @@ def _read(
     if not quiet:
         report = data.report
         if report.rows_bad or report.rows_filtered or report.short_users:
-            print(report.table())
+            _say(report.table())
         if data.rating_note:
-            print(data.rating_note)
+            _say(data.rating_note)
     return data if max_users is None else data.head_users(max_users)
 
 
@@ -630,9 +642,9 @@ def lookup(
 @bank_app.command()
 def export(
     bank: Annotated[Path, typer.Argument(help="Bank folder.")],
-    out: Annotated[Path | None, typer.Argument(help="Parquet file to write.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="File to write, .parquet or .csv.")] = None,
     layout: Annotated[
-        str, typer.Option(help="Of the Parquet file: plain, or feast (with event_timestamp).")
+        str, typer.Option(help="Of a Parquet file: plain, or feast (with event_timestamp).")
     ] = "plain",
     redis: Annotated[
         str | None,
@@ -643,11 +655,21 @@ def export(
     ] = None,
     namespace: Annotated[str, typer.Option(help="Prefix of the keys in Redis.")] = "userip",
 ) -> None:
-    """Write a bank as one Parquet file (user_id, a column of codes per field), or into Redis."""
+    """Write a bank as one Parquet or CSV file (user_id, codes of each field), or into Redis."""
     from userip_fast.bank import FeatureBank
 
-    if (out is None) == (redis is None) or layout not in ("plain", "feast"):
-        _die("name either a Parquet file (--layout plain or feast) or --redis URL", 2)
+    writers = {
+        ("plain", ".parquet"): FeatureBank.to_parquet,
+        ("plain", ".csv"): FeatureBank.to_csv,
+        ("feast", ".parquet"): FeatureBank.to_feast,
+    }
+    if layout not in ("plain", "feast"):
+        _die(f"--layout {layout}: must be plain or feast", 2)
+    if (out is None) == (redis is None):
+        _die("name either a file to write or --redis URL", 2)
+    if out is not None and (layout, out.suffix.lower()) not in writers:
+        ends = ".parquet" if layout == "feast" else ".parquet or .csv"
+        _die(f"{out}: with --layout {layout} its name must end in {ends}", 2)
     opened = FeatureBank.open(bank)
     where = str(out)
     if redis is not None:
@@ -657,8 +679,8 @@ def export(
         version = export_redis(opened, url, namespace=namespace)
         where = f"{redacted(url)}, {namespace}:{version}"
     elif out is not None:
-        (opened.to_feast if layout == "feast" else opened.to_parquet)(out)
-    print(f"{where}: {len(opened):,} users, fields {[f['name'] for f in opened.fields]}")
+        writers[layout, out.suffix.lower()](opened, out)
+    _say(f"{where}: {len(opened):,} users, fields {[f['name'] for f in opened.fields]}")
 
 
 @bank_app.command()
@@ -670,7 +692,7 @@ def merge(
     """Merge the files of all shards into one bank."""
     from userip_fast.shards import merge_shards
 
-    print(f"{bank}: {len(merge_shards(shards, bank, update)):,} users")
+    _say(f"{bank}: {len(merge_shards(shards, bank, update)):,} users")
 
 
 @bank_app.command()
@@ -684,7 +706,7 @@ def drift(
     from userip_fast.bank import FeatureBank
     from userip_fast.bank.drift import drift as compare
 
-    print(json.dumps(compare(FeatureBank.open(old), FeatureBank.open(new)), indent=2))
+    _say(json.dumps(compare(FeatureBank.open(old), FeatureBank.open(new)), indent=2))
 
 
 @bank_app.command()
@@ -694,7 +716,7 @@ def info(bank: Annotated[Path, typer.Argument(help="Bank folder.")]) -> None:
 
     from userip_fast.bank import FeatureBank
 
-    print(json.dumps(FeatureBank.open(bank).info(), indent=2, ensure_ascii=False))
+    _say(json.dumps(FeatureBank.open(bank).info(), indent=2, ensure_ascii=False))
 
 
 @bank_app.command()
@@ -703,7 +725,7 @@ def verify(bank: Annotated[Path, typer.Argument(help="Bank folder.")]) -> None:
     from userip_fast.bank import FeatureBank
 
     opened = FeatureBank.open(bank, verify=True)
-    print(f"{bank}: {len(opened):,} users, every file as it was written")
+    _say(f"{bank}: {len(opened):,} users, every file as it was written")
 
 
 @app.command()

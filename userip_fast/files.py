@@ -2,29 +2,47 @@
 
 `atomic_file` and `atomic_dir` write under a temporary name in the target's own folder, fsync, and
 rename. A reader therefore never sees a half-written file, and an interrupted writer leaves the
-previous state in place. `write_json` and `write_tensors` are the only formats models and
-checkpoints use. A disk that is full, read-only or failing is a `StorageError` that says so.
+previous state in place. They replace regular files and folders only, keep the mode of what they
+replace, and give new files what the umask allows. `write_json` and `write_tensors` are the only
+formats models and checkpoints use. A disk that is full, read-only or failing is a `StorageError`
+that says so.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
+import secrets
 import shutil
-import tempfile
+import stat
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from userip_fast.errors import FormatError, StorageError
+from userip_fast.errors import FormatError, StorageError, UnavailableError
+
+logger = logging.getLogger("userip_fast")
 
 _CHUNK = 1 << 20
 _SHA256 = "sha256"
+_KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "folder",
+    stat.S_IFLNK: "symbolic link",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -54,9 +72,11 @@ def storage_errors(target: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         raise StorageError(
-            f"{target}: cannot be written ({e}); what was there before is untouched. Free space or "
-            "choose a folder that can be written to, then run the same command again"
+            f"{target}: cannot be written ({e}); what was there before is untouched. "
+            f"{'Free space' if full else 'Make it possible'}, or choose a folder that can be "
+            "written to, then run the same command again"
         ) from e
 
 
@@ -65,17 +85,20 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is fsynced and renamed onto `path`.
 
     Raises:
-        StorageError: Writing it failed, in the `with` block or here.
+        StorageError: Writing it failed, in the `with` block or here; or `path` is a link, a device
+            or anything else than a regular file.
     """
     target = Path(path)
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        os.close(fd)
-        tmp = Path(name)
+        mode = _mode_to_keep(target, stat.S_IFREG)
+        tmp = _beside(target, ".tmp")
+        os.close(os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        if mode is None:
+            mode = stat.S_IMODE(tmp.stat().st_mode)  # what the umask allows
         try:
             yield tmp
-            os.chmod(tmp, 0o644)
+            os.chmod(tmp, mode)  # libraries may have made the file anew
             fsync_path(tmp)
             os.replace(tmp, target)
             fsync_path(target.parent)
@@ -91,30 +114,74 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     new one. (Where the system cannot, on other than Linux, `path` is absent for an instant.)
 
     Raises:
-        StorageError: Writing it failed, in the `with` block or here.
+        StorageError: Writing it failed, in the `with` block or here; or `path` is a link or
+            anything else than a folder.
     """
     target = Path(path)
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+        mode = _mode_to_keep(target, stat.S_IFDIR)
+        tmp = _beside(target, ".tmp")
+        tmp.mkdir()
         try:
             yield tmp
-            os.chmod(tmp, 0o755)
+            if mode is not None:
+                os.chmod(tmp, mode)
             for entry in sorted(tmp.rglob("*")):
                 fsync_path(entry)
             fsync_path(tmp)
             if not target.exists():
                 os.rename(tmp, target)
             elif not _exchange(tmp, target):
-                old = Path(
-                    tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old")
-                )
-                os.rename(target, old / target.name)
+                old = _beside(target, ".old")
+                os.rename(target, old)
                 os.rename(tmp, target)
                 shutil.rmtree(old, ignore_errors=True)
             fsync_path(target.parent)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}{suffix}")
+
+
+def _mode_to_keep(target: Path, kind: int) -> int | None:
+    """Permissions of what is to be replaced; None where nothing is there.
+
+    Raises:
+        StorageError: It is not of `kind`, `stat.S_IFREG` or `stat.S_IFDIR`.
+    """
+    try:
+        found = target.lstat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_IFMT(found) != kind:
+        wanted = "regular file" if kind == stat.S_IFREG else "folder"
+        raise StorageError(
+            f"{target}: is a {_KINDS[stat.S_IFMT(found)]}, which is never replaced; name a "
+            f"{wanted} (what a link leads to, if it is one), or remove it first"
+        )
+    return stat.S_IMODE(found)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file of a folder that is not to be trusted: no link is followed, no device read.
+
+    Raises:
+        OSError: It cannot be opened, or is not a regular file.
+    """
+    try:  # not to wait for a FIFO's writer
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "is a symbolic link, which is not followed here") from e
+        raise
+    kind = stat.S_IFMT(os.fstat(fd).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(fd)
+        raise OSError(errno.EINVAL, f"is a {_KINDS[kind]}, not a regular file")
+    return open(fd, "rb")
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -127,11 +194,59 @@ def _exchange(a: Path, b: Path) -> bool:
     )
 
 
+def lock_file(path: Path, timeout_s: float, refusal: str) -> BinaryIO:
+    """Opens a file, made with its folder if need be, and locks it until it is closed.
+
+    The lock holds against all processes of this machine (flock), and a kill releases it. The file
+    may stay behind, which means nothing, or be removed by who holds the lock.
+
+    Args:
+        timeout_s: How long to wait for another holder, which is told; may be infinite.
+        refusal: The message after that.
+
+    Raises:
+        StorageError: The file cannot be made.
+        UnavailableError: Another process holds the lock for longer than `timeout_s`.
+    """
+    deadline, told = time.monotonic() + timeout_s, False
+    while True:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            except FileNotFoundError:
+                continue  # a holder who leaves nothing behind just removed the folder
+        lock = open(fd, "r+b", buffering=0)  # noqa: SIM115 (it lives as long as the lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return lock
+        except FileNotFoundError:
+            pass  # we locked a file that its holder has removed
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                lock.close()
+                raise UnavailableError(refusal) from None
+            if not told:
+                logger.warning("%s is held by another process; waiting for it to end", path)
+            told = True
+            time.sleep(0.05)
+        lock.close()
+
+
 def sweep_leftovers(folder: Path) -> None:
     """Removes what killed writers left in `folder`. Nobody may be writing there."""
     for entry in folder.glob(".*"):
         if entry.suffix in (".tmp", ".old"):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            remove(entry)
+
+
+def remove(entry: Path) -> None:
+    """Removes a file, a link (not what it leads to) or a folder with all that is in it."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -147,8 +262,19 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         FormatError: The file is missing, unreadable or not JSON.
     """
+    return read_json_bytes(os.path.realpath(path))[0]
+
+
+def read_json_bytes(path: str | os.PathLike[str]) -> tuple[Any, bytes]:
+    """JSON and the very bytes it was read from: a second reading may find another file.
+
+    Raises:
+        FormatError: See `read_json`; also a link.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            data = file.read()
+        return json.loads(data.decode("utf-8")), data
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise FormatError(f"{path}: cannot be read as JSON ({e})") from e
 

@@ -163,8 +163,8 @@ class Model:
             return np.concatenate([_codes(p.code_ids) for p in found])
         # Beside the bank and on the same disk; found again by the next run, gone once it is done.
         cache = DiskCache(Path(f"{out}.part"), self.block_key(trainer))
-        sweep_leftovers(cache.folder / "profiles")
         with self.bank_writer(out, update) as writer:
+            sweep_leftovers(cache.folder / "profiles")  # under the bank's lock
             done, totals = 0, np.zeros(4)
             for profiles in trainer.infer(source, self.codebooks, self.start, cache=cache):
                 users = len(profiles.nll)

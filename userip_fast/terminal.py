@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table
+
+from userip_fast.visible import visible
 
 if TYPE_CHECKING:
     from userip_fast.bank import FeatureBank
@@ -185,6 +188,18 @@ def print_checks(checks: Sequence[Check]) -> None:
     _print(table)
 
 
+class _Visible:
+    """A table whose cells cannot steer the terminal."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.table, options):
+            yield Segment(visible(segment.text), segment.style, segment.control)
+
+
 def _print(table: Table) -> None:
     """As wide as the terminal; wide enough not to wrap where the output goes to a file."""
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    width = None if sys.stdout.isatty() else 160
+    Console(highlight=False, width=width).print(_Visible(table))

@@ -1,9 +1,11 @@
 """Exports to Redis (a real server) and to Feast's layout."""
 
+import pickle
 import shutil
 import socket
 import subprocess
 import time
+import traceback
 from datetime import UTC, datetime
 
 import numpy as np
@@ -13,7 +15,14 @@ import pytest
 
 from userip_fast.bank import FeatureBank
 from userip_fast.bank.redis_export import RedisBank, connect, export_redis, redacted
-from userip_fast.errors import ConfigError, DataError, FormatError, UnavailableError
+from userip_fast.errors import (
+    ConfigError,
+    DataError,
+    FormatError,
+    MismatchError,
+    UnavailableError,
+    UserIPError,
+)
 
 FIELDS = [
     {"name": "taste", "codebook_size": 300, "code_names": None},
@@ -21,10 +30,11 @@ FIELDS = [
 ]
 
 
-def bank(folder, keys, seed=0):
+def bank(folder, keys, seed=0, model=None):
     random = np.random.default_rng(seed)
     codes = np.stack([random.integers(0, f["codebook_size"], len(keys)) for f in FIELDS], axis=1)
-    made = FeatureBank.write(folder, keys, codes, fields=FIELDS, model_fingerprint=f"m{seed}")
+    model = f"m{seed}" if model is None else model
+    made = FeatureBank.write(folder, keys, codes, fields=FIELDS, model_fingerprint=model)
     return made, codes
 
 
@@ -79,6 +89,101 @@ def test_redis_gives_what_the_bank_gives(server, tmp_path, strings):
     with pytest.raises(DataError, match="1 of 1 are not in the bank"):
         online.lookup(unknown)
     assert online.lookup(unknown, on_unknown="code").tolist() == [[300, 4]]
+
+
+@pytest.mark.parametrize("keys", [["a", "b", "ab"], [1, 2, 3]], ids=["string", "int64"])
+def test_redis_is_as_strict_as_the_bank(server, tmp_path, keys):
+    made, _ = bank(tmp_path / "bank", keys)
+    export_redis(made, server.url)
+    online = RedisBank(server.url)
+    other = [1] if isinstance(keys[0], str) else ["1"]
+    for asked in (
+        keys, keys[2], keys[0], [], tuple(keys), np.array(keys), pa.array(keys), [keys[0]] * 3,
+        ["nobody"] if isinstance(keys[0], str) else [99], other, other[0], [None], [1.5], [b"a"],
+        [keys[0], *other], np.array([keys]),
+    ):  # fmt: skip
+        for on_unknown in ("error", "code", "codes", "", None):
+            answers = []
+            for reader in (made, online):
+                try:
+                    answers.append(reader.lookup(asked, on_unknown=on_unknown).tolist())
+                except UserIPError as e:
+                    text = str(e).replace(str(made.path), "BANK")
+                    answers.append((type(e), text.replace(online._where, "BANK")))
+            assert answers[0] == answers[1]
+
+
+def test_a_value_that_is_none_is_refused(server, tmp_path):
+    keys = np.arange(20)
+    made, codes = bank(tmp_path / "bank", keys)
+    version = export_redis(made, server.url)
+    client, online = connect(server.url), RedisBank(server.url)
+    name = f"userip:{version}:u:7"
+    whole = client.get(name)
+    for value in (
+        b"",
+        whole[:2],
+        whole + b"\0\0",
+        np.array([300, 1], "<u2").tobytes(),
+        b"\xff" * 4,
+    ):
+        client.set(name, value)
+        with pytest.raises(FormatError, match=r"user 7, must be .*; export the bank again"):
+            online.lookup([6, 7, 8])
+        assert np.array_equal(online.lookup([6, 8]), codes[[6, 8]])
+    client.set(name, whole)
+    assert np.array_equal(online.lookup(keys), codes)
+    client.set(f"userip:{version}:about", b'{"fields": 3}')
+    with pytest.raises(FormatError, match=f"version {version} is damaged"):
+        online.lookup([1])
+
+
+def test_a_reader_whose_version_is_gone_follows_its_model_or_says_so(server, tmp_path, monkeypatch):
+    keys = np.arange(50)
+    first, before = bank(tmp_path / "0", keys, 0, model="m")
+    export_redis(first, server.url, version="v0")
+    follows = RedisBank(server.url)
+    for i in range(1, 4):
+        made, codes = bank(tmp_path / f"{i}", keys, i, model="m")
+        made.update(keys[:1], codes[:1]).update(keys[:1], codes[:1])  # its files are gone
+        export_redis(made, server.url, version=f"v{i}")
+        if i == 1:
+            assert np.array_equal(follows.lookup(keys), before)  # one of the two that are kept
+    assert np.array_equal(follows.lookup(keys), codes)
+    assert follows.version == "v3"
+
+    other, _ = bank(tmp_path / "other", keys, 5, model="n")
+    stays = RedisBank(server.url)
+    for i in range(4, 7):
+        export_redis(other, server.url, version=f"v{i}")
+    for _ in range(2):  # nor does it change over the second time
+        with pytest.raises(MismatchError, match="version v3 is gone, and v6 is of another model"):
+            stays.lookup(keys, on_unknown="code")
+    stays.refresh()
+    assert np.array_equal(stays.lookup(keys), other.lookup(keys))
+    # A removal that was cut off removes too; and a name used again by another bank is not it.
+    export_redis(first, server.url, version="v7")
+    reader = RedisBank(server.url)
+    monkeypatch.setattr("redis.Redis.unlink", lambda *_: (_ for _ in ()).throw(OSError("cut off")))
+    with pytest.raises(UnavailableError):
+        export_redis(other, server.url, version="v8", keep=1)
+    with pytest.raises(MismatchError, match="version v7 is gone"):
+        reader.lookup(keys)
+    monkeypatch.undo()
+    export_redis(other, server.url, version="v7")
+    with pytest.raises(MismatchError, match="version v7 is gone, and v7 is of another model"):
+        reader.lookup(keys)
+
+
+def test_a_redis_reader_goes_to_other_processes(server, tmp_path):
+    keys = np.arange(50)
+    made, codes = bank(tmp_path / "a", keys, 0)
+    export_redis(made, server.url, version="v0")
+    sent = pickle.dumps(RedisBank(server.url))
+    export_redis(bank(tmp_path / "b", keys, 1)[0], server.url, version="v1")
+    online = pickle.loads(sent)
+    assert online.version == "v0"
+    assert np.array_equal(online.lookup(keys), codes)
 
 
 def test_a_new_version_replaces_the_old_one_and_older_ones_go(server, tmp_path):
@@ -192,6 +297,27 @@ def test_secrets_are_never_told():
         connect("redis://me:hush@127.0.0.1:1/0", timeout_s=0.2)
     assert "hush" not in str(e.value)
     assert "127.0.0.1:1" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "me:hush@host:6379/0", ":hush@host", "redis:me:hush@host", "redis:/me:hush@host/0",
+        "hush@host", "redis//me:hush@host", "rediss:///:hush@host", "redis://me:1/hush@host",
+        "redis://me:12#hush@host", "redis://me:12?hush@host", "redis://me:hush@host:port",
+        "redis://[me:hush@host", "http://me:hush@host", "redis://host/hush", "unix:me:hush@x",
+        "redis://me:hush@", "unix://hush@", "REDIS:me:hush@host",
+    ],
+)  # fmt: skip
+def test_no_part_of_a_url_that_may_be_secret_is_told(url):
+    pytest.importorskip("redis")
+    assert "hush" not in redacted(url)
+    with pytest.raises((ConfigError, UnavailableError)) as e:
+        connect(url, timeout_s=0.05)
+    told = "".join(traceback.format_exception(e.value.__cause__ or e.value, chain=False))
+    assert "hush" not in str(e.value)
+    assert "12" not in redacted(url)
+    assert "hush" not in told.replace(repr(url), "")
 
 
 @pytest.mark.parametrize("name", ["", "a:b", "x" * 65, "a*"])

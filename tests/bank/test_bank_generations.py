@@ -1,14 +1,20 @@
 """Updates under open readers, interrupted writers, two writers at once."""
 
+import copy
+import multiprocessing
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import textwrap
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from userip_fast.bank import BankWriter, FeatureBank
@@ -16,6 +22,7 @@ from userip_fast.errors import DataError, FormatError, MismatchError, Unavailabl
 
 FIELDS = [{"name": "f", "codebook_size": 10, "code_names": None}]
 SETTINGS = {"fields": FIELDS, "model_fingerprint": "m"}
+POOLS = []  # Arrow's, for measuring; they must outlive what they gave
 
 
 def write(path, keys, code, **kwargs):
@@ -73,7 +80,7 @@ def test_users_that_wait_on_disk_make_the_same_files(tmp_path, monkeypatch, stri
     np.testing.assert_array_equal(bank.lookup(keys), want)
     for generation in ("gen-000002", "gen-000003"):
         files = sorted((tmp_path / "memory" / generation).iterdir())
-        assert len(files) == (6 if strings else 4) + probabilities
+        assert len(files) == (7 if strings else 5) + probabilities
         for file in files:
             assert file.read_bytes() == (tmp_path / "disk" / generation / file.name).read_bytes()
     writer = BankWriter(tmp_path / "disk", **SETTINGS)
@@ -112,6 +119,12 @@ def test_readers_keep_what_they_opened(tmp_path):
     for code, reader in enumerate(readers):  # most of their files are gone by now
         assert reader.lookup(["a", "b"]).tolist() == [[0], [code]]
         assert len(reader) == 2 + code
+        reader.verify()
+        assert reader.info()["generation"] == f"gen-{code + 1:06d}"
+        assert reader.info()["file_bytes"]["codes.bin"] == len(reader)
+        for export in (reader.to_parquet, reader.to_feast):
+            export(tmp_path / "out.parquet")
+            assert pq.read_table(tmp_path / "out.parquet")["f"].to_pylist().count(code) > 0
     latest = FeatureBank.open(path, verify=True)
     assert latest.lookup([f"new{code}" for code in range(1, 5)]).tolist() == [[1], [2], [3], [4]]
 
@@ -162,6 +175,104 @@ def test_open_follows_a_pointer_that_moves(tmp_path, monkeypatch):
     assert FeatureBank.open(tmp_path / "b").lookup(1).tolist() == [[2]]
     assert calls[0][0].name == "gen-000001"
     assert not calls[0][0].exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "keys.bin", "codes.bin"])
+def test_open_while_what_it_reads_is_replaced(tmp_path, monkeypatch, name):
+    """Wherever two updates fall into an opening, it turns to what is current then."""
+    from userip_fast.bank import layout
+
+    bank = write(tmp_path / "b", [1], 0)
+    reads, replaced = {f: getattr(layout, f) for f in ("read_json_bytes", "_map")}, []
+
+    def reading(function):
+        def read(path, *args):
+            if path.name == name and not replaced:
+                replaced.append(path)
+                bank.update([1], [[1]]).update([1], [[2]])
+                assert not path.exists()
+            return reads[function](path, *args)
+
+        return read
+
+    for function in reads:
+        monkeypatch.setattr(layout, function, reading(function))
+    assert FeatureBank.open(tmp_path / "b").lookup(1).tolist() == [[2]]
+    assert replaced
+
+
+def test_copies_and_other_processes_read_the_same_generation(tmp_path):
+    bank = write(tmp_path / "b", [1, 2], 3)
+    bank.lookup(1)  # which binds the compiled look-up
+    assert copy.copy(bank) is copy.deepcopy(bank) is bank
+    sent = pickle.dumps(bank)
+    assert len(sent) < 1000  # nothing of the arrays
+    newer = bank.update([1], [[4]])
+    assert pickle.loads(sent).lookup([1, 2]).tolist() == [[3], [3]]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # as a DataLoader's workers
+        assert pool.map(newer.lookup, [[1], 2]) == [[[4]], [[3]]]
+    newer.update([1], [[5]])
+    with pytest.raises(FormatError, match=r"gen-000001: is gone, .* open the bank again before"):
+        pickle.loads(sent)
+    assert bank.lookup(1).tolist() == [[3]]
+
+
+@pytest.mark.parametrize("strings", [False, True])
+def test_memory_of_update_and_verify_does_not_grow_with_the_bank(tmp_path, monkeypatch, strings):
+    monkeypatch.setattr("userip_fast.bank.spool.WAITING_USERS", 1 << 12)
+    monkeypatch.setattr("userip_fast.bank.layout._PIECE", 1 << 12)
+    usual = pa.default_memory_pool()
+
+    def peak(work):
+        POOLS.append(pool := pa.proxy_memory_pool(usual))
+        pa.set_memory_pool(pool)
+        tracemalloc.start()
+        try:
+            work()
+            return tracemalloc.get_traced_memory()[1] + pool.max_memory()
+        finally:
+            tracemalloc.stop()
+            pa.set_memory_pool(usual)
+
+    peaks, users = [], (30_000, 130_000)
+    for n in users:
+        keys = [f"user {i}" for i in range(n)] if strings else np.arange(n)
+        bank = write(tmp_path / f"{n}", keys, 1)
+        peaks.append([peak(bank.verify), peak(lambda b=bank, k=keys: b.update(k[:1], [[2]]))])
+    per_user = (np.array(peaks[1]) - peaks[0]) / (users[1] - users[0])
+    assert (per_user < 3).all(), per_user  # the directory: half a byte, and what is made of it
+
+
+def test_a_writer_sweeps_before_it_writes(tmp_path):
+    path, outside = tmp_path / "b", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine").write_text("x")
+    write(path, [1], 1)
+    write(path, [1], 2)
+
+    def leave():
+        for name in (
+            ".gen-000003.dead_1.tmp",
+            ".gen-000000.dead_2.tmp",
+            "gen-000003",
+            "gen-000009",
+        ):
+            shutil.copytree(path / "gen-000001", path / name)
+        (path / ".CURRENT.dead_3.tmp").write_text("{")
+        (path / ".gen-000004.dead_4.tmp").symlink_to(outside)
+
+    leave()
+    BankWriter(path, **SETTINGS).abandon()  # before it has written anything
+    assert sorted(os.listdir(path)) == ["CURRENT", "LOCK", "gen-000001", "gen-000002"]
+    assert os.listdir(outside) == ["mine"]
+    assert FeatureBank.open(path, verify=True).lookup(1).tolist() == [[2]]
+    (path / "CURRENT").write_text("{")  # which generation it was nobody knows
+    leave()
+    BankWriter(path, **SETTINGS).abandon()
+    assert generations(path) == ["gen-000001", "gen-000002", "gen-000003", "gen-000009"]
+    (path / "CURRENT").unlink()  # a first writer was killed: nothing was ever current
+    BankWriter(path, **SETTINGS).abandon()
+    assert not path.exists()
 
 
 def test_an_exception_leaves_the_bank_as_it_was(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""Kills, torn files, full disks, missing shards, a Redis that goes away: nothing lost or wrong.
+"""Kills, damage, full disks, missing shards, a Redis that goes away, two at once: nothing is lost,
+and nothing is wrong.
 
     python tests/faults/harness.py                 # 240 kills and all other faults; minutes
     python tests/faults/harness.py --quick         # what the test suite runs
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -22,8 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +45,17 @@ import torch
 import userip_fast as uf
 import userip_fast.model
 from userip_fast import shards
+from userip_fast.bank.index import HashIndex
 from userip_fast.config import Config, DataConfig, EMConfig
-from userip_fast.errors import ConfigError, DataError, StorageError, UnavailableError, UserIPError
+from userip_fast.errors import (
+    ConfigError,
+    DataError,
+    FormatError,
+    MismatchError,
+    StorageError,
+    UnavailableError,
+    UserIPError,
+)
 from userip_fast.files import sha256_file
 from userip_fast.model import _verify
 
@@ -161,8 +175,6 @@ def attempt(job: Callable[[], None], call: int | None, seconds: float) -> int:
             job()
             code = 0
         except BaseException:
-            import traceback
-
             traceback.print_exc()
         finally:
             os._exit(code)
@@ -186,10 +198,11 @@ def _die_at(call: int) -> None:
             made += 1
             if made == call and call % 2 == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = real(*args, **kwargs)
-            if made == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return real(*args, **kwargs)
+            finally:
+                if made == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return change
 
@@ -323,14 +336,9 @@ def torn_files(
 def full_disk(world: World, folder: Path, sizes: list[int], counts: Counts) -> str | None:
     """A small tmpfs that fills up or turns read-only; why this was skipped, or None."""
     disk = folder / "disk"
-    disk.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if shutil.which("mount") is None:
-        return "no mount"
-    tried = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if tried.returncode:
-        return f"no tmpfs can be mounted: {tried.stderr.strip()}"
-    try:
+    with mounted(disk, "4m") as problem:
+        if problem:
+            return problem
         for kib in sizes:
             run = disk / "run"
             for entry in disk.iterdir():
@@ -378,9 +386,234 @@ def full_disk(world: World, folder: Path, sizes: list[int], counts: Counts) -> s
         assert os.WEXITSTATUS(attempt(read_only, None, 0.0)) == 3
         counts["read-only disk: refusals"] += 3
         assert contents(world_run) == before
-    finally:
-        subprocess.run(["umount", str(disk)], check=False)
     return None
+
+
+FIELDS = [{"name": "a", "codebook_size": 9}, {"name": "b", "codebook_size": 300}]
+
+
+def made_bank(path: Path, keys: Any, seed: int) -> tuple[uf.FeatureBank, np.ndarray, np.ndarray]:
+    """A bank with probabilities, and what was written into it."""
+    rng = np.random.default_rng(seed)
+    values = np.stack([rng.integers(0, f["codebook_size"], len(keys)) for f in FIELDS], axis=1)
+    p = rng.random(values.shape, np.float32)
+    settings = {"fields": FIELDS, "model_fingerprint": f"m{seed}"}
+    return uf.FeatureBank.write(path, keys, values, probabilities=p, **settings), values, p
+
+
+def damaged_banks(folder: Path, rounds: int, draw: random.Random, counts: Counts) -> None:
+    """Flipped bits and truncated files, with and without the compiled look-up: what is read is
+    right, or refused.
+    """
+    users = 700
+    for name, keys in (("int", np.arange(users)), ("text", [f"user {i}" for i in range(users)])):
+        path = folder / name
+        bank, values, p = made_bank(path, keys, 0)
+        rows = bank.rows(keys)
+        reads: list[tuple[Callable[[Any], Any], Any]] = [
+            (lambda b, k=keys: b.lookup(k, on_unknown="code"), values),
+            (lambda b, k=keys: b.lookup(k[5], on_unknown="code"), values[5:6]),
+            (lambda b, k=keys: b.rows(k), rows),
+            (lambda b, r=rows: b.codes()[r], values),
+            (lambda b, r=rows: b.probabilities[r], p),
+            (lambda b, r=rows: np.array(b.keys())[r], np.array(keys)),
+        ]
+        files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.name != "LOCK"]
+        for i in range(rounds):
+            victim, cut = draw.choice(files), i % 6 == 5
+            whole = victim.read_bytes()
+            data = bytearray(whole)
+            if cut:
+                del data[draw.randrange(len(data)) :]
+            else:
+                data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+            victim.write_bytes(data)
+            kind = "truncated" if cut else "bits flipped"
+            counts[f"bank: {kind}"] += 1
+            refused = 0
+            with patched(HashIndex, "_native", lambda *_: None if draw.random() < 0.5 else ...):
+                for read, wanted in reads:
+                    try:
+                        found = read(uf.FeatureBank.open(path))
+                        assert np.array_equal(found, wanted), f"{victim}: damage was served"
+                    except UserIPError:
+                        refused += 1
+            if refused:
+                counts[f"bank: {kind}, refused"] += 1
+            else:  # spaces in JSON are not content
+                assert victim.name == "CURRENT", f"{victim}: not noticed"
+            victim.write_bytes(whole)
+
+
+@contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute; `...` returned by `value` stands for what was there."""
+    real = getattr(owner, name)
+
+    def call(*args: Any) -> Any:
+        found = value(*args)
+        return real(*args) if found is ... else found
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, real)
+
+
+def small_disk(folder: Path, writers: int, draw: random.Random, counts: Counts) -> str | None:
+    """Killed writers on a disk of 16 MiB, whose leftovers alone would fill it; or why skipped."""
+    keys = np.arange(150_000)
+    with mounted(folder / "disk", "16m") as problem:
+        if problem:
+            return problem
+        path = folder / "disk" / "bank"
+        made_bank(path, keys, 0)
+        for i in range(writers):
+            status = attempt(
+                lambda i=i: made_bank(path, keys, i + 1) and None, draw.randrange(1, 9), 0.0
+            )
+            assert os.WIFSIGNALED(status), f"writer {i} ended with {status}, see above"
+            counts["small disk: writers killed"] += 1
+            uf.FeatureBank.open(path, verify=True)
+        bank, values, _ = made_bank(path, keys, writers + 1)
+        assert np.array_equal(bank.lookup(keys), values)
+        left = [e.name for e in path.iterdir() if not e.name.startswith("gen-")]
+        assert sorted(left) == ["CURRENT", "LOCK"], left
+        counts["small disk: writers that went on"] += 1
+    return None
+
+
+@contextmanager
+def mounted(disk: Path, size: str) -> Iterator[str | None]:
+    """A tmpfs of its own; yields why there is none, or None."""
+    disk.mkdir(parents=True)
+    if shutil.which("mount") is None:
+        yield "no mount"
+        return
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    tried = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        yield f"no tmpfs can be mounted: {tried.stderr.strip()}"
+        return
+    try:
+        yield None
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)  # a map may still be held
+
+
+def many_generations(folder: Path, generations: int, counts: Counts) -> None:
+    """A writer publishes one generation after the other; readers open, verify, export, and send
+    banks to another process.
+    """
+    path, keys = folder / "bank", np.arange(2000)
+    settings = {"fields": FIELDS, "model_fingerprint": "m"}
+
+    def codes_of(generation: int) -> np.ndarray:
+        return np.stack([keys % 9, (keys + generation) % 300], axis=1)
+
+    first = uf.FeatureBank.write(path, keys, codes_of(0), **settings)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(lookup_pickled, (pickle.dumps(first), keys))  # it is up
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                bank = first
+                for g in range(1, generations + 1):
+                    bank = bank.update(keys, codes_of(g))
+                code = 0
+            finally:
+                os._exit(code)
+        last, status = 0, None
+        while status is None:
+            done, result = os.waitpid(pid, os.WNOHANG)
+            status = result if done else None
+            bank = uf.FeatureBank.open(path, verify=counts["generations: opened"] % 2 == 0)
+            found = bank.lookup(keys)
+            generation = int(bank.info()["generation"].removeprefix("gen-")) - 1
+            assert np.array_equal(found, codes_of(generation)), "a look-up mixed generations"
+            assert generation >= last, "a reader went back"
+            last = generation
+            counts["generations: opened"] += 1
+            bank.verify()
+            bank.to_parquet(folder / "out.parquet")
+            try:
+                sent = pool.apply(lookup_pickled, (pickle.dumps(bank), keys))
+                assert np.array_equal(sent, found), "another process read something else"
+                counts["generations: read by another process"] += 1
+            except FormatError as e:
+                if "open the bank again" not in str(e):
+                    raise
+                counts["generations: told that theirs is gone"] += 1
+            assert np.array_equal(first.lookup(keys), codes_of(0))
+        assert status == 0, "the writer failed, see above"
+    first.verify()
+    assert last == generations
+    counts["generations: published"] += generations
+
+
+def lookup_pickled(bank: bytes, keys: np.ndarray) -> np.ndarray:
+    codes: np.ndarray = pickle.loads(bank).lookup(keys)
+    return codes
+
+
+def two_at_once(world: World, folder: Path, rounds: int, counts: Counts) -> None:
+    """Two processes on one bank, one `WORK` and one run folder."""
+    folder.mkdir(parents=True)
+    bank = folder / "bank"
+    uf.FeatureBank.write(bank, [0], [[0, 0]], fields=FIELDS, model_fingerprint="m")
+
+    def update(which: int) -> None:
+        for i in range(rounds):
+            uf.FeatureBank.open(bank).update([1 + 2 * i + which], [[which, i]])
+
+    together(lambda: update(0), lambda: update(1))
+    opened = uf.FeatureBank.open(bank, verify=True)
+    found = opened.lookup([1 + 2 * i + which for i in range(rounds) for which in (0, 1)])
+    assert found.tolist() == [[which, i] for i in range(rounds) for which in (0, 1)]
+    counts["two at once: updates of one bank"] += 2 * rounds
+
+    work = folder / "work"
+    together(lambda: world.stream(work) and None, lambda: world.stream(work) and None)
+    assert world.stream(work).digest == world.stream(folder / "alone").digest
+    counts["two at once: sorting into one WORK"] += 1
+
+    run = folder / "run"
+
+    def second() -> None:
+        while not (run / "checkpoints").exists():  # the first one is at work
+            time.sleep(0.01)
+        try:
+            world.fit(run)
+        except UnavailableError as e:
+            if "another process is writing this run" in str(e):
+                return
+            raise
+        raise AssertionError("a second fit was let in")
+
+    together(lambda: world.fit(run), second)
+    assert contents(run) == world.whole, "other bytes after a second fit was refused"
+    counts["two at once: second fit refused"] += 1
+
+
+def together(*jobs: Callable[[], None]) -> None:
+    """Runs jobs in a child each, at once; all must end well."""
+    pids = []
+    for job in jobs:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                job()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+    assert not any(statuses), "a child failed, see above"
 
 
 def missing_shards(world: World, folder: Path, draw: random.Random, counts: Counts) -> None:
@@ -475,6 +708,20 @@ def redis_faults(
             assert np.array_equal(online.lookup(users), expected), "a reader saw a mixture"
             assert os.WEXITSTATUS(attempt(export, None, 0.0)) == 0
             assert np.array_equal(RedisBank(url).lookup(users), banks[i % 2][1])
+        for i in range(rounds):  # readers three exports old
+            old, (before, _) = RedisBank(url), banks[draw.randrange(2)]
+            for j in range(3):
+                export_redis(
+                    banks[draw.randrange(2)][0] if j < 2 else before, url, version=f"w{j}{i}"
+                )
+            try:
+                now = old.lookup(users, on_unknown="code")
+                assert np.array_equal(now, before.lookup(users)), "an old reader got other codes"
+                assert old.model_fingerprint == before.model_fingerprint
+                counts["Redis: old readers that followed"] += 1
+            except MismatchError:
+                assert old.model_fingerprint != before.model_fingerprint
+                counts["Redis: old readers told"] += 1
     finally:
         server.kill()
         server.wait()
@@ -494,7 +741,11 @@ def run(folder: Path, *, wanted: int, others: int, seed: int = 0) -> dict[str, A
     kills(world, folder / "kills", wanted, draw, counts)
     torn_files(world, folder / "torn", others, draw, counts)
     missing_shards(world, folder / "shards", draw, counts)
+    damaged_banks(folder / "damaged", 5 * others, draw, counts)
+    two_at_once(world, folder / "two", max(4, others // 4), counts)
+    many_generations(folder / "generations", 4 * others + 20, counts)
     skipped = {
+        "small disk": small_disk(folder / "small", 10, draw, counts),
         "full disk": full_disk(
             world,
             folder / "full",

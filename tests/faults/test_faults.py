@@ -16,5 +16,11 @@ def test_nothing_is_lost_and_nothing_is_wrong(tmp_path):
     assert result["counts"]["kills"] >= 10
     assert result["counts"]["damage refused"] >= 1
     assert result["counts"]["missing shards refused"] == 3
+    for kind in ("bits flipped", "truncated"):
+        damaged = result["counts"][f"bank: {kind}"]
+        assert damaged > 8
+        assert result["counts"][f"bank: {kind}, refused"] > 0.8 * damaged
+    assert result["counts"]["generations: opened"] > 3
+    assert result["counts"]["two at once: second fit refused"] == 1
     if result["skipped"]:
         pytest.skip(f"all but these passed: {result['skipped']}")

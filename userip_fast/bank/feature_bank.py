@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +18,17 @@ from numpy.typing import NDArray
 
 from userip_fast.bank.feast import write_feast
 from userip_fast.bank.generations import current_generation
-from userip_fast.bank.index import KeyTypeError, as_keys, key_type, name_some
-from userip_fast.bank.layout import VERSION, Field, Generation
-from userip_fast.bank.parquet import read_parquet, write_parquet
+from userip_fast.bank.index import (
+    KeyTypeError,
+    as_keys,
+    check_on_unknown,
+    keys_of_type,
+    unknown_users,
+)
+from userip_fast.bank.layout import PAGE_SUMS, VERSION, Field, Generation
+from userip_fast.bank.parquet import read_parquet, write_csv, write_parquet
 from userip_fast.bank.writer import LOCK_TIMEOUT_S, BankWriter
-from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
+from userip_fast.errors import ConfigError, FormatError, MismatchError
 
 _INTEGER = re.compile(r"-?[0-9]+")
 
@@ -30,6 +37,9 @@ class FeatureBank:
     """One generation of a bank, read-only; open it with `open`, make it with `write`.
 
     An instance never changes: `update` and later writers make new generations, which `open` finds.
+    Every page of its files is checked before it is first read (`userip_fast.bank.pages`): whatever
+    reads codes, keys or probabilities raises FormatError, naming the page, instead of giving what
+    is damaged.
 
     Attributes:
         path: The bank's folder.
@@ -109,19 +119,16 @@ class FeatureBank:
         Raises:
             DataError: Users are not in the bank and `on_unknown` is "error".
             KeyTypeError: Integers for a bank of strings or the other way round.
+            FormatError: A page of the bank that has to be read is damaged.
         """
-        if on_unknown not in ("error", "code"):
-            raise ConfigError(f"on_unknown={on_unknown!r}: must be 'error' or 'code'")
+        check_on_unknown(on_unknown)
         keys = self._as_numbers(user_ids)
         if keys is None:
             keys = self._as_keys("user_ids", user_ids)
         missing, codes = self._generation.index.lookup(keys, self._codes, self._reserved)
         if missing and on_unknown == "error":
-            names = as_keys("user_ids", keys).filter(pa.array(self.rows(keys) < 0))
-            raise DataError(
-                f"user_ids: {missing} of {len(keys)} are not in the bank {self.path}: "
-                f"{name_some(names)}; on_unknown='code' gives them the reserved code"
-            )
+            unknown = as_keys("user_ids", keys).filter(pa.array(self.rows(keys) < 0))
+            raise unknown_users(unknown, len(keys), str(self.path))
         return codes
 
     def rows(self, user_ids: Any) -> NDArray[np.int64]:
@@ -216,6 +223,10 @@ class FeatureBank:
         """Writes `user_id`, a column of codes per field and, if any, `FIELD_probability`."""
         write_parquet(self, path)
 
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the same columns as text; fields and fingerprint are not in it."""
+        write_csv(self, path)
+
     def to_feast(self, path: str | os.PathLike[str], at: datetime | None = None) -> None:
         """Writes the Parquet layout that Feast's file source reads.
 
@@ -257,7 +268,7 @@ class FeatureBank:
     @property
     def digest(self) -> str:
         """SHA-256 over fields, users and codes: banks of equal digests give equal look-ups."""
-        files = {name: entry["sha256"] for name, entry in self._generation.files.items()}
+        files = {n: e["sha256"] for n, e in self._generation.files.items() if n != PAGE_SUMS}
         about = json.dumps([self.fields, self.model_fingerprint, files], sort_keys=True)
         return hashlib.sha256(about.encode()).hexdigest()
 
@@ -267,22 +278,28 @@ class FeatureBank:
         return self._generation.metadata
 
     def keys(self) -> pa.Array:
-        """[U] int64 or large_string, in hash order; mapped, not copied."""
+        """[U] int64 or large_string, in hash order; mapped, not copied; checked as a whole."""
         return self._generation.index.keys()
 
     def codes(self) -> NDArray[Any]:
-        """[U, J] code ids in their storage type, rows as in `keys()`; mapped, read-only."""
-        return self._generation.codes
+        """[U, J] code ids in their storage type, rows as in `keys()`; mapped, read-only; checked as
+        a whole, once.
+        """
+        return self._codes.rows()
 
     @property
     def probabilities(self) -> NDArray[np.float32] | None:
-        """[U, J] float32, rows as in `keys()`; mapped, read-only; None if the bank has none."""
-        return self._generation.probabilities
+        """[U, J] float32, rows as in `keys()`; mapped, read-only; checked as a whole, once. None if
+        the bank has none.
+        """
+        p = self._generation.probabilities
+        return None if p is None else p.rows()
 
     def info(self) -> dict[str, Any]:
         """What is in the bank and what it costs, as JSON values."""
-        sizes = {
-            name: (self._generation.folder / name).stat().st_size for name in self._generation.files
+        sizes = {  # by the manifest: the files may be gone
+            name: np.dtype(entry["dtype"]).itemsize * math.prod(entry["shape"])
+            for name, entry in self._generation.files.items()
         }
         return {
             "path": str(self.path),
@@ -290,14 +307,26 @@ class FeatureBank:
             "version": VERSION,
             "users": len(self),
             "key_type": self.key_type,
-            "code_dtype": self.codes().dtype.name,
+            "code_dtype": self._codes.unchecked.dtype.name,
             "fields": self.fields,
-            "probabilities": self.probabilities is not None,
+            "probabilities": self._generation.probabilities is not None,
+            "page_sums": PAGE_SUMS in self._generation.files,
             "model_fingerprint": self.model_fingerprint,
             "metadata": self.metadata,
             "file_bytes": sizes,
             "bytes_per_user": sum(sizes.values()) / max(1, len(self)),
         }
+
+    # What is opened stays as it is, so a copy is the same thing. Another process maps it anew.
+    def __copy__(self) -> FeatureBank:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeatureBank:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        where = os.path.abspath(self.path), self._generation.folder.name
+        return _reopened, (*where, self._generation.manifest_sha256)
 
     def __repr__(self) -> str:
         names = [field["name"] for field in self.fields]
@@ -316,19 +345,21 @@ class FeatureBank:
         return None
 
     def _as_keys(self, name: str, values: Any) -> pa.Array:
-        own = pa.int64() if self._integers else pa.large_string()
-        if isinstance(values, pa.Array) and values.type == own and values.null_count == 0:
-            return values  # canonical already, as in any tight loop
-        keys = as_keys(name, values)
-        if len(keys) == 0:
-            return pa.array([], own)
-        if len(self) and keys.type != own:  # an empty bank has no key type yet
-            raise KeyTypeError(
-                f"{name}: the bank {self.path} has {self.key_type} keys, these are "
-                f"{key_type(keys)} (the first is {keys[0].as_py()!r}); convert them, or see "
-                "coerce_keys"
-            )
-        return keys
+        return keys_of_type(name, values, self.key_type if len(self) else None, str(self.path))
 
     def _identity(self) -> tuple[Any, ...]:
         return self.model_fingerprint, self.fields, self.metadata, self.key_type
+
+
+def _reopened(path: str, generation: str, manifest_sha256: str) -> FeatureBank:
+    """The very generation that was pickled."""
+    folder = Path(path, generation)
+    try:
+        return FeatureBank(Path(path), Generation.open(folder, manifest_sha256))
+    except FormatError as e:
+        if folder.exists():
+            raise
+        raise FormatError(
+            f"{folder}: is gone, as the bank was written twice since this reader was opened; open "
+            "the bank again before passing it to other processes"
+        ) from e

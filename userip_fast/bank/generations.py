@@ -7,23 +7,28 @@
 
 A writer prepares a generation under a temporary name, fsyncs and renames it, and then replaces the
 small file CURRENT atomically. Killed at any point, it leaves CURRENT and what CURRENT names intact;
-the next writer sweeps up. Readers hold mappings, which outlive the names of the files.
+the next writer sweeps up before it writes, so that leftovers do not fill a small disk. Readers hold
+mappings, which outlive the names of the files.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-from userip_fast.errors import DataError, FormatError, UnavailableError
-from userip_fast.files import atomic_dir, read_json, sha256_file, storage_errors, write_json
+from userip_fast.errors import DataError, FormatError
+from userip_fast.files import (
+    atomic_dir,
+    lock_file,
+    read_json_bytes,
+    remove,
+    sha256_file,
+    storage_errors,
+    write_json,
+)
 
 CURRENT = "CURRENT"
 MANIFEST = "manifest.json"
@@ -40,7 +45,7 @@ def current_generation(path: Path) -> tuple[Path, str]:
     """
     if not (path / CURRENT).is_file():
         raise FormatError(f"{path}: no feature bank here (there is no file {CURRENT})")
-    pointer = read_json(path / CURRENT)
+    pointer, _ = read_json_bytes(path / CURRENT)
     if (
         not isinstance(pointer, dict)
         or not _GENERATION.fullmatch(str(pointer.get("generation")))
@@ -72,10 +77,26 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
         write(tmp)
     pointer = {"generation": folder.name, "manifest_sha256": sha256_file(folder / MANIFEST)}
     write_json(path / CURRENT, pointer)
-    for entry in path.iterdir():
-        old = _GENERATION.fullmatch(entry.name) and entry.name not in (folder.name, previous)
-        if old or _LEFTOVER.fullmatch(entry.name):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    """Removes what nobody opens: what killed writers left, and all generations but the current one
+    and the one before. The caller holds the lock.
+    """
+    entries = list(path.iterdir())
+    generations = {int(m[1]): e for e in entries if (m := _GENERATION.fullmatch(e.name))}
+    if not (path / CURRENT).exists():
+        kept = set()  # none was ever current
+    else:
+        try:
+            current = int(current_generation(path)[0].name.removeprefix("gen-"))
+            kept = {current, max((n for n in generations if n < current), default=current)}
+        except FormatError:  # whichever it was
+            kept = set(generations)
+    old = [entry for number, entry in generations.items() if number not in kept]
+    for entry in [*old, *(e for e in entries if _LEFTOVER.fullmatch(e.name))]:
+        remove(entry)
 
 
 @contextmanager
@@ -90,8 +111,15 @@ def write_lock(path: Path, timeout_s: float) -> Iterator[None]:
         UnavailableError: Another writer holds the lock for longer than `timeout_s`.
     """
     _refuse_foreign(path)
-    lock = _acquire(path, timeout_s)
+    lock = lock_file(
+        path / _LOCK,
+        timeout_s,
+        f"path={path}: another writer has been holding this bank for {timeout_s:g} s; wait for it "
+        "to finish, or raise lock_timeout_s",
+    )
     try:
+        with storage_errors(path):
+            _sweep(path)
         yield
     finally:
         if not (path / CURRENT).exists() and os.listdir(path) == [_LOCK]:
@@ -112,29 +140,3 @@ def _refuse_foreign(path: Path) -> None:
                 f"path={path}: exists and is not a feature bank (it holds {name!r}); "
                 "choose another path"
             )
-
-
-def _acquire(path: Path, timeout_s: float) -> IO[bytes]:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        with storage_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-            try:
-                lock = open(path / _LOCK, "ab")  # noqa: SIM115 (it lives as long as the lock)
-            except FileNotFoundError:
-                continue  # an abandoned first write just removed the folder
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / _LOCK)):
-                return lock
-        except FileNotFoundError:
-            pass  # we locked a file whose name is gone
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                lock.close()
-                raise UnavailableError(
-                    f"path={path}: another writer has been holding this bank for {timeout_s:g} s; "
-                    "wait for it to finish, or raise lock_timeout_s"
-                ) from None
-            time.sleep(0.05)
-        lock.close()

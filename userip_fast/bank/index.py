@@ -5,6 +5,7 @@
 b is chosen so that a bucket holds 8 to 16 users on average: a look-up touches one line of the
 directory and two or three of the keys. Everything is vectorised over the batch, nothing loops over
 keys. A bucket may be of any size and hashes may collide: both cost time, never a wrong answer.
+Whatever is read is checked first, see `userip_fast.bank.pages`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from userip_fast import _extension
-from userip_fast.errors import DataError, FormatError, MismatchError
+from userip_fast.bank.pages import PagedArray
+from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
 from userip_fast.keys import canonical_keys, hash_keys, key_order
 
 _USERS_PER_BUCKET = 8  # at least, on average; below 16, since the number of buckets doubles
@@ -49,6 +51,45 @@ def as_keys(name: str, values: Any) -> pa.Array:
     except (DataError, TypeError, OverflowError, UnicodeError) as e:
         raise KeyTypeError(f"{name}: {e}; pass integers (within int64) or strings") from e
     return keys
+
+
+def keys_of_type(name: str, values: Any, kind: str | None, where: str) -> pa.Array:
+    """`values` as keys of a bank with keys of `kind`; None: the bank is empty and has no type yet.
+
+    Raises:
+        KeyTypeError: See `as_keys`; or they are of the other type.
+    """
+    own = pa.int64() if kind == "int64" else pa.large_string()
+    if isinstance(values, pa.Array) and values.type == own and values.null_count == 0:
+        return values  # canonical already, as in any tight loop
+    keys = as_keys(name, values)
+    if kind is None:
+        return keys
+    if len(keys) == 0:
+        return pa.array([], own)
+    if keys.type != own:
+        raise KeyTypeError(
+            f"{name}: the bank {where} has {kind} keys, these are {key_type(keys)} (the first is "
+            f"{keys[0].as_py()!r}); convert them, or see coerce_keys"
+        )
+    return keys
+
+
+def check_on_unknown(on_unknown: str) -> None:
+    """
+    Raises:
+        ConfigError: Neither "error" nor "code".
+    """
+    if on_unknown not in ("error", "code"):
+        raise ConfigError(f"on_unknown={on_unknown!r}: must be 'error' or 'code'")
+
+
+def unknown_users(unknown: pa.Array, asked: int, where: str) -> DataError:
+    """What a look-up of `asked` users raises where some are not in the bank."""
+    return DataError(
+        f"user_ids: {len(unknown)} of {asked} are not in the bank {where}: {name_some(unknown)}; "
+        "on_unknown='code' gives them the reserved code"
+    )
 
 
 def key_type(keys: pa.Array) -> str:
@@ -127,11 +168,11 @@ class HashIndex:
     """
 
     path: Path
-    integers: NDArray[np.int64] | None
-    offsets: NDArray[np.int64] | None
-    text: NDArray[np.uint8] | None
-    hashes: NDArray[np.uint64] | None
-    directory: NDArray[Any]
+    integers: PagedArray | None
+    offsets: PagedArray | None
+    text: PagedArray | None
+    hashes: PagedArray | None
+    directory: PagedArray
     _bound: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     def __len__(self) -> int:
@@ -140,30 +181,37 @@ class HashIndex:
         assert self.offsets is not None
         return len(self.offsets) - 1
 
-    def keys(self) -> pa.Array:
-        """All keys in hash order, without a copy.
+    def keys(self, start: int = 0, stop: int | None = None) -> pa.Array:
+        """Keys `start:stop` in hash order, without a copy.
 
         Raises:
-            FormatError: The stored strings are not what was written.
+            FormatError: The stored keys are not what was written.
         """
+        stop = len(self) if stop is None else stop
         if self.integers is not None:
-            buffers = [None, pa.py_buffer(self.integers)]
-            return pa.Array.from_buffers(pa.int64(), len(self), buffers)
+            buffers = [None, pa.py_buffer(self.integers.rows(start, stop))]
+            return pa.Array.from_buffers(pa.int64(), stop - start, buffers)
+        assert self.offsets is not None
+        assert self.text is not None
+        offsets = self.offsets.rows(start, stop + 1)
+        if 0 <= offsets[0] <= offsets[-1] <= len(self.text):
+            self.text.rows(int(offsets[0]), int(offsets[-1]))
         # Arrow trusts offsets: without a full check, bad ones would crash it later.
-        return self._text(pa.large_string(), full_check=True)
+        return self._text(pa.large_string(), offsets, full_check=True)
 
-    def _text(self, kind: pa.DataType, full_check: bool) -> pa.Array:
-        """The string keys as an array of `kind`, without a copy."""
-        buffers = [None, pa.py_buffer(self.offsets), pa.py_buffer(self.text)]
+    def _text(self, kind: pa.DataType, offsets: NDArray[np.int64], full_check: bool) -> pa.Array:
+        """The string keys between `offsets` as an array of `kind`, without a copy."""
+        assert self.text is not None
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(self.text.unchecked)]
         try:
-            array = pa.Array.from_buffers(kind, len(self), buffers)
+            array = pa.Array.from_buffers(kind, len(offsets) - 1, buffers)
             array.validate(full=full_check)
         except pa.ArrowInvalid as e:
             raise FormatError(f"{self.path}: the string keys are damaged ({e})") from e
         return array
 
     def lookup(
-        self, queries: pa.Array | NDArray[np.int64], codes: NDArray[Any], unknown: NDArray[np.int64]
+        self, queries: pa.Array | NDArray[np.int64], codes: PagedArray, unknown: NDArray[np.int64]
     ) -> tuple[int, NDArray[np.int64]]:
         """How many keys are not there, and the codes of each, [n, J].
 
@@ -172,23 +220,34 @@ class HashIndex:
         Args:
             queries: [n] canonical keys of the bank's type; integers also as numpy array.
             codes: [users, J], C-contiguous, of the bank.
-            unknown: [J], the codes of a key that is not there.
+            unknown: [J], the codes of a key that is not there: one more than any stored code.
+
+        Raises:
+            FormatError: What would have to be read is damaged; names the file.
         """
         out = np.empty((len(queries), len(unknown)), np.int64)
         if (native := self._native(codes, unknown)) is not None:
             numbers = queries if isinstance(queries, np.ndarray) else queries.to_numpy()
             missing = native(np.ascontiguousarray(numbers), out)
-            if missing < 0:
-                raise self._damaged()
-            return missing, out
+            if missing >= 0:
+                return missing, out
+            # Something is damaged; below it is found again, and named.
         rows = self.find(pa.array(queries) if isinstance(queries, np.ndarray) else queries)
         known = rows >= 0
+        there = rows[known]
+        codes.check(there)
+        found = codes.unchecked.take(there, axis=0)
+        if (none := found >= unknown.astype(found.dtype)).any():
+            raise FormatError(
+                f"{codes.path}: holds the codes {found[none.any(1)][0].tolist()}, which must be "
+                f"below {unknown.tolist()}; restore the bank from a copy"
+            )
         out[:] = unknown
-        out[known] = codes.take(rows[known], axis=0)
-        return len(rows) - int(known.sum()), out
+        out[known] = found
+        return len(rows) - len(there), out
 
     def _native(
-        self, codes: NDArray[Any], unknown: NDArray[np.int64]
+        self, codes: PagedArray, unknown: NDArray[np.int64]
     ) -> Callable[[NDArray[np.int64], NDArray[np.int64]], int] | None:
         """The compiled look-up in these arrays, or None where there is none."""
         if self._bound and self._bound[0] is codes and self._bound[1] is unknown:
@@ -198,21 +257,18 @@ class HashIndex:
         extension = _extension.load()
         if extension is not None and self.integers is not None and len(self):
             bound = extension.BankIndex(
-                keys=self.integers.ctypes.data,
+                keys=_address(self.integers),
                 users=len(self),
-                directory=self.directory.ctypes.data,
-                row_bytes=self.directory.itemsize,
+                directory=_address(self.directory),
+                row_bytes=self.directory.unchecked.itemsize,
                 bits=(len(self.directory) - 1).bit_length() - 1,
-                codes=codes.ctypes.data,
-                code_bytes=codes.itemsize,
+                codes=_address(codes),
+                code_bytes=codes.unchecked.itemsize,
                 fields=len(unknown),
                 unknown=unknown.ctypes.data,
             ).lookup
         self._bound[:] = codes, unknown, bound
         return bound
-
-    def _damaged(self) -> FormatError:
-        return FormatError(f"{self.path}: the hash directory is damaged; restore the bank")
 
     def find(self, queries: pa.Array) -> NDArray[np.int64]:
         """Row of each key, [len(queries)]; -1 where the bank has no such key.
@@ -234,23 +290,24 @@ class HashIndex:
         hashes = hash_keys(queries)
         bits = (len(self.directory) - 1).bit_length() - 1
         bucket = (hashes >> np.uint64(64 - bits)).astype(np.int64)
-        start = self.directory[bucket].astype(np.int64)
-        end = self.directory[bucket + 1].astype(np.int64)
+        self.directory.check(bucket, 2)
+        start = self.directory.unchecked[bucket].astype(np.int64)
+        end = self.directory.unchecked[bucket + 1].astype(np.int64)
         if ((start > end) | (end > len(self))).any():
-            raise self._damaged()
+            raise FormatError(f"{self.path}: the hash directory is damaged; restore the bank")
 
-        stored: NDArray[Any] | None = self.integers
-        wanted: NDArray[Any] = queries.to_numpy() if stored is not None else hashes
-        if stored is None:
-            stored = self.hashes
+        stored = self.integers if self.integers is not None else self.hashes
         assert stored is not None
+        wanted: NDArray[Any] = queries.to_numpy() if self.integers is not None else hashes
         # windows[r] is stored[r : r + width]. What it shows of the next bucket does no harm.
         width = min(_WINDOW, len(self))
         shape = (len(self) - width + 1, width)
-        windows = np.ndarray(shape, stored.dtype, stored.data, strides=stored.strides * 2)
+        values = stored.unchecked
+        windows = np.ndarray(shape, values.dtype, values.data, strides=values.strides * 2)
         left = np.flatnonzero(start < end)
         while len(left):
             first = np.minimum(start[left], shape[0] - 1)
+            stored.check(first, width)
             query, place = np.nonzero(windows[first] == wanted[left, None])
             query, found = left[query], first[query] + place
             if self.integers is None:  # equal hashes are not yet equal keys
@@ -265,12 +322,22 @@ class HashIndex:
         """Whether the string key at each row is the query."""
         assert self.offsets is not None
         assert self.text is not None
-        start, end = self.offsets[rows], self.offsets[rows + 1]
+        self.offsets.check(rows, 2)
+        offsets = self.offsets.unchecked
+        start, end = offsets[rows], offsets[rows + 1]
         if ((start < 0) | (end < start) | (end > len(self.text))).any():
             raise FormatError(f"{self.path}: the string keys' offsets are damaged")
+        self.text.check(start, end - start)
         # As bytes: an altered key may not be UTF-8, and then it just differs.
-        stored = self._text(pa.large_binary(), full_check=False).take(pa.array(rows))
+        stored = self._text(pa.large_binary(), offsets, full_check=False).take(pa.array(rows))
         return _equal(stored, queries.cast(pa.large_binary()))
+
+
+def _address(array: PagedArray) -> tuple[int, int, int, int]:
+    """Where a compiled look-up finds an array: values, bytes, sums (0: none) and pages seen."""
+    sums = 0 if array.sums is None else array.sums.ctypes.data
+    values = array.unchecked
+    return values.ctypes.data, values.nbytes, sums, array.seen.ctypes.data
 
 
 def _equal(a: pa.Array, b: pa.Array) -> NDArray[np.bool_]:

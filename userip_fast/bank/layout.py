@@ -10,9 +10,12 @@
     codes.bin           [n, J], row-major, the smallest unsigned type that holds K_j for every j:
                         code ids are 0 .. K_j - 1, and K_j itself is reserved for unknown users
     probabilities.bin   float32 [n, J], optional
+    page_sums.bin       uint32, CRC-32 of each 4 KiB of the files above, one file after the other in
+                        the order of their names; banks of earlier releases are read without
 
-All arrays are raw and little-endian. Opening checks the manifest's own SHA-256 (kept in CURRENT)
-and the size of every file; `Generation.verify` reads everything.
+All arrays are raw and little-endian. Opening checks the manifest's own SHA-256 (kept in CURRENT),
+the size of every file and the page sums' SHA-256; a page of an array is checked when it is first
+read (`userip_fast.bank.pages`), and `Generation.verify` reads everything.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +42,16 @@ from userip_fast.bank.index import (
     key_type,
     refuse_duplicates,
 )
+from userip_fast.bank.pages import PagedArray, PageSums, num_pages
 from userip_fast.bank.spool import Users
 from userip_fast.errors import ConfigError, DataError, FormatError
-from userip_fast.files import read_json, sha256_file, write_json
+from userip_fast.files import open_regular, read_json_bytes, write_json
 from userip_fast.keys import hash_keys, key_order
 
 FORMAT = "userip_fast.bank"
 VERSION = 1
-_PIECE = 1 << 16  # values read at once
+PAGE_SUMS = "page_sums.bin"
+_PIECE = 1 << 16  # values, or users, read at once
 
 Field = dict[str, Any]
 """`{"name": str, "codebook_size": int, "code_names": [str, ...] | None}`"""
@@ -139,12 +145,14 @@ class _Growing:
         self.path, self.dtype = path, dtype.newbyteorder("<")
         self._sha256 = hashlib.sha256()
         self._shape = [0]
+        self.pages = PageSums()
 
     def append(self, array: NDArray[Any]) -> None:
         array = np.ascontiguousarray(array, self.dtype)
         with open(self.path, "ab") as file:
             file.write(array.data)
         self._sha256.update(array.data)
+        self.pages.add(array.reshape(-1).view(np.uint8).data)
         self._shape = [self._shape[0] + len(array), *array.shape[1:]]
 
     def pieces(self) -> Iterator[NDArray[Any]]:
@@ -207,6 +215,7 @@ def write_generation(
     else:
         hashes = files["key_hashes.bin"].pieces()
     append("directory.bin", build_directory(hashes, users))
+    append(PAGE_SUMS, np.concatenate([files[name].pages.sums() for name in sorted(files)]))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -240,10 +249,18 @@ class Generation:
     key_type: str
     model_fingerprint: str
     metadata: dict[str, Any]
+    manifest_sha256: str
     files: dict[str, dict[str, Any]]
+    arrays: dict[str, PagedArray]
     index: HashIndex
-    codes: NDArray[Any]
-    probabilities: NDArray[np.float32] | None
+
+    @property
+    def codes(self) -> PagedArray:
+        return self.arrays["codes.bin"]
+
+    @property
+    def probabilities(self) -> PagedArray | None:
+        return self.arrays.get("probabilities.bin")
 
     @classmethod
     def open(cls, folder: Path, manifest_sha256: str) -> Generation:
@@ -253,8 +270,10 @@ class Generation:
             FormatError: Torn, altered, of another version or not ours; names the file.
         """
         path = folder / MANIFEST
-        manifest = read_json(path)
-        if sha256_file(path) != manifest_sha256:
+        if folder.is_symlink():
+            raise FormatError(f"{folder}: is a symbolic link, which is not followed")
+        manifest, data = read_json_bytes(path)
+        if hashlib.sha256(data).hexdigest() != manifest_sha256:
             raise FormatError(f"{path}: altered since it was written (SHA-256 differs)")
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise FormatError(f"{path}: not the manifest of a feature bank")
@@ -267,30 +286,35 @@ class Generation:
             files: dict[str, dict[str, Any]] = manifest["files"]
             users, kind = int(manifest["users"]), str(manifest["key_type"])
             arrays = {}
-            for name, (dtype, shape) in _expected(users, kind, fields).items():
+            expected = _expected(users, kind, fields)
+            if unknown := set(files) - set(expected) - {PAGE_SUMS}:
+                raise FormatError(f"{path}: names {sorted(unknown)}, no files of such a bank")
+            for name, (dtype, shape) in expected.items():
                 if name == "probabilities.bin" and name not in files:
                     continue
                 got = (files[name]["dtype"], tuple(files[name]["shape"]))
                 if got != (dtype, shape or got[1]):
                     raise FormatError(f"{path}: {name} is {got}, must be {(dtype, shape)}")
                 arrays[name] = _map(folder / name, np.dtype(dtype), got[1])
+            sums = _page_sums(folder / PAGE_SUMS, files.get(PAGE_SUMS), arrays)
+            paged = {n: PagedArray(folder / n, a, sums.get(n)) for n, a in arrays.items()}
             return cls(
                 folder=folder,
                 fields=fields,
                 key_type=kind,
                 model_fingerprint=manifest["model_fingerprint"],
                 metadata=manifest["metadata"],
+                manifest_sha256=manifest_sha256,
                 files=files,
+                arrays=paged,
                 index=HashIndex(
                     path=folder,
-                    integers=arrays.get("keys.bin"),
-                    offsets=arrays.get("key_offsets.bin"),
-                    text=arrays.get("key_text.bin"),
-                    hashes=arrays.get("key_hashes.bin"),
-                    directory=arrays["directory.bin"],
+                    integers=paged.get("keys.bin"),
+                    offsets=paged.get("key_offsets.bin"),
+                    text=paged.get("key_text.bin"),
+                    hashes=paged.get("key_hashes.bin"),
+                    directory=paged["directory.bin"],
                 ),
-                codes=arrays["codes.bin"],
-                probabilities=arrays.get("probabilities.bin"),
             )
         except FormatError:
             raise
@@ -303,29 +327,38 @@ class Generation:
         Raises:
             FormatError: Names the file and what is wrong with it.
         """
-        for name, entry in self.files.items():
-            if sha256_file(self.folder / name) != entry["sha256"]:
+        for name, array in self.arrays.items():  # as they are mapped: the names may be gone
+            if hashlib.sha256(array.unchecked.data).hexdigest() != self.files[name]["sha256"]:
                 raise FormatError(
-                    f"{self.folder / name}: altered since it was written (SHA-256 differs); "
+                    f"{array.path}: altered since it was written (SHA-256 differs); "
                     "restore it from a copy or write the bank again"
                 )
-        keys = self.index.keys()
-        hashes = hash_keys(keys)
-        if not np.array_equal(key_order(keys, hashes), np.arange(len(keys))):
-            raise FormatError(f"{self.folder}: the keys are not in hash order")
-        try:
-            refuse_duplicates("keys", keys, hashes)
-            check_codes(self.fields, keys, self.codes)
-            if self.probabilities is not None:
-                check_probabilities((len(keys), len(self.fields)), self.probabilities)
-        except DataError as e:
-            raise FormatError(f"{self.folder}: {e}") from e
-        if self.index.hashes is not None and not np.array_equal(self.index.hashes, hashes):
-            raise FormatError(f"{self.folder / 'key_hashes.bin'}: not the hashes of the keys")
-        if not np.array_equal(
-            self.index.directory, build_directory([hashes] if len(keys) else [], len(keys))
-        ):
+        directory = build_directory(self._verified_hashes(), len(self.index))
+        if not np.array_equal(self.index.directory.rows(), directory):
             raise FormatError(f"{self.folder / 'directory.bin'}: does not fit the keys")
+
+    def _verified_hashes(self) -> Iterator[NDArray[np.uint64]]:
+        """The users' hashes, a piece at a time, of which all but the directory is right."""
+        users = len(self.index)
+        for start in range(0, users, _PIECE):
+            stop, before = min(start + _PIECE, users), max(start - 1, 0)
+            keys = self.index.keys(before, stop)  # and the one before, to compare with
+            hashes = hash_keys(keys)
+            if not np.array_equal(key_order(keys, hashes), np.arange(len(keys))):
+                raise FormatError(f"{self.folder}: the keys are not in hash order")
+            try:
+                refuse_duplicates("keys", keys, hashes)
+                keys, hashes = keys[start - before :], hashes[start - before :]
+                check_codes(self.fields, keys, self.codes.rows(start, stop))
+                if self.probabilities is not None:
+                    p = self.probabilities.rows(start, stop)
+                    check_probabilities((len(keys), len(self.fields)), p)
+            except DataError as e:
+                raise FormatError(f"{self.folder}: {e}") from e
+            own = self.index.hashes
+            if own is not None and not np.array_equal(own.rows(start, stop), hashes):
+                raise FormatError(f"{self.folder / 'key_hashes.bin'}: not the hashes of the keys")
+            yield hashes
 
 
 def _expected(
@@ -347,16 +380,33 @@ def _expected(
     }
 
 
+def _page_sums(
+    path: Path, entry: Mapping[str, Any] | None, arrays: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[np.uint32]]:
+    """The page sums of each array, verified; none where the manifest has no entry for them."""
+    if entry is None:
+        return {}
+    names = sorted(arrays)
+    pages = [num_pages(arrays[name].nbytes) for name in names]
+    if (got := (entry["dtype"], entry["shape"])) != ("<u4", [sum(pages)]):
+        raise FormatError(f"{path}: is {got} by the manifest, must be {('<u4', [sum(pages)])}")
+    sums = _map(path, np.dtype("<u4"), (sum(pages),))
+    if hashlib.sha256(sums.data).hexdigest() != entry["sha256"]:
+        raise FormatError(f"{path}: altered since it was written (SHA-256 differs)")
+    return dict(zip(names, np.split(sums, np.cumsum(pages)[:-1])))
+
+
 def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     """Maps a file read-only as a plain array, after checking its size."""
     want = dtype.itemsize * math.prod(shape)
     try:
-        got = path.stat().st_size
-        if got != want:
-            raise FormatError(f"{path}: is {got} bytes, must be {want}; the file is torn")
-        if want == 0:  # an empty file cannot be mapped
-            return np.empty(shape, dtype)
-        return np.asarray(np.memmap(path, dtype, mode="r", shape=shape))
+        with open_regular(path) as file:
+            got = os.fstat(file.fileno()).st_size
+            if got != want:
+                raise FormatError(f"{path}: is {got} bytes, must be {want}; the file is torn")
+            if want == 0:  # an empty file cannot be mapped
+                return np.empty(shape, dtype)
+            return np.asarray(np.memmap(file, dtype, mode="r", shape=shape))
     except OSError as e:
         raise FormatError(f"{path}: cannot be opened ({e})") from e
 

@@ -1,4 +1,4 @@
-"""The bank as one Parquet file, for tools that know nothing of banks; and back."""
+"""The bank as one Parquet or CSV file, for tools that know nothing of banks; and back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -26,7 +27,18 @@ _SCHEMA_KEY = FORMAT.encode()
 
 def write_parquet(bank: FeatureBank, path: str | os.PathLike[str]) -> None:
     """See `FeatureBank.to_parquet`; the file's metadata holds fields, fingerprint and metadata."""
-    table = bank_table(
+    with atomic_file(path) as tmp:
+        pq.write_table(_whole_table(bank), tmp, compression="zstd")
+
+
+def write_csv(bank: FeatureBank, path: str | os.PathLike[str]) -> None:
+    """See `FeatureBank.to_csv`."""
+    with atomic_file(path) as tmp:
+        pacsv.write_csv(_whole_table(bank), tmp)
+
+
+def _whole_table(bank: FeatureBank) -> pa.Table:
+    return bank_table(
         bank.keys(),
         bank.codes(),
         bank.probabilities,
@@ -34,8 +46,6 @@ def write_parquet(bank: FeatureBank, path: str | os.PathLike[str]) -> None:
         model_fingerprint=bank.model_fingerprint,
         metadata=bank.metadata,
     )
-    with atomic_file(path) as tmp:
-        pq.write_table(table, tmp, compression="zstd")
 
 
 def bank_table(

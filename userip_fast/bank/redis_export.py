@@ -7,7 +7,8 @@
 All users of a version are written, in pipelines, before NS:current names it: a reader sees one
 version or the other. An export that was cut off leaves the pointer alone; run again, it writes the
 same keys. `about` is the first key of a version to be written and the last to be removed, so that
-no key of another bank is left under a name that is used again.
+no key of another bank is left under a name that is used again; while users are removed it is `{}`.
+A reader that keeps a version asks for the start of its `about` and for users in one transaction.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from userip_fast.bank.layout import Field
+from userip_fast.bank.index import check_on_unknown, keys_of_type, unknown_users
+from userip_fast.bank.layout import Field, check_fields, code_dtype
 from userip_fast.errors import (
     ConfigError,
-    DataError,
     FormatError,
+    MismatchError,
     UnavailableError,
     UserIPError,
 )
@@ -35,7 +39,9 @@ if TYPE_CHECKING:
     from userip_fast.bank.feature_bank import FeatureBank
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_DATABASE = re.compile(r"(/[0-9]*)?")
 _SCHEMES = ("redis", "rediss", "unix")
+_HEAD = 96  # bytes of `about`, which hold the bank's digest
 
 
 def connect(url: str, timeout_s: float = 10.0) -> Any:
@@ -57,8 +63,8 @@ def connect(url: str, timeout_s: float = 10.0) -> Any:
     where_ok = parts.path not in ("", "/") if parts.scheme == "unix" else bool(parts.hostname)
     if parts.scheme not in _SCHEMES or not where_ok or not port_ok:
         raise ConfigError(
-            f"the Redis URL must be redis://[user:password@]host[:port][/db], rediss://... or "
-            f"unix:///path, is {redacted(url)!r}"
+            "the Redis URL must be redis://[user:password@]host[:port][/db], rediss://... or "
+            f"unix:///path, is {redacted(url)!r} (without what may be secret)"
         )
     try:
         import redis
@@ -73,12 +79,18 @@ def connect(url: str, timeout_s: float = 10.0) -> Any:
 
 
 def redacted(url: str) -> str:
-    """The URL without user, password, query and fragment."""
+    """The URL without user, password, query and fragment; "..." where these cannot be told apart,
+    as without a scheme or where a password holds a slash.
+    """
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
         port = f":{parts.port}" if parts.port else ""
     except ValueError:
+        return "..."
+    plain = parts.scheme == "unix" or _DATABASE.fullmatch(parts.path)
+    misread = "@" in parts.path + parts.query + parts.fragment
+    if parts.scheme not in _SCHEMES or misread or not plain:
         return "..."
     return f"{parts.scheme}://{host}{port}{parts.path}"
 
@@ -92,8 +104,8 @@ def _told(url: str) -> Iterator[None]:
         yield
     except UserIPError:
         raise
-    except redis.AuthenticationError as e:
-        raise UnavailableError(f"{redacted(url)}: Redis refuses user or password") from e
+    except redis.AuthenticationError:
+        raise UnavailableError(f"{redacted(url)}: Redis refuses user or password") from None
     except (redis.RedisError, OSError, ValueError) as e:
         # The cause is kept to its class: its text may hold the URL.
         raise UnavailableError(
@@ -139,12 +151,12 @@ def export_redis(
     client = connect(url)
     prefix = f"{namespace}:{version}"
     about = {
+        "digest": bank.digest,  # first: readers know their version by it
         "fields": bank.fields,
         "dtype": bank.codes().dtype.str,
         "key_type": bank.key_type,
         "users": len(bank),
         "model_fingerprint": bank.model_fingerprint,
-        "digest": bank.digest,
     }
     keys, codes = bank.keys(), np.ascontiguousarray(bank.codes())
     width = codes.itemsize * codes.shape[1]
@@ -177,7 +189,11 @@ def export_redis(
 
 
 def _remove(client: Any, namespace: str, version: str) -> None:
-    """Removes a version's users, then what names it: an interrupted removal is taken up again."""
+    """Removes a version's users, then what names it: an interrupted removal is taken up again.
+
+    Before the first user goes `about` is emptied: readers then know that their version is gone.
+    """
+    client.set(f"{namespace}:{version}:about", "{}", xx=True)
     found = []
     for key in client.scan_iter(match=f"{namespace}:{version}:u:*", count=10_000):
         found.append(key)
@@ -190,14 +206,40 @@ def _remove(client: Any, namespace: str, version: str) -> None:
     client.lrem(f"{namespace}:versions", 0, version)
 
 
+@dataclass(frozen=True)
+class _Version:
+    """What `about` says of a version, and how that text begins: with the bank's digest."""
+
+    name: str
+    fields: list[Field]
+    model_fingerprint: str
+    key_type: str | None
+    dtype: np.dtype[Any]
+    head: bytes
+
+
 class RedisBank:
     """Looks users up in Redis as `FeatureBank.lookup` does in a bank; shows how any reader may.
 
-    The version is read when this is made; `refresh` turns to the one that is current now.
+    The version is read when this is made, and `refresh` turns to the one that is current now. So
+    does a look-up that finds its version gone, as long as model and fields are the same.
+
+    Args:
+        url: See `connect`.
+        namespace: As given to `export_redis`.
+
+    Attributes:
+        version: Name of the version in use.
+        fields, model_fingerprint: As of the bank.
+
+    Raises:
+        FormatError: No bank was exported under this namespace.
+        ConfigError, UnavailableError: See `connect`.
     """
 
     def __init__(self, url: str, namespace: str = "userip") -> None:
         self._url, self._namespace = url, namespace
+        self._where = f"{redacted(url)}, {namespace}"
         self._client = connect(url)
         self.refresh()
 
@@ -207,30 +249,98 @@ class RedisBank:
         Raises:
             FormatError: No bank was exported under this namespace.
         """
-        with _told(self._url):
-            version = self._client.get(f"{self._namespace}:current")
-            about = version and self._client.get(f"{self._namespace}:{version.decode()}:about")
-        if not about:
-            raise FormatError(f"{redacted(self._url)}: holds no bank named {self._namespace!r}")
-        values = json.loads(about)
-        self.version: str = version.decode()
-        self.fields: list[Field] = values["fields"]
-        self.model_fingerprint: str = values["model_fingerprint"]
-        self._dtype = np.dtype(values["dtype"])
+        self._use(self._current())
 
     def lookup(self, user_ids: Any, on_unknown: str = "error") -> NDArray[np.int64]:
-        """[n, J] codes; see `FeatureBank.lookup`."""
-        prefix = f"{self._namespace}:{self.version}:u:"
-        users = list(user_ids)
-        with _told(self._url):
-            found = self._client.mget([f"{prefix}{u}" for u in users]) if users else []
-        missing = [u for u, value in zip(users, found) if value is None]
-        if missing and on_unknown == "error":
-            raise DataError(
-                f"user_ids: {len(missing)} of {len(users)} are not in the bank: {missing[:10]}; "
-                "on_unknown='code' gives them the reserved code"
+        """[n, J] codes; see `FeatureBank.lookup`.
+
+        Raises:
+            ConfigError, DataError, KeyTypeError: As there.
+            MismatchError: The version in use is gone, and the current one is of another model or
+                has other fields.
+            FormatError: A user's value is damaged.
+            UnavailableError: Redis went away.
+        """
+        check_on_unknown(on_unknown)
+        while True:
+            at = self._at
+            keys = keys_of_type("user_ids", user_ids, at.key_type, self._where)
+            if (found := self._values(keys)) is not None:
+                break
+            new = self._current()
+            if (new.model_fingerprint, new.fields) != (at.model_fingerprint, at.fields):
+                raise MismatchError(
+                    f"{self._where}: version {at.name} is gone, and {new.name} is of another model "
+                    "or has other fields; make a new RedisBank for readers of its codes"
+                )
+            self._use(new)
+        sizes = np.array([field["codebook_size"] for field in at.fields])
+        unknown = [value is None for value in found]
+        if any(unknown) and on_unknown == "error":
+            raise unknown_users(keys.filter(pa.array(unknown)), len(keys), self._where)
+        reserved = sizes.astype(at.dtype).tobytes()
+        for i, value in enumerate(found):
+            if value is not None and len(value) != len(reserved):
+                raise FormatError(
+                    f"{self._where}: version {at.name} holds {len(value)} bytes for user "
+                    f"{keys[i].as_py()!r}, must be {len(reserved)}; export the bank again"
+                )
+        packed = b"".join(reserved if value is None else value for value in found)
+        codes = np.frombuffer(packed, at.dtype).reshape(len(keys), len(sizes)).astype(np.int64)
+        bad = (codes >= sizes).any(1) & ~np.array(unknown, bool)
+        if bad.any():
+            raise FormatError(
+                f"{self._where}: version {at.name} holds {codes[bad][0].tolist()} for user "
+                f"{keys[int(bad.argmax())].as_py()!r}, must be below {sizes.tolist()}; export the "
+                "bank again"
             )
-        sizes = [field["codebook_size"] for field in self.fields]
-        unknown = np.array(sizes, self._dtype).tobytes()
-        packed = b"".join(unknown if value is None else value for value in found)
-        return np.frombuffer(packed, self._dtype).reshape(len(users), len(sizes)).astype(np.int64)
+        return codes
+
+    def _values(self, keys: pa.Array) -> list[bytes | None] | None:
+        """What is stored for users; None where the version in use is gone, or going."""
+        prefix = f"{self._namespace}:{self.version}"
+        if len(keys) == 0:
+            return []
+        with _told(self._url):
+            both = self._client.pipeline(transaction=True)
+            both.getrange(f"{prefix}:about", 0, len(self._at.head) - 1)
+            both.mget([f"{prefix}:u:{key}" for key in keys.to_pylist()])
+            head, found = both.execute()
+        values: list[bytes | None] = found
+        return values if head == self._at.head else None
+
+    def _current(self) -> _Version:
+        with _told(self._url):
+            name = self._client.get(f"{self._namespace}:current")
+            about = name and self._client.get(f"{self._namespace}:{name.decode()}:about")
+        if not about:
+            raise FormatError(f"{redacted(self._url)}: holds no bank named {self._namespace!r}")
+        try:
+            values = json.loads(about)
+            return _Version(
+                name.decode(),
+                check_fields(values["fields"]),
+                str(values["model_fingerprint"]),
+                str(values["key_type"]) if values["users"] else None,
+                code_dtype(values["fields"]),
+                about[:_HEAD],
+            )
+        except (KeyError, TypeError, ValueError) as e:
+            raise FormatError(
+                f"{self._where}: version {name.decode()} is damaged ({e!r}); export the bank again"
+            ) from e
+
+    def _use(self, version: _Version) -> None:
+        self._at = version
+        self.version, self.fields = version.name, version.fields
+        self.model_fingerprint = version.model_fingerprint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self._url, self._namespace, self._at)
+
+
+def _reopened(url: str, namespace: str, version: _Version) -> RedisBank:
+    """A reader in another process, of the same version."""
+    bank = RedisBank(url, namespace)
+    bank._use(version)
+    return bank

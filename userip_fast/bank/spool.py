@@ -104,12 +104,22 @@ class Spool:
             self._waiting.append(some)
             self._count += len(some)
 
-    def parts(self) -> Iterator[tuple[int, int, Users]]:
-        """(first shard, shard after the last, their users unsorted) until all shards were given."""
+    def parts(self, others: int = 0) -> Iterator[tuple[int, int, Users]]:
+        """(first shard, shard after the last, their users unsorted) until all shards were given.
+
+        Args:
+            others: How many users of a bank come to these, evenly: parts are as small as for all.
+        """
         if self.first is None:
             return
         if self._folder is None:
-            yield 0, NUM_SHARDS, Users.concat([self.first, *self._waiting])
+            users = Users.concat([self.first, *self._waiting])
+            shards = shard_of(users.hashes)
+            step = NUM_SHARDS * WAITING_USERS // max(len(users) + others, 1)
+            step = min(max(step, 1), NUM_SHARDS)
+            for first in range(0, NUM_SHARDS, step):
+                stop = min(first + step, NUM_SHARDS)
+                yield first, stop, users.take(np.flatnonzero((shards >= first) & (shards < stop)))
             return
         self._deal()
         for shard in range(NUM_SHARDS):

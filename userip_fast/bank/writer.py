@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from userip_fast.bank.generations import CURRENT, current_generation, publish, write_lock
 from userip_fast.bank.index import as_keys, key_type
 from userip_fast.bank.layout import (
+    PAGE_SUMS,
     Generation,
     check_codes,
     check_fields,
@@ -142,6 +143,8 @@ class BankWriter:
         if self._keep_others and (self.path / CURRENT).is_file():
             others = Generation.open(*current_generation(self.path))
             self._check_others(others)
+            if PAGE_SUMS not in others.files:
+                others.verify()  # what is damaged must not get sums that say it is not
             if len(others.index) == 0:
                 others = None
         if self._spool.first is None:
@@ -163,7 +166,7 @@ class BankWriter:
     def _parts(self, others: Generation | None) -> Iterator[Users]:
         """The users in hash order, together with those of `others` who were not appended."""
         row = 0
-        for _, stop, users in self._spool.parts():
+        for _, stop, users in self._spool.parts(0 if others is None else len(others.index)):
             users = users.in_hash_order()
             if others is not None:
                 first, row = row, _first_row(others, stop)
@@ -180,13 +183,13 @@ class BankWriter:
                 f"of {self._fingerprint[:12]}; only codes of one model and its fields can be added "
                 "to one another. Write all users, or choose another path"
             )
-        appended, stored = self._spool.first, current.index.keys()
-        if appended is None or len(stored) == 0:
+        appended = self._spool.first
+        if appended is None or len(current.index) == 0:
             return
-        if stored.type != appended.keys.type:
+        if current.key_type != key_type(appended.keys):
             raise MismatchError(
                 f"user_keys: {key_type(appended.keys)} keys, the bank {self.path} has "
-                f"{key_type(stored)}"
+                f"{current.key_type}"
             )
         if (appended.probabilities is None) != (current.probabilities is None):
             has = "has no" if current.probabilities is None else "has"
@@ -209,19 +212,19 @@ class BankWriter:
 
 def _users(generation: Generation, start: int, stop: int) -> Users:
     """Users `start:stop` of a generation, copied."""
-    keys = generation.index.keys()[start:stop].take(pa.array(np.arange(stop - start)))
+    keys = generation.index.keys(start, stop).take(pa.array(np.arange(stop - start)))
     p = generation.probabilities
     return Users(
         keys,
         hash_keys(keys),
-        generation.codes[start:stop].copy(),
-        None if p is None else p[start:stop].copy(),
+        generation.codes.rows(start, stop).copy(),
+        None if p is None else p.rows(start, stop).copy(),
     )
 
 
 def _first_row(generation: Generation, shard: int) -> int:
     """The first row of a generation whose hash is of `shard` or a later one."""
-    keys = generation.index.keys()
+    index = generation.index
     return bisect_left(
-        range(len(keys)), shard, key=lambda i: int(shard_of(hash_keys(keys[i : i + 1]))[0])
+        range(len(index)), shard, key=lambda i: int(shard_of(hash_keys(index.keys(i, i + 1)))[0])
     )

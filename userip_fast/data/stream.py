@@ -12,9 +12,9 @@ follow each other in hash order, so users `start:stop` of a stream are those of 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -51,9 +51,9 @@ from userip_fast.data.text import TextTemplate
 from userip_fast.errors import DataError, FormatError
 from userip_fast.files import (
     atomic_dir,
+    lock_file,
     read_json,
     sha256_file,
-    storage_errors,
     sweep_leftovers,
     write_json,
 )
@@ -261,11 +261,7 @@ def stream_interactions(
     target = Path(work) / "histories"
     if (found := _sorted_before(target, key)) is not None:
         return found
-    with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(target.parent / "LOCK", "ab")  # noqa: SIM115 (closed below)
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_file(target.parent / "LOCK", math.inf, ""):
         if (found := _sorted_before(target, key)) is not None:
             return found
         sweep_leftovers(target.parent)
