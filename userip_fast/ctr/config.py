@@ -12,8 +12,8 @@ from userip_fast.prompts import TEMPLATES
 
 FEATURES = (
     "none", "random", "generosity", "kmeans_attributes", "kmeans_tfidf", "kmeans_states",
-    "mf_clusters", "mixture", "foldin", "history", "text", "paper", "ids", "ids_prob", "all",
-    "all+ids",
+    "mf_clusters", "mixture", "foldin", "history", "text", "paper", "ids", "ids_prob",
+    "affinity", "all", "all+ids",
 )  # fmt: skip
 """What a recommender knows of the user, beside the statistics that `none` has as well."""
 DEFAULT_FEATURES = tuple(f for f in FEATURES if f not in ("random", "paper"))
@@ -30,10 +30,11 @@ DEFAULT_BACKBONES = ("dcn", "deepfm", "lightgbm")
 CHOSEN = "chosen"
 PROFILES = Config(
     data=DataConfig(behaviour_context="independent"),
-    em=EMConfig(estep="posterior", start="behaviour", rounds=1, codeword_steps=1, gain=0.0),
+    em=EMConfig(estep="posterior", start="behaviour"),
     fields=TEMPLATES["generic"][:1],
 )
-"""How profiles are inferred unless told otherwise: one field of 16 codes."""
+"""How profiles are inferred unless told otherwise: EM on all teachers by the event table, one field
+of 16 codes."""
 _DAMAGE = re.compile(r"(drop|noise):(0?\.\d+|1(?:\.0*)?)|shuffle")
 
 

@@ -31,6 +31,8 @@ from userip_fast.packing import Int64
 Scores = list[NDArray[np.float32]]
 _FLOOR = 0.005
 """AUC that `none` may stay behind the better of item rate and popularity without a warning."""
+_SAMPLED = 0.25
+"""What popularity^0.75 of the sampled items leaves of an item's log popularity."""
 _AGAIN = 500
 """Users whose codes are inferred once more, from other events."""
 _DECIDES = ("lr", "batch", "epochs", "patience", "embed_dim", "weight_decay")
@@ -104,7 +106,8 @@ class _Evaluation:
         parts = list(dict.fromkeys(p for f in ctr.features for p in PARTS[f]))
         seeds = [(part, seed) for part in parts for seed in range(ctr.seeds)]
         # The LM and EM first: from then on it is known how long the rest will take.
-        self.parts = sorted(seeds, key=lambda p: _kind(p[0]) not in _LM_FEATURES.values())
+        lm = (*_LM_FEATURES.values(), "affinity")
+        self.parts = sorted(seeds, key=lambda p: _kind(p[0]) not in lm)
         self.models = [
             (feature, backbone, seed)
             for feature in ctr.features
@@ -140,7 +143,7 @@ class _Evaluation:
                 found = self._scores(self.inputs.of(feature, seed), backbone, seed)
             scores.setdefault(feature, {}).setdefault(backbone, []).append(found)
         codes = {}
-        if "ids" in scores or "ids_prob" in scores or "all+ids" in scores:
+        if "codes" in self.work.left:
             for seed in range(self.ctr.seeds):
                 with self.work.job("codes", f"what codes are, seed {seed}"):
                     codes[str(seed)] = self._codes(seed)
@@ -165,7 +168,7 @@ class _Evaluation:
             jobs[backbone] = jobs.get(backbone, 0) + 1
         if set(_LM_FEATURES.values()) & set(jobs):
             jobs["LM"] = 1
-        if {"ids", "ids_prob", "all+ids"} & set(ctr.features):
+        if {"ids", "ids_prob", "affinity", "all+ids"} & set(ctr.features):
             jobs["codes"] = ctr.seeds
         rows = (len(task.train) + len(task.test)) / 1e5
         read = (task.learn.num_events + sum(v.num_events for v in task.views)) / 1e5
@@ -175,7 +178,7 @@ class _Evaluation:
             "base": 1 + rows, "statistics": 0.02 * rows * ctr.bootstrap * len(self.models) / 10,
             "LM": 75 * tokens * (lm.embedded_hidden / 128) * (lm.embedded_layers / 3),
             "EM": 60 + 120 * read, "published recipe": 600 * read, "LM states": 10 + 20 * read,
-            "codes": 20, "clusters": 2 + 2 * read, "numbers": 2 + 5 * rows,
+            "affinity": 20, "codes": 20, "clusters": 2 + 2 * read, "numbers": 2 + 5 * rows,
             **dict.fromkeys((*ctr.backbones, DIN), 1 + 3 * rows),
         }  # fmt: skip
         what = f"ctr {ctr.protocol}" + (f" {ctr.first}" if ctr.protocol == "new-users" else "")
@@ -327,12 +330,17 @@ class _Evaluation:
         popular = inputs.number_part("popularity")["test"]["popularity"]
         floor = {"item_rate": base["item_rate"], "popularity": popular}
         others = {n: x for n, x in base.items() if n.startswith("user_")}
-        asked = {part for f in self.ctr.features if f not in self.reasons for part in PARTS[f]}
+        asked = self._asked()
         for kind in ("foldin", "text", "attribute_affinity"):
             if f"number:{kind}" in asked:
                 others |= inputs.number_part(kind)["test"]
         if "score:mixture" in asked:
             others |= inputs.mixture_scores(0)["test"]
+        if "score:ids" in asked:
+            others |= inputs.affinities(0)["test"]
+            if self.task.choices:  # as against sampled items: popularity is put back
+                known = np.log(popular + 0.1)
+                others["affinity and popularity"] = others["affinity"] + _SAMPLED * known
 
         def areas(told: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
             return {n: float(auc(label, x[counts])[0]) for n, x in told.items()}
@@ -340,18 +348,30 @@ class _Evaluation:
         assert len(test) == len(popular)
         return areas(floor), areas(others)
 
+    def _asked(self) -> set[str]:
+        """Parts of the features that the data can have."""
+        return {part for f in self.ctr.features if f not in self.reasons for part in PARTS[f]}
+
     def _ranking(self) -> dict[str, dict[str, float]]:
         mixture = posterior = None
-        if "score:mixture" in {p for f in self.ctr.features for p in PARTS[f]}:
+        asked = self._asked()
+        if "score:mixture" in asked:
             view = self.task.views[-1]
             mixture = self.profiles.mixture(0)
             posterior = mixture.posterior(*self.profiles.choices(view))
-        scores = choice_scores(self.inputs.numbers.fit(-1), mixture, posterior)
+        affinity = joint = None
+        if "score:ids" in asked:
+            affinity = self.inputs.affinity_table(0)
+            at = self.task.data.user_index(self.task.views[-1].user_keys)
+            joint = self.profiles.joint(self.inputs.profile("ids", 0)[-1]["probabilities"][at])
+        scores = choice_scores(self.inputs.numbers.fit(-1), mixture, posterior, affinity, joint)
         return rank_choices(self.task, scores)
 
 
 def _kind(part: str) -> str:
     kind, _, what = part.partition(":")
+    if part == "score:ids":
+        return "affinity"
     if kind in ("code", "probabilities"):
         return _LM_FEATURES.get(what, "clusters")
     return "numbers"
@@ -400,7 +420,12 @@ def _comparisons(
                 for f in mean
                 if f != "ids" and b in mean[f]
             }
-        for ours, theirs in (("all+ids", "all"), ("ids_prob", "none"), ("all", "none")):
+        for ours, theirs in (
+            ("all+ids", "all"),
+            ("ids_prob", "none"),
+            ("affinity", "mixture"),
+            ("all", "none"),
+        ):
             if ours in mean and theirs in mean:
                 difference = mean[ours][b] - mean[theirs][b]
                 found[f"{ours} - {theirs}"] = paired(

@@ -38,6 +38,7 @@ from userip_fast.ctr.vectors import (
 from userip_fast.data import Catalogue, Events, Interactions
 from userip_fast.em.states import mean_states
 from userip_fast.em.trainer import shared_start
+from userip_fast.errors import ConfigError
 from userip_fast.keys import hash_keys, seeded
 from userip_fast.lm import PackedEngine
 from userip_fast.model import Model
@@ -212,6 +213,29 @@ class Profiles:
             p = np.concatenate([torch.cat(list(r), dim=1).exp().numpy() for r in told])  # type: ignore[arg-type]
             out["probabilities"] = np.tile(p.mean(0), (view.num_users, 1)).astype(np.float32)
             out["probabilities"][at] = p
+        return out
+
+    def affinity(self, data: Interactions, seed: int) -> NDArray[np.float32]:
+        """[I, Z] p(the best reaction | item, codes) of the items of `data`.
+
+        Raises:
+            ImpossibleError: The LM tells no reactions, or has no event table.
+        """
+        model = self.model("ids", seed)
+        try:
+            model.event_table()
+            codes = np.eye(math.prod(self.sizes), dtype=np.float32)
+            texts = dict(zip(data.item_keys.to_pylist(), data.item_text.to_pylist()))
+            p = model.affinity(codes, list(texts), texts)
+        except ConfigError as why:
+            raise ImpossibleError(str(why)) from why
+        return np.ascontiguousarray(np.clip(p.T, 1e-6, 1 - 1e-6))
+
+    def joint(self, probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[U, Z] of all combinations from [U, sum of K_j]: the product over fields."""
+        out = np.ones((len(probabilities), 1), np.float32)
+        for part in np.split(probabilities, np.cumsum(self.sizes)[:-1], axis=1):
+            out = (out[:, :, None] * part[:, None, :]).reshape(len(out), -1)
         return out
 
     def _learned(self, feature: str, seed: int) -> tuple[Vectors, ResidualCodebook]:

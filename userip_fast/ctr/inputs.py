@@ -30,14 +30,15 @@ _WITHOUT_LM = (
     "probabilities:mixture", "score:mixture", "number:foldin", "number:text",
     "number:attribute_affinity",
 )  # fmt: skip
-_OF_LM = ("code:ids", "probabilities:ids")
+_OF_LM = ("code:ids", "probabilities:ids", "score:ids")
 PARTS: Mapping[str, tuple[str, ...]] = {
     "none": (),
     "mixture": ("code:mixture", "probabilities:mixture", "score:mixture"),
     "foldin": ("number:foldin",),
     "history": ("history",),
     "text": ("number:text",),
-    "ids_prob": _OF_LM,
+    "ids_prob": _OF_LM[:2],
+    "affinity": _OF_LM[2:],
     "all": _WITHOUT_LM,
     "all+ids": (*_WITHOUT_LM, *_OF_LM),
     **{
@@ -122,7 +123,8 @@ class Inputs:
         elif kind == "number":
             found = self._standardised(self.number_part(what))
         elif kind == "score":
-            found = self._standardised(self.mixture_scores(seed))
+            told = self.mixture_scores(seed) if what == "mixture" else self.affinities(seed)
+            found = self._standardised(told)
         else:
             found = self._profile(kind, what, seed)
         return found
@@ -219,6 +221,23 @@ class Inputs:
             for side in SIDES
             for r in [self._side(side)]
         }
+
+    def affinities(self, seed: int) -> dict[str, dict[str, NDArray[np.float32]]]:
+        """Side -> name -> [N] log odds of the best reaction, p(codes | profile) averaged over."""
+        table = self.affinity_table(seed)
+        p = np.stack([self.profiles.joint(v["probabilities"]) for v in self.profile("ids", seed)])
+        out = {}
+        for side in SIDES:
+            rows = self._side(side)
+            mean = np.einsum("nz,nz->n", p[rows.view, rows.user], table[rows.item])
+            out[side] = {"affinity": np.log(mean / (1 - mean)).astype(np.float32)}
+        return out
+
+    def affinity_table(self, seed: int) -> NDArray[np.float32]:
+        """[I, Z] p(the best reaction | item, codes)."""
+        key = {"kind": "affinity", "seed": seed, **self.profiles.key("ids")}
+        key["items"] = self._about[0]
+        return self.store.get(key, lambda: {"p": self.profiles.affinity(self.task.data, seed)})["p"]
 
     def _history(self, rows: Rows) -> list[Input]:
         """The profile's items in two lists: of label 1, and of label 0 (ratings alone)."""

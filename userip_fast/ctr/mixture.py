@@ -136,7 +136,7 @@ class Mixture:
             return
         own = own.reshape(self.items, self.words, self.codes)
         word = every.reshape(self.items, self.words)
-        usual = word.sum(0) / max(word.sum(), 1.0)
+        usual = (word.sum(0) + 1.0) / (word.sum() + self.words)  # a word may never be used
         by_item = (word + _RATED_PRIOR * usual) / (word.sum(1, keepdims=True) + _RATED_PRIOR)
         mass = own.sum(0)  # [words, K]
         by_code = (mass + _RATED_PRIOR * usual[:, None]) / (mass.sum(0) + _RATED_PRIOR)

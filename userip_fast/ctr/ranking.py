@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from userip_fast.ctr.mixture import Mixture
 from userip_fast.ctr.numbers import Fit
@@ -61,12 +62,20 @@ def rank_choices(task: Task, scores: dict[str, Score]) -> dict[str, dict[str, fl
     return out
 
 
-def choice_scores(fit: Fit, mixture: Mixture | None, posterior: Float64 | None) -> dict[str, Score]:
-    """Rankers that need no LM.
+def choice_scores(
+    fit: Fit,
+    mixture: Mixture | None,
+    posterior: Float64 | None,
+    affinity: NDArray[np.float32] | None,
+    joint: NDArray[np.float32] | None,
+) -> dict[str, Score]:
+    """Rankers, those that need no LM first.
 
     Args:
         fit: On everything that training knows.
         mixture, posterior: A mixture and [V, K] its posterior of the test view's users.
+        affinity, joint: [I, Z] p(chosen | item, codes), and [V, Z] p(codes | profile). `chosen` is
+            as against sampled items, so popularity is put back.
     """
     view = len(fit.task.views) - 1
     items = fit.known.num_items
@@ -90,6 +99,19 @@ def choice_scores(fit: Fit, mixture: Mixture | None, posterior: Float64 | None) 
         told = np.exp(mixture.log_affinity(np.arange(items)) + mixture.usual[:, None])
         met = (fit.counts > 0).astype(np.float64)
         scores["mixture"] = lambda at: (posterior[at] @ told.T) * met
+    if affinity is not None and joint is not None:
+
+        def by_affinity(at: Int64) -> Float64:
+            p = joint[at] @ affinity.T
+            return np.asarray(np.log(p / (1 - p)) + np.log(popular + 0.1))
+
+        def both(at: Int64) -> Float64:
+            parts = (foldin(at), by_affinity(at))
+            return np.asarray(
+                sum((x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True) for x in parts)
+            )
+
+        scores |= {"affinity": by_affinity, "foldin + affinity": both}
     return scores
 
 
