@@ -9,13 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import small_log
+import torch
 from typer.testing import CliRunner
 
 from userip_fast import cli
 from userip_fast.api import fit
+from userip_fast.bank import FeatureBank
 from userip_fast.config import Config
 from userip_fast.data import read_interactions
-from userip_fast.errors import DataError, FormatError
+from userip_fast.errors import DataError, FormatError, MismatchError
 from userip_fast.explain import association, explain
 from userip_fast.report import report_run
 
@@ -97,6 +99,27 @@ def test_explain(run):
         explain(model, data, pa.table({"user_id": [12345], "a": ["x"]}))
 
 
+def test_the_bank_is_read_and_nobody_is_inferred_again(run, monkeypatch):
+    folder, model, data, _, _ = run
+    users = data.user_keys.to_pylist()
+    age = pa.table({"user_id": users, "age": np.arange(len(users)) * 1.5, "few": users})
+    bank = FeatureBank.open(folder / "run" / "bank")
+    inferred = explain(model, data, age, permutations=20)
+    monkeypatch.setattr(type(model), "infer", None)
+    found = explain(model, data, age, bank=bank, permutations=20)
+    assert found == inferred
+    # 30 ages are quartiles, so that chance alone does not tell 30 of them apart.
+    assert found["associations"]["taste"]["age"]["chance_bits"] < 0.5
+    other = replace(
+        model, codebooks=[b.reordered(torch.tensor([2, 0, 1])) for b in model.codebooks]
+    )
+    with pytest.raises(MismatchError, match="another model"):
+        explain(other, data, bank=bank)
+    strangers = replace(data, user_keys=pa.array(np.arange(5000, 5000 + len(users))))
+    with pytest.raises(DataError, match="none of the users"):
+        explain(model, strangers, bank=bank)
+
+
 def test_command_line_and_the_whole_report(run):
     pytest.importorskip("matplotlib")
     folder, _, data, log, items = run
@@ -116,6 +139,9 @@ def test_command_line_and_the_whole_report(run):
         "reasons": {"kmeans_attributes": "no <column>"}, "protocol": "cold", "label": "rating>=4",
         "paired": {"dcn": {"best_cluster": None, "against": against}},
         "settings": {"features": ["none", "kmeans_attributes", "ids"], "backbones": ["dcn"]},
+        "floor": {"item_rate": 0.61, "popularity": 0.6}, "warnings": ["mind the <gap>"],
+        "codes": {"0": {"perplexity": [3.2], "dead": [1], "largest": [0.4], "bits": {},
+                        "generosity_share": [0.75]}},
     }  # fmt: skip
     (folder / "run" / "cold").mkdir()
     (folder / "run" / "cold" / "ctr.json").write_text(json.dumps(ctr))
@@ -124,11 +150,11 @@ def test_command_line_and_the_whole_report(run):
     done = CliRunner().invoke(cli.app, ["report", str(folder / "run")])
     assert done.exit_code == 0, done.output
     page = (folder / "run" / "report.html").read_text()
-    # LM training, NLL, usage, map, confusion; AUC bars and gains.
-    assert page.count("<svg") == 7
+    # LM training, NLL, usage, map, confusion; AUC as dots.
+    assert page.count("<svg") == 6
     for text in ("training of the LM", "NLL of behaviour", "users of each taste code", "codewords",
-                 "planted trait and code", "AUC gained by the IDs", "shared bits", "typical: ",
-                 "no &lt;column&gt;"):  # fmt: skip
+                 "planted trait and code", "shared bits", "typical: ", "no &lt;column&gt;",
+                 "item rate 0.6100", "mind the &lt;gap&gt;", "dead 1"):  # fmt: skip
         assert text in page, text
     # SVG name spaces
     named = {"www.w3.org", "purl.org", "creativecommons.org", "matplotlib.org"}

@@ -502,9 +502,10 @@ def explain(
 ) -> None:
     """Explain the codes of a run: items, users who stand for them, association with traits.
 
-    Writes explain.json into the run and renews its report.
+    The codes are those of RUN/bank. Writes explain.json into the run and renews its report.
     """
     _silence_transformers()
+    from userip_fast.bank import FeatureBank
     from userip_fast.explain import explain as run_explain
     from userip_fast.flags import flag_values
     from userip_fast.model import Model
@@ -513,9 +514,11 @@ def explain(
     model = Model.load(run / "model", device=device)
     settings = model.config.override(flag_values(ctx.params))
     data = _read(interactions, items, settings, max_users, quiet, None)
+    bank = FeatureBank.open(run / "bank")
     found = run_explain(
-        model, data, users, traits=_names(traits), permutations=permutations, out=run
-    )
+        model, data, users, bank=bank, traits=_names(traits), permutations=permutations, out=run,
+        show=not quiet,
+    )  # fmt: skip
     for field, by in found["associations"].items():
         for trait, a in by.items():
             _say(

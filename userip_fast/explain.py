@@ -21,12 +21,15 @@ from userip_fast.bank import FeatureBank
 from userip_fast.behaviour import BehaviourSource
 from userip_fast.data import Events, Interactions
 from userip_fast.data.sources import TableLike, read_source
-from userip_fast.errors import DataError
+from userip_fast.errors import DataError, MismatchError
 from userip_fast.files import write_json
 from userip_fast.model import Model
 from userip_fast.packing import Int64
+from userip_fast.progress import progress
 
 _MOST_VALUES = 64  # of a trait column
+_QUANTILES = 4  # parts that a numerical trait of more values is cut into
+_FEW_NUMBERS = 8
 
 
 def explain(
@@ -34,18 +37,22 @@ def explain(
     data: Interactions,
     users: TableLike | None = None,
     *,
+    bank: FeatureBank | None = None,
     traits: Sequence[str] | None = None,
     permutations: int = 1000,
     items: int = 3,
     examples: int = 2,
     out: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    show: bool = False,
 ) -> dict[str, Any]:
     """Explains the codes of a model on the users of `data`.
 
     Args:
         users: Table of users with the log's key column, that the codes never saw; None for none.
-        traits: Its columns; None takes those with 2 to 64 values.
+        bank: Of this model, with the users' codes; None infers them all.
+        traits: Its columns; None takes those with 2 to 64 values, and numbers: of more than 8
+            values they are cut into quartiles.
         permutations: For the p of an association; its least value is 1 / (permutations + 1).
         items, examples: Per code.
         out: Run folder that gets `explain.json`, for `userip report`.
@@ -58,10 +65,11 @@ def explain(
         permutations), `p`.
 
     Raises:
-        DataError: The users table has no such column, or no user of the data.
+        DataError: The users table has no such column, or no user of the data; or the bank has none.
+        MismatchError: The bank is of another model.
     """
+    codes, sure = _codes_of(model, data, show) if bank is None else _codes_in(bank, model, data)
     source = BehaviourSource(model.format.events(data, model.catalogue), model.format)
-    codes, sure = _codes_of(model, data)
     told = source.rendered()
     result: dict[str, Any] = {"fields": {}, "associations": {}}
     best = _best_feedback(source.events)
@@ -94,11 +102,15 @@ def explain(
     if users is not None:
         columns = _traits(users, data, model.config.data.user, traits)
         random = np.random.default_rng(seed)
-        for j, f in enumerate(model.config.fields):
-            result["associations"][f.name] = {
-                name: association(codes[:, j], values, permutations, random)
-                for name, values in columns.items()
-            }
+        total = len(model.config.fields) * len(columns)
+        with progress("associations", total, "traits", show) as bar:
+            for j, f in enumerate(model.config.fields):
+                known = codes[:, j] < f.codebook_size
+                found = result["associations"][f.name] = {}
+                for name, values in columns.items():
+                    trait = np.where(known, values, -1)
+                    found[name] = association(codes[:, j], trait, permutations, random)
+                    bar.advance(1)
     if out is not None:
         write_json(Path(out) / "explain.json", result)
     return result
@@ -135,18 +147,40 @@ def _bits(x: Int64, y: Int64) -> float:
     return float((table[there] * np.log2(table[there] / free[there])).sum())
 
 
-def _codes_of(model: Model, data: Interactions) -> tuple[Int64, np.ndarray[Any, Any] | None]:
+def _codes_of(
+    model: Model, data: Interactions, show: bool
+) -> tuple[Int64, np.ndarray[Any, Any] | None]:
     """[U, J] codes, and how sure the model is of each where its E-step tells."""
     em = model.config.em
     tells = em.recipe == "userip" and em.estep != "gradient"
     with tempfile.TemporaryDirectory() as folder:
-        bank = model.infer(data, Path(folder) / "bank", on_bad="skip", probabilities=tells)
+        out = Path(folder) / "bank"
+        bank = model.infer(data, out, on_bad="skip", probabilities=tells, show=show)
         assert isinstance(bank, FeatureBank)
-        codes = np.array(bank.lookup(data.user_keys, on_unknown="code"), np.int64)
-        if bank.probabilities is None:
-            return codes, None
-        rows = bank.rows(data.user_keys)
-        return codes, np.where((rows >= 0)[:, None], bank.probabilities[rows], 0.0)
+        return _codes_in(bank, model, data)
+
+
+def _codes_in(
+    bank: FeatureBank, model: Model, data: Interactions
+) -> tuple[Int64, np.ndarray[Any, Any] | None]:
+    """[U, J] codes that a bank has, K_j of users it lacks; and probabilities, if it has them."""
+    if bank.model_fingerprint != model.fingerprint:
+        raise MismatchError(
+            f"the bank is of another model (fingerprint {bank.model_fingerprint[:12]}, the model's "
+            f"is {model.fingerprint[:12]}); infer one with this model"
+        )
+    codes = np.array(bank.lookup(data.user_keys, on_unknown="code"), np.int64)
+    rows = bank.rows(data.user_keys)
+    if (rows < 0).all():
+        raise DataError(
+            "the bank has none of the users of this log; explain the log it was made of, or infer "
+            "the codes of this one"
+        )
+    if bank.probabilities is None:
+        return codes, None
+    sure = np.zeros(codes.shape)
+    sure[rows >= 0] = bank.probabilities[rows[rows >= 0]]
+    return codes, sure
 
 
 def _best_feedback(events: Events) -> np.ndarray[Any, Any]:
@@ -204,9 +238,21 @@ def _traits(
     found: dict[str, Int64] = {}
     for name in names if names is not None else [c for c in table.column_names if c != key]:
         source.require(name)
-        column = table[name].combine_chunks().dictionary_encode()
+        column = _cut(table[name].combine_chunks()).dictionary_encode()
         if names is None and not 2 <= len(column.dictionary) <= _MOST_VALUES:
             continue
         code = np.asarray(pc.fill_null(column.indices, -1)).astype(np.int64)
         found[name] = np.where(row >= 0, code[row], -1)
     return found
+
+
+def _cut(column: pa.Array) -> pa.Array:
+    """A trait's values; numbers of more than `_FEW_NUMBERS` values as the quantile they lie in."""
+    numeric = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+    if not numeric or len(pc.unique(pc.drop_null(column))) <= _FEW_NUMBERS:
+        return column
+    x = np.asarray(pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False))
+    known = np.isfinite(x)
+    cuts = np.quantile(x[known], np.arange(1, _QUANTILES) / _QUANTILES)
+    part = np.searchsorted(cuts, np.where(known, x, 0.0), side="right")
+    return pa.array(part, mask=~known)

@@ -147,8 +147,8 @@ def auc_dots(axes: Axes, result: Mapping[str, Any]) -> None:
         axes.plot(mean, y, "D" if ours else "o", color=color, ms=4.5)
         if feature == "none":
             axes.axvline(mean, color=INK, lw=0.8, ls="--")
-    floor = max(result["floor"].values())
-    axes.axvline(floor, color=INK, lw=0.8, ls=":", alpha=0.6)
+    if floor := result.get("floor"):
+        axes.axvline(max(floor.values()), color=INK, lw=0.8, ls=":", alpha=0.6)
     axes.set_yticks(range(len(points)), [p[-1] for p in points], fontsize=8)
     axes.grid(axis="x", alpha=0.25)
     axes.set_xlabel("AUC (dashed: none; dotted: item alone)", fontsize=8)

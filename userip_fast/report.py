@@ -191,10 +191,11 @@ def _ctr(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 else [in_words(by[b]) if b in by else "" for b in backbones]
             )
             rows.append([feature, *cells])
-        floor = ", ".join(f"{n.replace('_', ' ')} {x:.4f}" for n, x in r["floor"].items())
+        floor = ", ".join(f"{n.replace('_', ' ')} {x:.4f}" for n, x in r.get("floor", {}).items())
         body += [f"<h3>{escape(name)}</h3>", _table(["AUC", *backbones], rows)]
-        notes = [f"Item alone: {floor}.", *r["warnings"]]
-        notes += [f"Codes, seed {s}: {codes_in_words(c)}." for s, c in r["codes"].items()]
+        notes = [f"Item alone: {floor}."] if floor else []  # older files have none of these
+        notes += r.get("warnings", [])
+        notes += [f"Codes, seed {s}: {codes_in_words(c)}." for s, c in r.get("codes", {}).items()]
         body += [f'<p class="note">{escape(note)}</p>' for note in notes]
     return body
 

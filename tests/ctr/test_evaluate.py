@@ -203,6 +203,31 @@ def test_command_line(tmp_path):
     assert refused.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--label", "rating>=9"], "do not have both labels"),
+        (["--label", "price<3"], "must be 'rating>=Q'"),
+        (["--attributes", "colour"], "no column 'colour'"),
+        (["--first", "500"], "no user has more than first=500 events"),
+        (["--max-users", "4"], "fewer than folds=5"),
+        (["--features", "none,luck"], "must be some of"),
+        (["--protocol", "warm", "--period", "earlier"], "goes with protocol new-users"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, says, tmp_path):
+    log_path, items = small_log.write(tmp_path)
+    args = ["ctr", "--interactions", log_path, "--items", items, "--rating", "rating", "--text",
+            "{title}", "--first", "2", "--features", "none", "--backbones", "lightgbm", "-q",
+            "--out", str(tmp_path / "out"), *flags]  # fmt: skip
+    done = CliRunner().invoke(cli.app, args)
+    assert done.exit_code == 2, done.output
+    told = [line for line in done.output.splitlines() if line.strip()]
+    assert len(told) == 1, done.output
+    assert says in told[0]
+    assert not (tmp_path / "out" / "ctr.json").exists()
+
+
 def test_a_feature_the_data_cannot_have_is_null_with_its_reason(tmp_path):
     pytest.importorskip("torch_rechub")
     data = log(items=70)
