@@ -21,7 +21,7 @@ DEFAULT_FEATURES = tuple(f for f in FEATURES if f not in ("random", "paper"))
 CLUSTERS = (
     "generosity", "kmeans_attributes", "kmeans_tfidf", "kmeans_states", "mf_clusters", "mixture",
 )  # fmt: skip
-"""Codes without an LM profile, of equal capacity."""
+"""Codes without an LM, of equal capacity; the mixture's come with probabilities and score."""
 HISTORY = "history"
 """The one feature that has a backbone of its own, `DIN`: the profile's events themselves."""
 DIN = "din"

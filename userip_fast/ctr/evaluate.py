@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from userip_fast._version import __version__
@@ -172,13 +174,18 @@ class _Evaluation:
             jobs["codes"] = ctr.seeds
         rows = (len(task.train) + len(task.test)) / 1e5
         read = (task.learn.num_events + sum(v.num_events for v in task.views)) / 1e5
-        lm = self.config.lm
-        tokens = lm.embedded_tokens / 1e6
+        lm, em = self.config.lm, self.config.em
+        width = 0.2 + 0.8 * (lm.embedded_hidden / 128) * (lm.embedded_layers / 3)
+        tokens = lm.embedded_tokens / 1e6 if lm.path == "default" else 0.1
+        # An event table: so many texts under all codes a round, and all of them once.
+        pairs = len(pc.unique(task.data.item_text)) * math.prod(self.profiles.sizes)
+        a_round = min(pairs, em.table_readings)
         guess = {
             "base": 1 + rows, "statistics": 0.02 * rows * ctr.bootstrap * len(self.models) / 10,
-            "LM": 75 * tokens * (lm.embedded_hidden / 128) * (lm.embedded_layers / 3),
-            "EM": 60 + 120 * read, "published recipe": 600 * read, "LM states": 10 + 20 * read,
-            "affinity": 20, "codes": 20, "clusters": 2 + 2 * read, "numbers": 2 + 5 * rows,
+            "LM": 80 * tokens * width, "EM": width * (em.max_rounds * a_round + pairs) / 4e3,
+            "affinity": width * pairs / 4e3, "codes": width * 5,
+            "published recipe": 600 * read, "LM states": 10 + 20 * read,
+            "clusters": 2 + 2 * read, "numbers": 2 + 5 * rows,
             **dict.fromkeys((*ctr.backbones, DIN), 1 + 3 * rows),
         }  # fmt: skip
         what = f"ctr {ctr.protocol}" + (f" {ctr.first}" if ctr.protocol == "new-users" else "")
@@ -325,7 +332,7 @@ class _Evaluation:
         self, label: NDArray[np.float32], counts: NDArray[np.bool_]
     ) -> tuple[dict[str, float], dict[str, float]]:
         """AUC of the item's rate and popularity; and of other numbers, on their own."""
-        inputs, test = self.inputs, self.task.test
+        inputs = self.inputs
         base = inputs.number_part("base")["test"]
         popular = inputs.number_part("popularity")["test"]["popularity"]
         floor = {"item_rate": base["item_rate"], "popularity": popular}
@@ -345,7 +352,6 @@ class _Evaluation:
         def areas(told: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
             return {n: float(auc(label, x[counts])[0]) for n, x in told.items()}
 
-        assert len(test) == len(popular)
         return areas(floor), areas(others)
 
     def _asked(self) -> set[str]:
