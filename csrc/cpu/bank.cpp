@@ -243,7 +243,7 @@ int64_t bank_lookup(Bank& bank, const Array& queries, Array& out) {
 
 void bind_bank(py::module_& m) {
     // Arrays as (address, bytes, address of page sums or 0, address of the map of pages seen).
-    py::class_<Bank>(m, "BankIndex", "The arrays of a feature bank, which must outlive it.")
+    py::class_<Bank>(m, "CheckedBankIndex", "The arrays of a feature bank, which must outlive it.")
         .def(py::init(&make_bank), py::arg("keys"), py::arg("users"), py::arg("directory"),
              py::arg("row_bytes"), py::arg("bits"), py::arg("codes"), py::arg("code_bytes"),
              py::arg("fields"), py::arg("unknown"))

@@ -254,9 +254,10 @@ class HashIndex:
             known: Callable[..., int] | None = self._bound[2]
             return known
         bound: Callable[..., int] | None = None
-        extension = _extension.load()
-        if extension is not None and self.integers is not None and len(self):
-            bound = extension.BankIndex(
+        # None also in an extension that was built before pages were checked.
+        compiled = getattr(_extension.load(), "CheckedBankIndex", None)
+        if compiled is not None and self.integers is not None and len(self):
+            bound = compiled(
                 keys=_address(self.integers),
                 users=len(self),
                 directory=_address(self.directory),
