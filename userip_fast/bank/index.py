@@ -75,13 +75,12 @@ def keys_of_type(name: str, values: Any, kind: str | None, where: str) -> pa.Arr
     return keys
 
 
-def check_on_unknown(on_unknown: str) -> None:
-    """
-    Raises:
-        ConfigError: Neither "error" nor "code".
-    """
-    if on_unknown not in ("error", "code"):
-        raise ConfigError(f"on_unknown={on_unknown!r}: must be 'error' or 'code'")
+ON_UNKNOWN = ("error", "code")
+
+
+def bad_on_unknown(on_unknown: object) -> ConfigError:
+    """What a look-up raises where `on_unknown` is not of `ON_UNKNOWN`."""
+    return ConfigError(f"on_unknown={on_unknown!r}: must be 'error' or 'code'")
 
 
 def unknown_users(unknown: pa.Array, asked: int, where: str) -> DataError:
