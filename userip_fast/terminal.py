@@ -104,7 +104,7 @@ def print_ctr(result: Mapping[str, Any]) -> None:
                 f"ranking by {name}: Recall@20 {by['recall20']:.4f}, NDCG@100 {by['ndcg100']:.4f}"
             )
     for seed, codes in result["codes"].items():
-        print(f"codes, seed {seed}: {codes_in_words(codes)}")
+        print(visible(f"codes, seed {seed}: {codes_in_words(codes)}"))
     for backbone, compared in result["paired"].items():
         pairs = {f"ids - {f}": d for f, d in compared.get("against", {}).items()
                  if f in ("none", compared["best_cluster"])}  # fmt: skip
@@ -116,7 +116,7 @@ def print_ctr(result: Mapping[str, Any]) -> None:
                 f"p {d['p']:.3f}"
             )
     for warning in result["warnings"]:
-        print(f"warning: {warning}")
+        print(visible(f"warning: {warning}"))
 
 
 def print_cards(cards: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

@@ -3,7 +3,7 @@
 // queries go in groups whose misses overlap: each pass fetches what the next pass reads.
 // What is read is checked first, a region of neighbouring buckets at a time: its directory entries,
 // keys and codes lie next to each other in hash order, so one look into a small map per query says
-// that all of it was checked.
+// that all of it was checked, and none is needed once all regions were.
 #include <pybind11/numpy.h>
 
 #include <algorithm>
@@ -98,6 +98,7 @@ struct Bank {
     int64_t fields;
     const int64_t* unknown;        // [fields], the codes of a key that is not there
     std::vector<uint8_t> checked;  // 1 for each region that may be read
+    int64_t left;                  // regions that may not yet
 };
 
 // Checks what a region's look-ups read: that its pages are whole, its buckets lie within the keys,
@@ -124,7 +125,8 @@ bool check_region(Bank& bank, int64_t region) {
     for (int64_t i = start; i < end; ++i)
         for (int64_t j = 0; j < bank.fields; ++j)
             if (static_cast<int64_t>(codes[i * bank.fields + j]) >= bank.unknown[j]) return false;
-    mark(bank.checked.data(), region);
+    if (!__atomic_exchange_n(bank.checked.data() + region, uint8_t{1}, __ATOMIC_RELAXED))
+        __atomic_fetch_sub(&bank.left, 1, __ATOMIC_RELAXED);
     return true;
 }
 
@@ -139,16 +141,16 @@ int64_t lookup(Bank& bank, const int64_t* queries, int64_t num_queries, int64_t*
     int64_t bucket[kGroup], start[kGroup], end[kGroup], rows[kGroup];
     for (int64_t base = 0; base < num_queries; base += kGroup) {
         const int64_t n = std::min(kGroup, num_queries - base);
-        bool known = true;
         for (int64_t i = 0; i < n; ++i) {
             bucket[i] = static_cast<int64_t>(mix64(static_cast<uint64_t>(queries[base + i])) >>
                                              (64 - bank.bits));
             __builtin_prefetch(directory + bucket[i]);
-            known &= marked(checked, bucket[i] >> kRegionBits);
         }
-        for (int64_t i = 0; !known && i < n; ++i) {
-            const int64_t region = bucket[i] >> kRegionBits;
-            if (!marked(checked, region) && !check_region<Row, Code>(bank, region)) return -1;
+        if (__atomic_load_n(&bank.left, __ATOMIC_RELAXED)) {
+            for (int64_t i = 0; i < n; ++i) {
+                const int64_t region = bucket[i] >> kRegionBits;
+                if (!marked(checked, region) && !check_region<Row, Code>(bank, region)) return -1;
+            }
         }
         for (int64_t i = 0; i < n; ++i) {
             start[i] = static_cast<int64_t>(directory[bucket[i]]);
@@ -223,7 +225,8 @@ Bank make_bank(const Addresses& keys, int64_t users, const Addresses& directory,
             code_bytes,
             fields,
             reinterpret_cast<const int64_t*>(unknown),
-            std::vector<uint8_t>(static_cast<size_t>(regions))};
+            std::vector<uint8_t>(static_cast<size_t>(regions)),
+            regions};
 }
 
 using Array = py::array_t<int64_t, py::array::c_style>;
@@ -243,7 +246,7 @@ int64_t bank_lookup(Bank& bank, const Array& queries, Array& out) {
 
 void bind_bank(py::module_& m) {
     // Arrays as (address, bytes, address of page sums or 0, address of the map of pages seen).
-    py::class_<Bank>(m, "BankIndex", "The arrays of a feature bank, which must outlive it.")
+    py::class_<Bank>(m, "CheckedBankIndex", "The arrays of a feature bank, which must outlive it.")
         .def(py::init(&make_bank), py::arg("keys"), py::arg("users"), py::arg("directory"),
              py::arg("row_bytes"), py::arg("bits"), py::arg("codes"), py::arg("code_bytes"),
              py::arg("fields"), py::arg("unknown"))

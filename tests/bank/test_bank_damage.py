@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -355,3 +356,19 @@ def test_no_bank(tmp_path):
     for path in (tmp_path, tmp_path / "absent", tmp_path / "file"):
         with pytest.raises(FormatError, match=r"no feature bank here \(there is no file CURRENT\)"):
             FeatureBank.open(path)
+
+
+def test_threads_may_look_into_a_fresh_bank_at_once(tmp_path):
+    keys = np.random.default_rng(0).permutation(60_000)
+    codes = (keys % 5)[:, None]
+    fields = [{"name": "f", "codebook_size": 5}]
+    FeatureBank.write(tmp_path / "b", keys, codes, fields=fields, model_fingerprint="m")
+    for texts in (False, True):
+        bank = FeatureBank.open(tmp_path / "b")
+        with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(8) as threads:
+            if texts:  # the path that text keys take
+                patch.setattr(HashIndex, "_native", lambda *_: None)
+            parts = np.array_split(np.arange(len(keys)), 64)
+            found = threads.map(lambda part, b=bank: b.lookup(keys[part]), parts)
+            for part, got in zip(parts, found):
+                np.testing.assert_array_equal(got, codes[part])

@@ -2,6 +2,7 @@
 
 import mmap
 import textwrap
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -345,3 +346,10 @@ def test_the_compiled_lookup_is_the_numpy_one(tmp_path, monkeypatch, users, size
             np.testing.assert_array_equal(a, b)
         strided = np.repeat(asked, 2)[::2]  # no copy may be assumed
         np.testing.assert_array_equal(bank.lookup(strided, on_unknown="code"), fast[1])
+
+
+def test_an_extension_of_before_is_passed_over(tmp_path, monkeypatch):
+    """One that was built before the files were checked must not be given them."""
+    monkeypatch.setattr(_extension, "load", lambda: ModuleType("_C"))
+    bank = write(tmp_path / "b", INTEGERS)
+    np.testing.assert_array_equal(bank.lookup(np.array(INTEGERS)), codes_for(len(INTEGERS)))

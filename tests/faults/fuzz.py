@@ -45,7 +45,7 @@ from userip_fast.data import TextTemplate
 from userip_fast.data.filters import RowFilter
 from userip_fast.em.checkpoints import Checkpoint, Checkpoints
 from userip_fast.errors import UserIPError
-from userip_fast.files import read_json, read_tensors, write_tensors
+from userip_fast.files import read_json, read_tensors, sha256_file, write_tensors
 from userip_fast.flags import settings_of
 from userip_fast.shards import parse_shard
 
@@ -108,6 +108,8 @@ class Targets:
             made = uf.FeatureBank.write(
                 folder / name, own, codes, fields=fields, model_fingerprint="m"
             )
+            shutil.copytree(folder / name, folder / f"old-{name}")
+            forget_page_sums(folder / f"old-{name}")
         made.to_parquet(folder / "bank.parquet")
         write_tensors(folder / "x.safetensors", {"0.codewords": torch.rand(3, 4)})
         book = uf.codebook.Codebook(torch.rand(3, 4))
@@ -136,11 +138,14 @@ class Targets:
             return st.tuples(st.integers(0, 99), MUTATIONS), job
 
         def open_bank(path: Path) -> None:
-            root = path.parent if path.parent.name in ("ints", "texts") else path.parent.parent
+            root = path.parent if path.parent.parent == f else path.parent.parent
             bank = uf.FeatureBank.open(root)
-            known = [1, 39, 10**9] if root.name == "ints" else ["user 1", "user 39", "nobody"]
+            ints = root.name.endswith("ints")
+            known = [1, 39, 10**9] if ints else ["user 1", "user 39", "nobody"]
             codes = bank.lookup(known, on_unknown="code")
             assert codes.shape == (3, 1)
+            assert codes.max() <= 4
+            bank.keys()
             bank.verify()
 
         def read(path: Path) -> None:
@@ -155,6 +160,8 @@ class Targets:
         return {
             "bank, integer keys": changed("ints/**/*", open_bank),
             "bank, text keys": changed("texts/**/*", open_bank),
+            "bank without page sums, integer keys": changed("old-ints/**/*.bin", open_bank),
+            "bank without page sums, text keys": changed("old-texts/**/*.bin", open_bank),
             "bank from Parquet": changed(
                 "bank.parquet", lambda p: uf.FeatureBank.from_parquet(p, f.parent / "b")
             ),
@@ -190,6 +197,17 @@ class Targets:
             "shards": (st.text(max_size=12), parse_shard),
             "Redis URLs": (st.text("redis:/@?#[]1.\x00é", max_size=24), _refused_url),
         }
+
+
+def forget_page_sums(bank: Path) -> None:
+    """Makes it a bank of a release that had none: what is damaged is then read."""
+    manifest = bank / "gen-000001" / "manifest.json"
+    (bank / "gen-000001" / "page_sums.bin").unlink()
+    about = json.loads(manifest.read_text())
+    del about["files"]["page_sums.bin"]
+    manifest.write_text(json.dumps(about))
+    current = {"generation": "gen-000001", "manifest_sha256": sha256_file(manifest)}
+    (bank / "CURRENT").write_text(json.dumps(current))
 
 
 def _assignments() -> st.SearchStrategy[list[str]]:

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from userip_fast.bank.feast import write_feast
 from userip_fast.bank.generations import current_generation
 from userip_fast.bank.index import (
+    ON_UNKNOWN,
     KeyTypeError,
     as_keys,
-    check_on_unknown,
+    bad_on_unknown,
     keys_of_type,
     unknown_users,
 )
@@ -121,7 +122,8 @@ class FeatureBank:
             KeyTypeError: Integers for a bank of strings or the other way round.
             FormatError: A page of the bank that has to be read is damaged.
         """
-        check_on_unknown(on_unknown)
+        if on_unknown not in ON_UNKNOWN:
+            raise bad_on_unknown(on_unknown)
         keys = self._as_numbers(user_ids)
         if keys is None:
             keys = self._as_keys("user_ids", user_ids)

@@ -66,7 +66,7 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
         previous = current_generation(path)[0].name
     except FormatError:
         previous = ""
-    if not (path / CURRENT).exists() or previous:
+    if previous or not os.path.lexists(path / CURRENT):
         # A later generation was never current, so nobody reads it: its writer was killed.
         number = int(previous.removeprefix("gen-") or 0) + 1
     else:
@@ -86,7 +86,7 @@ def _sweep(path: Path) -> None:
     """
     entries = list(path.iterdir())
     generations = {int(m[1]): e for e in entries if (m := _GENERATION.fullmatch(e.name))}
-    if not (path / CURRENT).exists():
+    if not os.path.lexists(path / CURRENT):
         kept = set()  # none was ever current
     else:
         try:

@@ -75,13 +75,12 @@ def keys_of_type(name: str, values: Any, kind: str | None, where: str) -> pa.Arr
     return keys
 
 
-def check_on_unknown(on_unknown: str) -> None:
-    """
-    Raises:
-        ConfigError: Neither "error" nor "code".
-    """
-    if on_unknown not in ("error", "code"):
-        raise ConfigError(f"on_unknown={on_unknown!r}: must be 'error' or 'code'")
+ON_UNKNOWN = ("error", "code")
+
+
+def bad_on_unknown(on_unknown: object) -> ConfigError:
+    """What a look-up raises where `on_unknown` is not of `ON_UNKNOWN`."""
+    return ConfigError(f"on_unknown={on_unknown!r}: must be 'error' or 'code'")
 
 
 def unknown_users(unknown: pa.Array, asked: int, where: str) -> DataError:
@@ -254,9 +253,10 @@ class HashIndex:
             known: Callable[..., int] | None = self._bound[2]
             return known
         bound: Callable[..., int] | None = None
-        extension = _extension.load()
-        if extension is not None and self.integers is not None and len(self):
-            bound = extension.BankIndex(
+        # None also in an extension that was built before pages were checked.
+        compiled = getattr(_extension.load(), "CheckedBankIndex", None)
+        if compiled is not None and self.integers is not None and len(self):
+            bound = compiled(
                 keys=_address(self.integers),
                 users=len(self),
                 directory=_address(self.directory),

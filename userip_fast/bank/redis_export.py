@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from userip_fast.bank.index import check_on_unknown, keys_of_type, unknown_users
+from userip_fast.bank.index import ON_UNKNOWN, bad_on_unknown, keys_of_type, unknown_users
 from userip_fast.bank.layout import Field, check_fields, code_dtype
 from userip_fast.errors import (
     ConfigError,
@@ -261,7 +261,8 @@ class RedisBank:
             FormatError: A user's value is damaged.
             UnavailableError: Redis went away.
         """
-        check_on_unknown(on_unknown)
+        if on_unknown not in ON_UNKNOWN:
+            raise bad_on_unknown(on_unknown)
         while True:
             at = self._at
             keys = keys_of_type("user_ids", user_ids, at.key_type, self._where)
