@@ -229,7 +229,8 @@ def test_lm_work_does_not_grow_with_users(lm):
     assert tokens[0] == tokens[1]
 
 
-def test_em_keeps_the_most_frequent_texts(lm):
+def test_em_keeps_the_most_frequent_texts(lm, monkeypatch):
+    monkeypatch.setattr(crowd, "_FEWEST_TEXTS", 1)
     engine, source = engine_of(lm, 1), source_of(60)
     config = replace(CONFIG, table_readings=2 * 3)  # two texts under three codes
     users = Crowd(source, 60, engine, config, tiny.template(1).fields)
