@@ -168,21 +168,43 @@ def test_an_update_keeps_the_other_users(files, whole, tmp_path):
     assert bank.info()["generation"] == "gen-000002"
 
 
-def test_torchrun_with_two_processes_gives_the_same_bits(files, whole, tmp_path):
-    sets = ["rounds=3", "steps=2", "lr=0.2", "block_users=7", "codebook_update=ema"]
+def torchrun_fit(files, out, *options):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "-m", "userip_fast", "fit", "--interactions", files / "log.parquet",
-        "--items", files / "items.parquet", "--rating", "rating", "--out", tmp_path / "run",
+        "--items", files / "items.parquet", "--rating", "rating", "--out", out,
         "--max-tokens", "60", "--lm", files / "lm", "--quantization", "none", "--quiet",
-        "--field", "taste:The user's taste is:4", "--field", "b:b:3",
-        *[arg for s in sets for arg in ("--set", f"em.{s}")],
+        "--field", "taste:The user's taste is:4", "--field", "b:b:3", *options,
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [str(c) for c in command], env=env, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_torchrun_with_two_processes_gives_the_same_bits(files, whole, tmp_path):
+    sets = ["rounds=3", "steps=2", "lr=0.2", "block_users=7", "codebook_update=ema"]
+    torchrun_fit(files, tmp_path / "run", *[x for s in sets for x in ("--set", f"em.{s}")])
+    same_result(tmp_path / "run", whole)
+
+
+def test_an_event_table_serves_streams_shards_and_processes_alike(files, tmp_path):
+    em = EMConfig(estep="posterior", rounds=2, gain=0.0, block_users=7)
+    settings = replace(config(files, behaviour_context="independent"), em=em)
+    whole = tmp_path / "whole"
+    model = uf.fit(read(files, rating="rating"), config=settings, out=whole)
+    data = read_stream(files, tmp_path / "w", rating="rating")
+    uf.fit(data, config=settings, out=tmp_path / "stream")
+    same_result(tmp_path / "stream", whole)
+    for i in (2, 0, 1):
+        shards.infer_shard(model, data, i, 3, tmp_path / "s")
+    bank = shards.merge_shards(tmp_path / "s", tmp_path / "bank")
+    same_bank(bank, uf.FeatureBank.open(whole / "bank"))
+    torchrun_fit(
+        files, tmp_path / "run", "--estep", "posterior", "--behaviour-context", "independent",
+        "--set", "em.rounds=2", "--set", "em.gain=0", "--set", "em.block_users=11",
+    )  # fmt: skip
     same_result(tmp_path / "run", whole)
 
 

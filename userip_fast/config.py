@@ -180,8 +180,8 @@ class EMConfig:
     """Posterior: the codewords are learned on the first so many users in hash order; None is all
     where an event table serves them, else 1,024."""
     table_readings: int = 32_768
-    """Posterior, event table: pairs of an item's text and codes that EM reads a round; the most
-    frequent texts are kept. The table of all texts is read once, at the end."""
+    """Posterior, event table: pairs of an item's text and codes that EM reads a round (of 256 texts
+    at least); the most frequent texts are kept. The table of all is read once, at the end."""
     codeword_draws: int = 4_096
     """Posterior, event table: pairs that a gradient step draws among these, by weight; 0 is all."""
     held_out: float = 0.2

@@ -158,15 +158,18 @@ class Model:
             data = data.head_users(max_users)
         source = self.source(data, on_bad)
         trainer = self.ready_trainer(show)
+        table = self.event_table() if has_table(self.config) else None
         if out is None:
-            found = trainer.infer(source, self.codebooks, self.start)
+            found = trainer.infer(source, self.codebooks, self.start, table=table)
             return np.concatenate([_codes(p.code_ids) for p in found])
         # Beside the bank and on the same disk; found again by the next run, gone once it is done.
         cache = DiskCache(Path(f"{out}.part"), self.block_key(trainer))
         with self.bank_writer(out, update) as writer:
             sweep_leftovers(cache.folder / "profiles")  # under the bank's lock
             done, totals = 0, np.zeros(4)
-            for profiles in trainer.infer(source, self.codebooks, self.start, cache=cache):
+            for profiles in trainer.infer(
+                source, self.codebooks, self.start, cache=cache, table=table
+            ):
                 users = len(profiles.nll)
                 keys, p = source.keys_of(done, done + users), None
                 if probabilities and (sure := profiles.probabilities()) is not None:
@@ -279,6 +282,7 @@ class Model:
         if self._table is None or self._table.codebooks is not self.codebooks:
             engine = self.ready_trainer().engine
             self._table = EventTable(engine, self.format, self.codebooks, self.config.em)
+        self._table.cache, self._table.show = None, False
         return self._table
 
     def _texts_of(self, items: Sequence[Any], texts: Mapping[Any, str] | None) -> list[str]:

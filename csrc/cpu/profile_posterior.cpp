@@ -23,9 +23,9 @@ namespace {
 
 constexpr int64_t kRun = 32;        // events that are added up in fp32
 constexpr int64_t kAhead = 12;      // events between asking for a row and adding it
-constexpr int64_t kTogether = 16;   // users whose sums wait for their softmax
+constexpr int64_t kTogether = 16;   // users whose sums wait for their softmax: they overlap better
 constexpr int64_t kLine = 16;       // floats in a cache line
-constexpr int64_t kNear = 1 << 16;  // floats of a table that is found in a core's own cache unasked
+constexpr int64_t kNear = 1 << 22;  // floats of a table that caches hold, which need not be asked
 
 struct Table {
     const float* rows;
@@ -111,20 +111,21 @@ USERIP_AVX2 void normalise(const double* sum, int64_t codes, float* log_resp, do
     __m128d high2 = _mm_max_pd(_mm256_castpd256_pd128(high4), _mm256_extractf128_pd(high4, 1));
     high2 = _mm_max_pd(high2, _mm_permute_pd(high2, 1));
     high4 = _mm256_broadcastsd_pd(high2);
-    const auto below = [&](int64_t k) USERIP_AVX2 {
-        return _mm256_set_m128(_mm256_cvtpd_ps(_mm256_sub_pd(_mm256_loadu_pd(sum + k + 4), high4)),
-                               _mm256_cvtpd_ps(_mm256_sub_pd(_mm256_loadu_pd(sum + k), high4)));
-    };
     __m256 total8 = _mm256_setzero_ps();
-    for (int64_t k = 0; k < codes; k += 8) total8 = _mm256_add_ps(total8, exp8(below(k)));
+    for (int64_t k = 0; k < codes; k += 8) {
+        const __m256d low = _mm256_sub_pd(_mm256_loadu_pd(sum + k), high4);
+        const __m256d rest = _mm256_sub_pd(_mm256_loadu_pd(sum + k + 4), high4);
+        const __m256 below = _mm256_set_m128(_mm256_cvtpd_ps(rest), _mm256_cvtpd_ps(low));
+        store(log_resp + k, codes - k, below);
+        total8 = _mm256_add_ps(total8, exp8(below));
+    }
     __m128 total = _mm_add_ps(_mm256_castps256_ps128(total8), _mm256_extractf128_ps(total8, 1));
     total = _mm_add_ps(total, _mm_movehl_ps(total, total));
-    total = _mm_add_ss(total, _mm_movehdup_ps(total));
-    const float log_total = std::log(_mm_cvtss_f32(total));
+    const float log_total = std::log(_mm_cvtss_f32(_mm_add_ss(total, _mm_movehdup_ps(total))));
     *evidence = _mm_cvtsd_f64(high2) + log_total;
     const __m256 shift = _mm256_set1_ps(log_total);
     for (int64_t k = 0; k < codes; k += 8) {
-        store(log_resp + k, codes - k, _mm256_sub_ps(below(k), shift));
+        store(log_resp + k, codes - k, _mm256_sub_ps(load(log_resp + k, codes - k, 0.0f), shift));
     }
 }
 
@@ -181,14 +182,13 @@ void profile_posterior(uintptr_t table, int64_t num_kinds, int64_t codes, uintpt
             }
         }
         if (good) {
-            // Some users at a time: what one waits for another can do meanwhile.
             std::vector<double> sums(kTogether * t.padded);
             auto* add = t.weights == nullptr ? add_events<false> : add_events<true>;
-            for (int64_t from = begin; from < end && good; from += kTogether) {
+            for (int64_t from = begin; from < end; from += kTogether) {
                 const int64_t to = std::min(end, from + kTogether);
                 const int64_t wrong = first_bad(t, first[from], first[to]);
                 if (wrong < first[to]) {
-                    bad_kind = wrong, good = false;
+                    bad_kind = wrong;
                     break;
                 }
                 for (int64_t u = from; u < to; ++u) {

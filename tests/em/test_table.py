@@ -123,12 +123,18 @@ def test_profiles_are_those_of_the_exact_posterior(lm, fields, max_tokens):
 def test_what_was_read_is_kept(lm, monkeypatch):
     engine, books, source = engine_of(lm, 1), books_of(lm, 1), source_of()
     kinds, cache = survey(source, lm.tokenizer, 0, 24), MemoryCache(1 << 20)
-    EventTable(engine, source.format, books, CONFIG, cache=cache).read(kinds)
+
+    def table(books):
+        made = EventTable(engine, source.format, books, CONFIG)
+        made.cache = cache
+        return made
+
+    table(books).read(kinds)
     monkeypatch.setattr(PackedEngine, "nll", None)
-    again = EventTable(engine, source.format, books, CONFIG, cache=cache)
+    again = table(books)
     again.read(kinds)
     assert again.values.shape == (len(kinds), 3)
-    other = EventTable(engine, source.format, books_of(lm, 2)[1:], CONFIG, cache=cache)
+    other = table(books_of(lm, 2)[1:])
     with pytest.raises(TypeError):
         other.read(kinds)
 
@@ -229,7 +235,8 @@ def test_lm_work_does_not_grow_with_users(lm):
     assert tokens[0] == tokens[1]
 
 
-def test_em_keeps_the_most_frequent_texts(lm):
+def test_em_keeps_the_most_frequent_texts(lm, monkeypatch):
+    monkeypatch.setattr(crowd, "_FEWEST_TEXTS", 1)
     engine, source = engine_of(lm, 1), source_of(60)
     config = replace(CONFIG, table_readings=2 * 3)  # two texts under three codes
     users = Crowd(source, 60, engine, config, tiny.template(1).fields)

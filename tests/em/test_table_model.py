@@ -59,6 +59,13 @@ def test_profiles_are_those_of_infer(model, tmp_path):
     assert np.array_equal(model.profile(items[7], ratings[7]), p[7])
 
 
+def test_users_of_known_items_are_inferred_without_the_lm(model, monkeypatch):
+    fresh = replace(model)
+    codes = fresh.infer(read(60))
+    monkeypatch.setattr(PackedEngine, "nll", None)
+    assert np.array_equal(fresh.infer(read(60)), codes)
+
+
 def test_no_events_give_the_prior(model):
     prior = sum(np.ix_(*[b.log_prior.numpy() for b in model.codebooks]))
     np.testing.assert_allclose(model.profile([]), np.exp(prior).ravel(), rtol=1e-4)

@@ -7,6 +7,7 @@ reads few of its (text, codes) pairs and expects what all would give.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -42,7 +43,10 @@ from userip_fast.prefetch import Prefetch
 from userip_fast.prompts import ProfileField
 
 _FEWEST_USERS = 50  # below that all of them train
+logger = logging.getLogger("userip_fast.em")
+
 APART_USERS = 1_024  # read whole, if not told how many
+_FEWEST_TEXTS = 256  # in the table, however many codes there are
 _START_USERS = 1_024  # whose behaviour codewords start from
 _CHUNK = 4_096  # users whose sums are added before they join the others': part of the result
 
@@ -176,9 +180,9 @@ class Apart:
 class Crowd:
     """All users of a source, through an event table of their most frequent texts.
 
-    A table has `config.table_readings` pairs of a text and codes at most; events of rarer texts are
-    left out here, as if they had not been told. Sums run over fixed chunks of users in hash order,
-    so blocks, threads and processes leave no trace in them.
+    A table has `config.table_readings` pairs of a text and codes at most (but 256 texts); events of
+    rarer texts are left out here, as if they had not been told. Sums run over fixed chunks of users
+    in hash order, so blocks, threads and processes leave no trace in them.
 
     Args:
         source, users: The first so many users of it.
@@ -204,8 +208,11 @@ class Crowd:
         self.some = block.select(np.flatnonzero(~self.judging[:start]))
 
         columns = math.prod(f.codebook_size for f in fields)
-        kinds = _frequent(
-            survey(source, tokenizer, 0, users), max(1, config.table_readings // columns)
+        counts = survey(source, tokenizer, 0, users)
+        kinds = _frequent(counts, max(_FEWEST_TEXTS, config.table_readings // columns))
+        share = sum(counts[kind] for kind in kinds) / max(1, counts.total())
+        logger.info(
+            "EM reads %d of %d kinds, %.1f %% of events", len(kinds), len(counts), 100 * share
         )
         self.numbering = Numbering(kinds)
         told = source.format.kinds(tokenizer, layout, kinds)

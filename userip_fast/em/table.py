@@ -120,11 +120,11 @@ class EventTable:
 
     Args:
         fmt: How events are told.
-        cache: Keeps what was read, and finds it again.
-        show: Whether to show progress.
 
     Attributes:
         codebooks, grid: What makes the columns.
+        cache: Keeps what is read, and finds it again; None for nothing beside `values`.
+        show: Whether to show progress.
         values: [E, Z] fp32, log p(kind | codes).
     """
 
@@ -134,11 +134,11 @@ class EventTable:
         fmt: BehaviourFormat,
         codebooks: list[Codebook],
         config: EMConfig,
-        cache: BlockCache | None = None,
-        show: bool = False,
     ) -> None:
         self.engine, self.format, self.config = engine, fmt, config
-        self.codebooks, self.cache, self.show = codebooks, cache, show
+        self.codebooks = codebooks
+        self.cache: BlockCache | None = None
+        self.show = False
         self.grid = Grid(codebooks, engine)
         self.values = torch.empty(0, len(self.grid.codes))
         self._unpaid = 0  # rows that were read, and are no user's cost yet
@@ -181,13 +181,12 @@ class EventTable:
 
     def _rows_told(self, told: Told) -> Int64:
         """[N] the same of each event."""
-        number = self._numbering.of(told)
-        used = np.unique(told.kinds)
-        if len(unread := used[number[used] < 0]):
+        rows = self._numbering.of(told)[told.kinds]
+        if len(unread := np.unique(told.kinds[rows < 0])):
             words = told.words or [""] * len(told.texts)
             self.read((told.texts[i], words[i]) for i in unread.tolist())
-            number = self._numbering.of(told)
-        return number[told.kinds]
+            rows = self._numbering.of(told)[told.kinds]
+        return rows
 
     def posterior(self, rows: Int64, offsets: Int64) -> tuple[Tensor, Tensor]:
         """[U, Z] log responsibilities and [U] evidence of users whose events are `rows`."""

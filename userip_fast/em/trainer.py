@@ -189,12 +189,15 @@ class Trainer:
         *,
         users: tuple[int, int] | None = None,
         cache: BlockCache | None = None,
+        table: EventTable | None = None,
     ) -> Iterator[Profiles]:
         """Profiles of all users, block by block, with the codebooks as they are.
 
         Args:
             users: Only those from the first to before the second, in hash order.
-            cache: Keeps the profiles of finished blocks (without theta), and finds them again.
+            cache: Keeps the profiles of finished blocks (without theta), or what was read into a
+                table, and finds them again.
+            table: Of these codebooks, to go on with where an event table serves.
         """
         em = self.config.em
         if em.recipe == "paper":
@@ -211,7 +214,9 @@ class Trainer:
                 yield run_paper(block, self.engine, fields, em, codebooks, self.show)[1]
             return
         if em.estep == "posterior" and has_table(self.config):
-            yield from self._infer_by_table(source, codebooks, users, cache)
+            table = table or EventTable(self.engine, source.format, codebooks, em)
+            table.cache, table.show = cache, self.show
+            yield from self._infer_by_table(source, table, users)
             return
         estep = self._estep
         if em.estep != "gradient":
@@ -229,17 +234,13 @@ class Trainer:
     def _infer_by_table(
         self,
         source: Source,
-        codebooks: list[Codebook],
+        table: EventTable,
         users: tuple[int, int] | None,
-        cache: BlockCache | None,
     ) -> Iterator[Profiles]:
-        """As `_sweep`, from an event table; what is kept is the table."""
+        """As `_sweep`, from an event table."""
         first, last = users or self.own_users(source)
         tokenizer, size = self.engine.lm.tokenizer, self.config.em.block_users
         began = time.perf_counter()
-        table = EventTable(
-            self.engine, source.format, codebooks, self.config.em, cache=cache, show=self.show
-        )
         table.read(survey(source, tokenizer, first, last))
 
         def told(a: int) -> tuple[Told, npt.NDArray[np.uint64]]:
