@@ -95,8 +95,9 @@ class PagedArray:
             FormatError: See `check`.
         """
         stop = len(self) if stop is None else stop
-        if stop > start and self._row_bytes:
-            self.check(np.array([start]), stop - start)
+        if not self._whole:
+            first, end = start * self._row_bytes // PAGE, -(-stop * self._row_bytes // PAGE)
+            self._read(first + np.flatnonzero(self.seen[first:end] == 0))
         return self.unchecked[start:stop]
 
     def _read(self, pages: Rows) -> None:
