@@ -160,6 +160,10 @@ ConfigFile = Annotated[
 Probabilities = Annotated[
     bool, _panel(_RUN, "The bank keeps the probability of each code (posterior E-step).")
 ]
+Verify = Annotated[
+    bool | None,
+    _panel(_FIELDS, "Read every byte of the LM again, whatever sums are kept.", "--verify"),
+]
 Quantization = Annotated[str | None, _panel(_FIELDS, "auto, none, nf4 or nf4-double (auto).")]
 
 
@@ -215,6 +219,7 @@ def fit(
     lm: Lm = None,
     quantization: Quantization = None,
     device: Device = None,
+    verify: Verify = None,
     estep: Annotated[
         str | None, _panel(_RUN, "gradient, posterior or amortised (gradient).")
     ] = None,
@@ -293,6 +298,7 @@ def infer(
         bool, _panel(_RUN, "Keep the bank's other users instead of replacing all.")
     ] = False,
     device: Device = None,
+    verify: Verify = None,
     max_users: MaxUsers = None,
     probabilities: Probabilities = False,
     quiet: Quiet = False,
@@ -308,7 +314,7 @@ def infer(
     from userip_fast.model import Model
     from userip_fast.terminal import print_results
 
-    fitted = Model.load(model, device=device)
+    fitted = Model.load(model, device=device, verify=bool(verify))
     settings = fitted.config.override(flag_values(ctx.params))
     data = _read(interactions, items, settings, max_users, quiet, stream)
     if shard is not None:
@@ -610,6 +616,7 @@ def doctor(
     lm: Lm = "default",
     quantization: Quantization = None,
     device: Device = None,
+    verify: Verify = None,
     seed: Annotated[int, _panel(_RUN, "Of the random users.")] = 0,
     set: Settings = None,
 ) -> None:

@@ -106,6 +106,9 @@ class LMConfig:
     memory_gib: float | None = None
     """What weights and step may take together; None is what is free on the device."""
     trust_remote_code: bool = False
+    verify: bool = False
+    """Read every byte of the LM's files for its fingerprint, instead of trusting sums that are kept
+    by file identity, size and times."""
     embedded_hidden: int = 128
     embedded_layers: int = 3
     embedded_heads: int = 4

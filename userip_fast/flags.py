@@ -29,6 +29,7 @@ FLAGS: Mapping[str, str] = {
     "lm": "lm.path",
     "quantization": "lm.quantization",
     "device": "lm.device",
+    "verify": "lm.verify",
     "recipe": "em.recipe",
     "estep": "em.estep",
     "rounds": "em.rounds",

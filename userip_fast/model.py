@@ -46,21 +46,27 @@ from userip_fast.em.matching import numbered_like
 from userip_fast.em.steps import profiles_total
 from userip_fast.em.table import EventTable, has_table
 from userip_fast.em.trainer import Log, Trainer
-from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
+from userip_fast.errors import (
+    ConfigError,
+    DataError,
+    FormatError,
+    MismatchError,
+    UnsupportedError,
+)
 from userip_fast.files import (
     atomic_dir,
     read_json,
     read_tensors,
-    sha256_file,
     sweep_leftovers,
     write_json,
     write_tensors,
 )
-from userip_fast.lm import FrozenLM, make_engine
+from userip_fast.lm import FrozenLM, make_engine, stored
 from userip_fast.lm.engine import check_positions
 from userip_fast.lm.trace import Workload
 from userip_fast.packing import Int64
 from userip_fast.prompts import Layout, PromptTemplate
+from userip_fast.sums import MANIFEST, check_sums, folder_sums
 
 logger = logging.getLogger("userip_fast")
 
@@ -72,6 +78,7 @@ _FILES = (
     "catalogue.parquet",
     "codes.json",
 )
+_LM_FILES = ("lm/config.json", "lm/model.safetensors")
 
 Data = Interactions | InteractionStream
 """Histories in memory, or on disk where they do not fit."""
@@ -348,7 +355,12 @@ class Model:
         ]
 
     def save(self, path: str | Path) -> None:
-        """Writes the model folder; an old one is replaced only by a whole new one."""
+        """Writes the model folder; an old one is replaced only by a whole new one.
+
+        Raises:
+            FormatError: The embedded LM is no longer what was loaded.
+            StorageError: The disk is full or read-only.
+        """
         with atomic_dir(path) as tmp:
             write_json(tmp / "config.json", self.config.to_dict())
             write_tensors(
@@ -361,10 +373,9 @@ class Model:
             pq.write_table(self.catalogue.to_table(), tmp / "catalogue.parquet")
             write_json(tmp / "codes.json", self.cards)
             if self.lm.embedded:
-                shutil.copytree(self.lm.source, tmp / "lm")
-            names = sorted(str(p.relative_to(tmp)) for p in tmp.rglob("*") if p.is_file())
+                self._copy_lm(tmp / "lm")
             write_json(
-                tmp / "manifest.json",
+                tmp / MANIFEST,
                 {
                     "format": _FORMAT,
                     "version": _VERSION,
@@ -378,24 +389,47 @@ class Model:
                         "hidden_size": self.lm.hidden_size,
                     },
                     "behaviour": self.format.to_dict(),
-                    "files": {name: sha256_file(tmp / name) for name in names},
+                    "files": folder_sums(tmp),
                 },
             )
 
+    def _copy_lm(self, to: Path) -> None:
+        """The files of the embedded LM, if they are still what was loaded from them."""
+        try:
+            shutil.copytree(self.lm.source, to)
+            if not stored.is_of(to, self.lm.tokenizer, self.lm.fingerprint):
+                raise FormatError("its files were altered")
+        except (FileNotFoundError, FormatError, UnsupportedError) as e:
+            raise FormatError(
+                f"the embedded LM in {self.lm.source} is not what was loaded from there ({e}); run "
+                "the same command with --resume: the LM is made again, what was learned is kept"
+            ) from e
+
     @classmethod
-    def load(cls, path: str | Path, *, lm: str | None = None, device: str | None = None) -> Model:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        lm: str | None = None,
+        device: str | None = None,
+        verify: bool = False,
+    ) -> Model:
         """Reads a model folder.
 
         Args:
             lm: Where an external LM lies now, if not where it was at fit.
             device: Overrides the device of the config.
+            verify: Whether to read every byte of an external LM again, instead of trusting sums
+                that are kept by file identity, size and times. The model folder is read in any
+                case.
 
         Raises:
-            FormatError: A file is missing, torn or altered, or of another version.
+            FormatError: A file is missing, torn or altered, not in the manifest, or of another
+                version.
             MismatchError: The LM is not the one the codebooks were learned with.
         """
         root = Path(path)
-        manifest = read_json(root / "manifest.json")
+        manifest = read_json(root / MANIFEST)
         if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
             raise FormatError(f"{root}: not a userip_fast model")
         if manifest.get("version") != _VERSION:
@@ -403,8 +437,8 @@ class Model:
                 f"{root}: model version {manifest.get('version')!r}, this program reads {_VERSION}"
             )
         try:
-            _verify(root, manifest["files"])
             about = manifest["lm"]
+            check_sums(root, manifest["files"], [*_FILES, *_LM_FILES * bool(about["embedded"])])
             try:
                 config = Config.from_dict(read_json(root / "config.json"))
             except ConfigError as e:
@@ -430,16 +464,26 @@ class Model:
                 if about["quantization"] in ("none", "nf4", "nf4-double")
                 else config.lm.quantization,
                 device=device or config.lm.device,
+                verify=verify or config.lm.verify,
             )
             model_lm = FrozenLM.load(str(source), lm_config, Workload.of(config))
             model_lm.embedded = bool(about["embedded"])
         except (KeyError, TypeError) as e:
             raise FormatError(f"{root}: the manifest lacks or garbles {e}") from e
-        if model_lm.fingerprint != about["fingerprint"]:
+        expected = str(about["fingerprint"])
+        if not stored.is_of(stored.folder_of(str(source)), model_lm.tokenizer, expected):
             raise MismatchError(
                 f"{root}: the LM at {source} is not the one the codebooks were learned with "
-                f"(fingerprint {model_lm.fingerprint[:12]}, expected {about['fingerprint'][:12]})"
+                f"(fingerprint {model_lm.fingerprint[:12]}, expected {expected[:12]})"
             )
+        if not expected.startswith(stored.FULL):
+            logger.warning(
+                "%s: saved when one row of each tensor was all that the LM was known by; that "
+                "much of it is the same. A new fit has it known by every byte",
+                root,
+            )
+            # The model's own fingerprint follows from it, and banks and checkpoints from that.
+            model_lm.fingerprint = expected
         if model_lm.hidden_size != about["hidden_size"]:
             raise MismatchError(
                 f"{root}: the LM has hidden size {model_lm.hidden_size}, the codebooks "
@@ -542,17 +586,6 @@ def orders_like(path: str | Path, model: Model) -> list[Tensor]:
     if not same_lm or shapes[0] != shapes[1]:
         raise MismatchError(f"like: {root} has another LM or other fields; codes do not compare")
     return numbered_like(model.codebooks, old)
-
-
-def _verify(root: Path, files: dict[str, str]) -> None:
-    if missing := [name for name in _FILES if name not in files]:
-        raise FormatError(f"{root}: the manifest does not list {missing[0]}")
-    for name, digest in files.items():
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise FormatError(f"{root}: the manifest names a file outside the model, {name!r}")
-        file = root / name
-        if not file.is_file() or sha256_file(file) != digest:
-            raise FormatError(f"{file}: missing or altered since the model was saved")
 
 
 def _codes(code_ids: Tensor | None) -> Int64:

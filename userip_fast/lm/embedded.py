@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from userip_fast.config import LMConfig
-from userip_fast.files import atomic_dir, write_json
+from userip_fast.errors import FormatError
+from userip_fast.files import atomic_dir, read_json, write_json
 from userip_fast.packing import Behaviour, Int64, telling
 from userip_fast.progress import progress
 from userip_fast.prompts import Layout, PromptTemplate
+from userip_fast.sums import MANIFEST, cache_folder, check_sums, folder_sums
 
+logger = logging.getLogger("userip_fast.lm")
+
+_FORMAT, _VERSION = "userip_fast.lm", 1
 _RECIPE = 2  # raise with any change that makes cached models stale
 _STEP_TOKENS = 2048
 _PROMPT_TOKENS = 128  # of independent events told in one prompt: many users in each step
@@ -42,13 +47,6 @@ SlotIds = Callable[[Any], Int64]
 """Token ids [U, S] that stand in the soft rows during pre-training, given the tokenizer."""
 
 
-def cache_folder() -> Path:
-    """`$USERIP_FAST_CACHE`, else `userip_fast` in the user's cache folder."""
-    if root := os.environ.get("USERIP_FAST_CACHE"):
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "userip_fast"
-
-
 def embedded_lm(
     texts: Sequence[str],
     template: PromptTemplate,
@@ -60,7 +58,7 @@ def embedded_lm(
     seed: int = 0,
     show: bool = False,
 ) -> Path:
-    """Folder of the embedded LM for these users, trained unless it is in the cache.
+    """Folder of the embedded LM for these users, trained unless it is in the cache, undamaged.
 
     Args:
         texts: Event texts as they are tokenised (with separator), for the tokenizer.
@@ -68,8 +66,7 @@ def embedded_lm(
         behaviour_of: Builds the training users' behaviour with the trained tokenizer.
         config: Sizes and number of training tokens.
         content_key: Digest of the training users' behaviour; with config and template it names the
-        cache
-            entry.
+            cache entry.
         slot_ids: Fills the soft rows; None tells there of each user's own behaviour.
         seed: Of weights and batches.
         show: Whether to show progress.
@@ -78,8 +75,12 @@ def embedded_lm(
     prompts = [(f.prompt, f.num_virtual_tokens, f.candidates) for f in template.fields]
     key = json.dumps([_RECIPE, sizes, prompts, content_key, seed], sort_keys=True)
     folder = cache_folder() / "lm" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    if (folder / "config.json").exists():
-        return folder
+    if folder.exists():
+        try:
+            check_embedded(folder)
+            return folder
+        except FormatError as e:
+            logger.warning("cached LM: %s; it is trained again", e)
     tokenizer = _train_tokenizer(texts, template, config.embedded_vocab)
     layout = template.layout(tokenizer)
     behaviour = behaviour_of(tokenizer, layout)
@@ -89,7 +90,21 @@ def embedded_lm(
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
         write_json(tmp / "training.json", curve)
+        about = {"format": _FORMAT, "version": _VERSION, "files": folder_sums(tmp)}
+        write_json(tmp / MANIFEST, about)
     return folder
+
+
+def check_embedded(folder: Path) -> None:
+    """Checks that an embedded LM's folder is whole and as it was written.
+
+    Raises:
+        FormatError: It is not, and which file.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise FormatError(f"{folder / MANIFEST}: is not that of an embedded LM")
+    check_sums(folder, manifest.get("files"), ("config.json", "model.safetensors"))
 
 
 def _train_tokenizer(texts: Sequence[str], template: PromptTemplate, vocab: int) -> Any:

@@ -7,13 +7,11 @@ name.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from userip_fast.config import LMConfig
 from userip_fast.errors import MismatchError, UnavailableError, UnsupportedError
-from userip_fast.lm import attention
+from userip_fast.lm import attention, stored
 from userip_fast.lm.fuse import fuse, pays
 from userip_fast.lm.memory import Plan, choose, free_bytes
 from userip_fast.lm.nf4 import quantize_linears
@@ -45,8 +43,8 @@ class FrozenLM:
         source: Path or hub id it came from.
         embedded: Whether it is the embedded default, which is saved with a model.
         quantization: "none", "nf4" or "nf4-double".
-        fingerprint: Hex digest of the vocabulary and a sample of every tensor as it is stored, so
-            that it does not depend on dtype, quantisation or device.
+        fingerprint: Digest of every byte that decides what it computes; of a stored LM as it is
+            stored (`userip_fast.lm.stored`), else of the tensors handed over.
         head_weight, head_bias, softcap: The frozen head, for `ops.linear_cross_entropy`.
         token_embedding, embedding_scale: Token t enters the model as `embedding_scale * row t`.
         embedding_rms: Root mean square of an entry of an embedded token; the unit of `em.lr`.
@@ -65,7 +63,6 @@ class FrozenLM:
         *,
         source: str,
         quantization: str,
-        fingerprint: str | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -95,8 +92,12 @@ class FrozenLM:
             torch.arange(min(4096, self.token_embedding.shape[0]), device=self.device)
         )
         self.embedding_rms = float(rows.float().square().mean().sqrt())
-        self.fingerprint = fingerprint or _digest(tokenizer, _model_tensors(model))
         self._probe()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See the class."""
+        return stored.model_fingerprint(self.model, self.tokenizer)
 
     @classmethod
     def load(
@@ -106,7 +107,7 @@ class FrozenLM:
 
         Args:
             path: A folder in Hugging Face format, or a hub id.
-            config: Quantisation, dtype, device, residency.
+            config: Quantisation, dtype, device, residency; whether to read all bytes again.
             work: What an E-step will ask of it; decides what fits into memory.
 
         Raises:
@@ -128,11 +129,11 @@ class FrozenLM:
             tokenizer = AutoTokenizer.from_pretrained(path, **remote)
         except (OSError, ValueError, KeyError) as e:
             raise UnsupportedError(f"LM {path!r} cannot be loaded: {e}") from e
-        stored = getattr(hf_config, "quantization_config", None)
-        quantization = "stored" if stored else config.quantization.replace("auto", "nf4-double")
+        packed = getattr(hf_config, "quantization_config", None)
+        quantization = "stored" if packed else config.quantization.replace("auto", "nf4-double")
         kwargs: dict[str, Any] = {"attn_implementation": attention.NAME, "dtype": dtype, **remote}
         bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
-        if stored and not bitsandbytes:
+        if packed and not bitsandbytes:
             raise UnavailableError(
                 f"LM {path!r} is stored in 4 bits, which transformers reads through bitsandbytes: "
                 "pip install 'userip-fast[nf4]'"
@@ -158,17 +159,13 @@ class FrozenLM:
                 module.support_avx512bf16_for_cpu = False
         if quantization.startswith("nf4") and not bitsandbytes:
             quantize_linears(model, nested=quantization == "nf4-double")
-        if stored:
-            quantization = str(_get(stored, "bnb_4bit_quant_type", "stored"))
-            if _get(stored, "bnb_4bit_use_double_quant", False):
+        if packed:
+            quantization = str(_get(packed, "bnb_4bit_quant_type", "stored"))
+            if _get(packed, "bnb_4bit_use_double_quant", False):
                 quantization += "-double"
-        lm = cls(
-            model,
-            tokenizer,
-            source=str(path),
-            quantization=quantization,
-            fingerprint=_digest(tokenizer, _stored_tensors(_folder(path))),
-        )
+        lm = cls(model, tokenizer, source=str(path), quantization=quantization)
+        folder = stored.folder_of(path)
+        lm.fingerprint = stored.fingerprint(folder, tokenizer, again=config.verify)
         lm._settle(config, work or Workload())
         logger.info(
             "LM %s: %s, %s, %s, D=%d; %s",
@@ -320,40 +317,3 @@ def _get(mapping: Any, key: str, default: Any) -> Any:
     return (
         mapping.get(key, default) if isinstance(mapping, dict) else getattr(mapping, key, default)
     )
-
-
-def _digest(tokenizer: Any, tensors: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
-    """A digest that changes with vocabulary, names, shapes or sampled values; milliseconds."""
-    digest = hashlib.sha256()
-    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
-        digest.update(f"{index}\t{token}\n".encode())
-    for name, shape, sample in tensors:
-        digest.update(f"{name} {shape} {sample.dtype}".encode())
-        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _folder(path: str) -> Path:
-    """The folder the model lies in; of a hub id, that of its cached snapshot."""
-    if Path(path).is_dir():
-        return Path(path)
-    from transformers.utils import cached_file
-
-    return Path(str(cached_file(path, "config.json"))).parent
-
-
-def _stored_tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """Name, shape and the first row of every tensor in the folder's safetensors files."""
-    from safetensors import safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as stored:
-            for name in sorted(stored.keys()):
-                part = stored.get_slice(name)
-                shape = tuple(part.get_shape())
-                yield name, shape, part[:1] if shape and shape[0] else torch.zeros(0)
-
-
-def _model_tensors(model: Any) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    for name, tensor in sorted(model.state_dict().items()):
-        yield name, tuple(tensor.shape), tensor.detach().reshape(-1)[:64]
