@@ -293,7 +293,7 @@ BAD = [
     (same, ["--field", "big:Size:31"], ["codebook_size", "'big' is 31", "30 users"]),
     (same, ["--filter", "genre =="], ["filter"]),
     (same, ["--text", "{titel}"], ["'titel'", "items.parquet"]),
-    (same, ["--lm", "/no/such/model"], ["LM '/no/such/model' cannot be loaded"]),
+    (same, ["--lm", "/no/such/model"], ["LM '/no/such/model': there is no such folder"]),
     (same, ["--set", "em.speed=1"], ["'em.speed' is unknown"]),
 ]
 

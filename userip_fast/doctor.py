@@ -23,6 +23,7 @@ from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
 from userip_fast.lm.engine import Engine, check_positions
 from userip_fast.lm.fuse import unfuse
 from userip_fast.lm.residency import make_resident
+from userip_fast.lm.stored import told
 from userip_fast.packing import Behaviour, build_behaviour, make_pack
 from userip_fast.prompts import Layout, ProfileField, PromptTemplate, TokenTable
 
@@ -74,7 +75,13 @@ def diagnose(lm: FrozenLM, *, users: int = 8, seed: int = 0) -> list[Check]:
 
     Raises:
         MismatchError: The LM's context is too short for the prompts.
+        UnsupportedError: The model cannot be run on prompts; the text says why.
     """
+    with told(f"{type(lm.model).__name__} cannot be run on prompts"):
+        return _diagnose(lm, users, seed)
+
+
+def _diagnose(lm: FrozenLM, users: int, seed: int) -> list[Check]:
     layout = PromptTemplate(FIELDS).layout(lm.tokenizer)
     check_positions(lm, layout, _MAX_TOKENS)
     random = np.random.default_rng(seed)
@@ -103,18 +110,21 @@ def _wide_copy(lm: FrozenLM) -> FrozenLM:
     unfuse(model)
     make_resident(model, wide)
     torch.nn.Module.to(model, wide)  # transformers' own `to` refuses models that were quantised
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"  # the grouped product is not for float64
     return FrozenLM(model, lm.tokenizer, source=lm.source, quantization="none")
 
 
 def _random_behaviour(
     lm: FrozenLM, layout: Layout, context: Context, users: int, random: np.random.Generator
 ) -> Behaviour:
-    """Histories of 1 to 8 events of 2 to 7 random tokens; some are longer than what is kept."""
+    """Histories of 1 to 8 events of 2 to 7 random tokens of the tokenizer's; some are longer than
+    what is kept."""
     kinds = 64
     size = random.integers(2, 8, kinds)
     offsets = np.concatenate([[0], np.cumsum(size)])
     table = TokenTable(
-        random.integers(lm.token_embedding.shape[0], size=offsets[-1]).astype(np.int32),
+        random.choice(list(lm.tokenizer.get_vocab().values()), offsets[-1]).astype(np.int32),
         random.random(offsets[-1]) < 0.4,
         offsets,
     )

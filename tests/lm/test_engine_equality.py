@@ -160,7 +160,6 @@ STRANGE = {
     ),
     "convolutions": ("Lfm2Config", {"full_attn_idxs": [1]}, "layers of type 'conv'"),
     "later tokens": ("Gemma3TextConfig", {"use_bidirectional_attention": True}, "not a causal LM"),
-    "scaled logits": ("Cohere2Config", {}, "more between hidden states and logits"),
 }
 
 
@@ -201,3 +200,10 @@ def test_tokens_mixed_outside_attention_are_refused():
     layer.mlp.register_forward_hook(lambda _, x, y: y + y.roll(1, 1))
     with pytest.raises(UnsupportedError, match="reads packed users in another way"):
         PackedEngine(lm, tiny.template().layout(lm.tokenizer))
+
+
+def test_a_head_that_does_more_than_a_linear_map_is_refused():
+    model = tiny.model("llama")
+    model.lm_head.register_forward_hook(lambda module, args, out: out**3)
+    with pytest.raises(UnsupportedError, match="more between hidden states and logits"):
+        FrozenLM(model, tiny.tokenizer(), source="strange", quantization="none")

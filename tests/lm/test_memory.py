@@ -148,7 +148,7 @@ def test_load_says_what_was_chosen(tmp_path, caplog):
         lm = FrozenLM.load(folder, small, Workload(4096, 64, block_users=64))
     assert "lm.residency=" in caplog.text
     assert f"packs of at most {lm.plan.pack_tokens} rows" in caplog.text
-    assert (lm.plan.pack_tokens, lm.plan.recompute) == (2048, True)
+    assert (lm.plan.pack_tokens, lm.plan.recompute) == (1024, False)
     with pytest.raises(ConfigError, match=r"not fit into 0.00 MiB"):
         FrozenLM.load(folder, LMConfig(path=folder, memory_gib=1e-6))
 

@@ -21,6 +21,7 @@ from userip_fast.lm import attention
 from userip_fast.lm.attention import PackContext
 from userip_fast.lm.frozen import FrozenLM
 from userip_fast.lm.last_layer import last_layer, rows_behind_attention
+from userip_fast.lm.stored import told
 from userip_fast.ops import linear_cross_entropy, prepend_soft_prompts
 from userip_fast.packing import Pack
 from userip_fast.prompts import Layout
@@ -78,9 +79,10 @@ class PackedEngine:
         self.prefix_segment = _tensor(layout.prefix_segment, lm.device)
         self.prefix_position = _tensor(layout.prefix_position, lm.device)
         self.last_layer = last_layer(lm.model)
-        if probe:
-            self._probe()
-        self.prefix = self._prefix_keys_values()
+        with told(f"{type(lm.model).__name__} cannot be run on packed rows"):
+            if probe:
+                self._probe()
+            self.prefix = self._prefix_keys_values()
 
     def nll(self, pack: Pack, soft_rows: Tensor) -> Tensor:
         """See `Engine.nll`."""
@@ -93,8 +95,9 @@ class PackedEngine:
 
     def loss(self, hidden: Tensor, pack: Pack) -> Tensor:
         """As `nll`, from the final hidden states [R, D] of the loss rows."""
+        scale = self.lm.logit_scale
         return linear_cross_entropy(
-            hidden,
+            hidden if scale == 1 else hidden * scale,
             self.lm.head_weight,
             pack.target,
             pack.loss_weight,

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from userip_fast.config import LMConfig
-from userip_fast.errors import MismatchError, UnavailableError, UnsupportedError
+from userip_fast.errors import ConfigError, MismatchError, UnavailableError, UnsupportedError
 from userip_fast.lm import attention, stored
 from userip_fast.lm.fuse import fuse, pays
-from userip_fast.lm.memory import Plan, choose, free_bytes
-from userip_fast.lm.nf4 import quantize_linears
+from userip_fast.lm.memory import Plan, budget_bytes, choose
+from userip_fast.lm.nf4 import is_linear4bit, quantize_linears
 from userip_fast.lm.residency import set_recompute, settle
+from userip_fast.lm.stored import first_line, told
 from userip_fast.lm.trace import Architecture, Workload
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class FrozenLM:
         quantization: "none", "nf4" or "nf4-double".
         fingerprint: Digest of every byte that decides what it computes; of a stored LM as it is
             stored (`userip_fast.lm.stored`), else of the tensors handed over.
-        head_weight, head_bias, softcap: The frozen head, for `ops.linear_cross_entropy`.
+        head_weight, head_bias, softcap, logit_scale: The frozen head: `ops.linear_cross_entropy` of
+            `logit_scale * hidden states`.
         token_embedding, embedding_scale: Token t enters the model as `embedding_scale * row t`.
         embedding_rms: Root mean square of an entry of an embedded token; the unit of `em.lr`.
         plan: How `load` decided to keep and run it; None for a model handed over as it is.
@@ -81,9 +83,13 @@ class FrozenLM:
         self.device = self.token_embedding.device
         self.dtype = self.token_embedding.dtype
         self.hidden_size = int(self.token_embedding.shape[1])
+        self._check_tokens()
         self.head_weight: Tensor = head.weight
         self.head_bias: Tensor | None = getattr(head, "bias", None)
         text_config = model.config.get_text_config()
+        self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0) / float(
+            getattr(text_config, "logits_scaling", None) or 1.0
+        )
         self.softcap = float(getattr(text_config, "final_logit_softcapping", None) or 0.0)
         self.max_positions = int(getattr(text_config, "max_position_embeddings", 2**31 - 1))
         scale = getattr(embedding, "embed_scale", 1.0)
@@ -120,49 +126,45 @@ class FrozenLM:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         config = config or LMConfig()
+        stored.check_path(path)
         attention.register()
         device = resolve_device(config.device)
         dtype = _resolve_dtype(config.dtype, device)
         remote = {"trust_remote_code": config.trust_remote_code}
-        try:
+        with told(f"LM {path!r} cannot be loaded"):
             hf_config = AutoConfig.from_pretrained(path, **remote)
             tokenizer = AutoTokenizer.from_pretrained(path, **remote)
-        except (OSError, ValueError, KeyError) as e:
-            raise UnsupportedError(f"LM {path!r} cannot be loaded: {e}") from e
         packed = getattr(hf_config, "quantization_config", None)
-        quantization = "stored" if packed else config.quantization.replace("auto", "nf4-double")
-        kwargs: dict[str, Any] = {"attn_implementation": attention.NAME, "dtype": dtype, **remote}
+        quantization = config.quantization.replace("auto", "nf4-double")
+        if packed:
+            quantization = stored.quantization_of(path, packed)
         bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
         if packed and not bitsandbytes:
             raise UnavailableError(
-                f"LM {path!r} is stored in 4 bits, which transformers reads through bitsandbytes: "
-                "pip install 'userip-fast[nf4]'"
+                f"LM {path!r} is stored as {quantization} by bitsandbytes, which is not "
+                "installed: pip install 'userip-fast[nf4]'"
             )
-        if quantization.startswith("nf4") and bitsandbytes:
+        kwargs: dict[str, Any] = {"attn_implementation": attention.NAME, "dtype": dtype, **remote}
+        if not packed and quantization.startswith("nf4") and bitsandbytes:
             kwargs["quantization_config"] = _bnb_config(quantization, dtype)
         if device.type == "cuda":
             kwargs["device_map"] = {"": device}
-        try:
+        with told(f"LM {path!r} cannot be loaded"):
             model, info = AutoModelForCausalLM.from_pretrained(
                 path, output_loading_info=True, **kwargs
             )
-        except (OSError, ValueError, KeyError, ImportError) as e:
-            raise UnsupportedError(f"LM {path!r} cannot be loaded: {e}") from e
         if missing := sorted(info["missing_keys"]):
             raise UnsupportedError(
                 f"LM {path!r} is no causal LM of class {type(model).__name__}: its files lack "
                 f"{missing[0]} and {len(missing) - 1} other weights"
             )
         for module in model.modules():
-            if type(module).__name__ == "Linear4bit":
+            if is_linear4bit(module):
                 # On AVX512-BF16 its first forward pass would repack the weight, with other values.
                 module.support_avx512bf16_for_cpu = False
-        if quantization.startswith("nf4") and not bitsandbytes:
+        _check_finite(path, model)
+        if not packed and quantization.startswith("nf4") and not bitsandbytes:
             quantize_linears(model, nested=quantization == "nf4-double")
-        if packed:
-            quantization = str(_get(packed, "bnb_4bit_quant_type", "stored"))
-            if _get(packed, "bnb_4bit_use_double_quant", False):
-                quantization += "-double"
         lm = cls(model, tokenizer, source=str(path), quantization=quantization)
         folder = stored.folder_of(path)
         lm.fingerprint = stored.fingerprint(folder, tokenizer, again=config.verify)
@@ -182,6 +184,34 @@ class FrozenLM:
         """Decides residency, recomputation and pack size from memory, and carries it out."""
         four_bit = self.quantization.startswith("nf4")
         fused = config.fused == "auto" and pays(self.token_embedding)
+        try:
+            self._make_plan(config, work, four_bit, fused)
+        except ConfigError:  # it does not fit
+            raise
+        except Exception as e:  # of a library's code for this family, on a device without memory
+            self.architecture = None
+            logger.warning(
+                "LM %s: what a step takes cannot be predicted (%s: %s); packs are as large as "
+                "em.pack_tokens says",
+                self.source,
+                type(e).__name__,
+                first_line(e),
+            )
+        residency: str = "resident" if config.residency == "auto" else config.residency
+        recompute = config.recompute == "on"
+        if self.plan is not None:
+            residency, recompute = self.plan.residency, self.plan.recompute
+        if residency == "fp8":
+            from userip_fast.lm.fp8 import settle_gated
+
+            self.fp8_report = settle_gated(self)
+        else:
+            settle(self.model, residency, self.dtype)
+        set_recompute(self.model, recompute)
+        if fused:
+            logger.info("fused element-wise parts of %s", dict(fuse(self.model)) or "no module")
+
+    def _make_plan(self, config: LMConfig, work: Workload, four_bit: bool, fused: bool) -> None:
         self.architecture = Architecture(
             self.model.config, self.dtype, self.device.type, four_bit=four_bit, fused=fused
         )
@@ -189,7 +219,7 @@ class FrozenLM:
         if not budget:
             kept = (*self.model.parameters(), *self.model.buffers())
             held = {t.data_ptr(): t.nbytes for t in kept}
-            budget = free_bytes(self.device) + sum(held.values())
+            budget = budget_bytes(self.device) + sum(held.values())
         self.plan = choose(
             self.architecture,
             budget,
@@ -197,15 +227,13 @@ class FrozenLM:
             residency=config.residency,
             recompute=config.recompute,
         )
-        if self.plan.residency == "fp8":
-            from userip_fast.lm.fp8 import settle_gated
-
-            self.fp8_report = settle_gated(self)
-        else:
-            settle(self.model, self.plan.residency, self.dtype)
-        set_recompute(self.model, self.plan.recompute)
-        if fused:
-            logger.info("fused element-wise parts of %s", dict(fuse(self.model)) or "no module")
+        if self.plan.pack_tokens < work.pack_tokens:
+            logger.warning(
+                "LM %s: em.pack_tokens=%d does not fit into memory; %s",
+                self.source,
+                work.pack_tokens,
+                self.plan,
+            )
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] to input embeddings [..., D], as the model itself does it."""
@@ -237,6 +265,19 @@ class FrozenLM:
             texts[i].strip() for i in ids
         ]
 
+    def _check_tokens(self) -> None:
+        last, token = max((i, t) for t, i in self.tokenizer.get_vocab().items())
+        if last >= (rows := self.token_embedding.shape[0]):
+            raise UnsupportedError(
+                f"{self.source}: the tokenizer gives {token!r} the id {last}, and the model has "
+                f"{rows} token embeddings; take the tokenizer that it was trained with, or grow it "
+                "by model.resize_token_embeddings(len(tokenizer)) and save it"
+            )
+        if any(type(m).__module__.partition(".")[0] == "peft" for m in self.model.modules()):
+            raise UnsupportedError(
+                f"{self.source}: the model carries adapters; hand over model.merge_and_unload()"
+            )
+
     def _probe(self) -> None:
         """Refuses what would otherwise be a silent difference between the engines and the model."""
         name = type(self.model).__name__
@@ -248,11 +289,14 @@ class FrozenLM:
         rope = getattr(text_config, "rope_parameters", None) or getattr(
             text_config, "rope_scaling", None
         )
-        kind = _get(rope or {}, "rope_type", "default")
-        if kind in ("dynamic", "longrope"):
-            raise UnsupportedError(
-                f"{name} uses rope type {kind!r}, whose angles depend on the batch"
-            )
+        # One for all layers, or one for each type of layer.
+        parts = [rope, *rope.values()] if isinstance(rope, dict) else [rope or {}]
+        for part in parts:
+            kind = stored.entry(part, "rope_type", "default")
+            if kind in ("dynamic", "longrope"):
+                raise UnsupportedError(
+                    f"{name} uses rope type {kind!r}, whose angles depend on the batch"
+                )
         kinds = set(getattr(text_config, "layer_types", None) or [])
         if strange := sorted(kinds - {"full_attention", "sliding_attention"}):
             raise UnsupportedError(f"{name} has layers of type {strange[0]!r}")
@@ -260,7 +304,7 @@ class FrozenLM:
         scaled = self.token_embedding[ids] * torch.tensor(self.embedding_scale, dtype=self.dtype)
         if not torch.equal(self.embed(ids), scaled):
             raise UnsupportedError(f"{name} changes token embeddings in a way other than a scale")
-        with torch.no_grad(), self.attention("eager"):
+        with torch.no_grad(), self.attention("eager"), told(f"{name} cannot be run on two tokens"):
             inputs = {"input_ids": ids[None], "use_cache": False}
             hidden = self.model.base_model(**inputs).last_hidden_state
             first = self.model.base_model(input_ids=ids[None, :1], use_cache=False)
@@ -268,7 +312,7 @@ class FrozenLM:
             if change > 0.05 * hidden[0, 0].abs().max():
                 raise UnsupportedError(f"{name} lets a token see later ones: not a causal LM")
             want = self.model(**inputs).logits[0, -1].float()
-            got = (hidden[0, -1:] @ self.head_weight.T).float()[0]
+            got = (self.logit_scale * hidden[0, -1:] @ self.head_weight.T).float()[0]
             if self.head_bias is not None:
                 got = got + self.head_bias.float()
             if self.softcap:
@@ -276,7 +320,7 @@ class FrozenLM:
         if not torch.allclose(got, want, rtol=2e-2, atol=2e-2 * float(want.abs().max())):
             raise UnsupportedError(
                 f"{name} does more between hidden states and logits than a linear "
-                "head with a soft cap"
+                "head with a scale and a soft cap"
             )
 
     def attention(self, implementation: str) -> AbstractContextManager[None]:
@@ -302,6 +346,24 @@ def _resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def _check_finite(path: str, model: Any) -> None:
+    """Refuses NaN and infinity in weights and scales: they would be read as if they meant it."""
+    for name, x in model.state_dict().items():
+        if x.is_floating_point() and x.numel() and not _finite(x):
+            raise UnsupportedError(f"LM {path!r} has NaN or infinity in {name}: it is damaged")
+    for name, module in model.named_modules():
+        state = module.weight.quant_state if is_linear4bit(module) else None
+        if state is not None and state.nested and not bool(state.offset.isfinite()):
+            raise UnsupportedError(f"LM {path!r} has NaN or infinity in {name}: it is damaged")
+
+
+def _finite(x: Tensor) -> bool:
+    if x.dtype.itemsize < 2:
+        x = x.float()
+    low, high = torch.aminmax(x)  # no copy of the weight
+    return bool((low.isfinite() & high.isfinite()).item())
+
+
 def _bnb_config(quantization: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
@@ -310,10 +372,4 @@ def _bnb_config(quantization: str, dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=quantization == "nf4-double",
         bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _get(mapping: Any, key: str, default: Any) -> Any:
-    return (
-        mapping.get(key, default) if isinstance(mapping, dict) else getattr(mapping, key, default)
     )

@@ -53,15 +53,28 @@ def fuse(model: nn.Module, impl: str = "auto", *, try_out: bool = True) -> Count
     same: dict[type, bool] = {}
     like = next(p for p in model.parameters() if p.dtype.itemsize > 1)
     for name, module in model.named_modules():
-        candidate = _candidate(module, like, impl)
-        if candidate is None:
-            continue
         kind = type(module)
-        if kind not in same:
-            same[kind] = not try_out or _close(*candidate.compare())
-            if not same[kind]:
-                logger.info("%s (%s) is not what is fused: it runs as it is", kind.__name__, name)
-        if same[kind]:
+        if not same.get(kind, True):
+            continue
+        candidate = None
+        try:
+            candidate = _candidate(module, like, impl)
+            if candidate is not None and kind not in same:
+                same[kind] = not try_out or _close(*candidate.compare())
+                if not same[kind]:
+                    logger.info(
+                        "%s (%s) is not what is fused: it runs as it is", kind.__name__, name
+                    )
+        except Exception as e:  # a library's class of another build than those it was made for
+            same[kind] = False
+            logger.warning(
+                "%s (%s) cannot be fused (%s: %s): it runs as it is",
+                kind.__name__,
+                name,
+                type(e).__name__,
+                e,
+            )
+        if candidate is not None and same[kind]:
             candidate.forward.userip_fused = True  # type: ignore[attr-defined]
             module.forward = MethodType(candidate.forward, module)
             fused[kind.__name__] += 1
@@ -99,12 +112,14 @@ def _norm(module: Any, impl: str) -> _Candidate:
     with torch.no_grad():
         ones = torch.ones(2, module.weight.shape[0], dtype=module.weight.dtype)
         kept, module.weight.data = module.weight.data, torch.zeros_like(module.weight.data)
-        offset = float(module(ones.to(kept.device)).abs().max() > 0.5) if not kept.is_meta else 0.0
-        module.weight.data = kept
+        try:
+            offset = not kept.is_meta and bool(module(ones.to(kept.device)).abs().max() > 0.5)
+        finally:
+            module.weight.data = kept
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         weight = self.weight.to(hidden_states.dtype)
-        return rms_norm(hidden_states, weight, eps=eps, offset=offset, impl=impl)[0]
+        return rms_norm(hidden_states, weight, eps=eps, offset=float(offset), impl=impl)[0]
 
     def compare() -> tuple[Any, Any]:
         x = _random(module.weight, 6, module.weight.shape[0])
@@ -129,8 +144,10 @@ def _mlp(module: Any, like: Tensor, impl: str) -> _Candidate | None:
     return _Candidate(forward, compare)
 
 
-def _attention(module: Any, forward: Any, like: Tensor, impl: str) -> _Candidate:
+def _attention(module: Any, forward: Any, like: Tensor, impl: str) -> _Candidate | None:
     plain = forward.__globals__[_ROPE]
+    if [*inspect.signature(plain).parameters][:4] != ["q", "k", "cos", "sin"]:
+        return None  # of another family: turns one of them, or takes the angles otherwise
 
     def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         """q, k [B, H, T, d], cos and sin [B or 1, T, d], as the library hands them over."""

@@ -112,6 +112,14 @@ class NF4Linear(nn.Module):
         )
 
 
+def is_linear4bit(module: nn.Module) -> bool:
+    """Whether it is a 4-bit layer of bitsandbytes' own: wrappers of others bear its name too."""
+    return any(
+        kind.__name__ == "Linear4bit" and kind.__module__.partition(".")[0] == "bitsandbytes"
+        for kind in type(module).__mro__
+    )
+
+
 def replace_linear4bit(model: nn.Module) -> int:
     """Swaps every bitsandbytes `Linear4bit` in `model` for an `NF4Linear`, in place.
 
@@ -122,9 +130,7 @@ def replace_linear4bit(model: nn.Module) -> int:
         UnsupportedError: A layer is FP4, not quantised yet, or repacked for AVX512-BF16; the model
             is then unchanged.
     """
-    return swap_modules(
-        model, lambda name, m: type(m).__name__ == "Linear4bit", NF4Linear.from_linear4bit
-    )
+    return swap_modules(model, lambda name, m: is_linear4bit(m), NF4Linear.from_linear4bit)
 
 
 def quantize_linears(

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from userip_fast.errors import UnsupportedError
-from userip_fast.lm.nf4 import NF4Linear, replace_linear4bit
+from userip_fast.lm.nf4 import NF4Linear, is_linear4bit, replace_linear4bit
 from userip_fast.nf4 import NF4Weight
 from userip_fast.ops.nf4_dequantize import nf4_dequantize, nf4_dequantize_into
 
@@ -72,8 +72,10 @@ def make_resident(model: nn.Module, dtype: torch.dtype) -> None:
     for name, module in list(model.named_modules()):
         if hasattr(module, "dense_weight"):
             weight = module.dense_weight()
-        elif type(module).__name__ == "Linear4bit":
+        elif is_linear4bit(module):
             weight = _bitsandbytes_weight(module)
+        elif _is_linear8bit(module):
+            weight = _int8_weight(module)
         else:
             continue
         model.set_submodule(name, dense_linear(weight.to(dtype), module.bias))
@@ -100,6 +102,18 @@ def _bitsandbytes_weight(module: Any) -> Tensor:
     flat.shape = torch.Size([1, state.shape.numel()])
     weight: Tensor = bnb.dequantize_4bit(module.weight.data, flat)
     return weight.view(state.shape)
+
+
+def _is_linear8bit(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__name__ == "Linear8bitLt" and kind.__module__.partition(".")[0] == "bitsandbytes"
+
+
+def _int8_weight(module: Any) -> Tensor:
+    """Rows of int8 [N, K] with the largest magnitude of each: 127 of what is stored."""
+    largest = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+    dense: Tensor = module.weight.data.float() * (largest.float() / 127)[:, None]
+    return dense
 
 
 def layer_of(name: str) -> str:

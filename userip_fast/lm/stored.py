@@ -10,22 +10,90 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from userip_fast.errors import UnsupportedError
+from userip_fast.errors import FormatError, UnsupportedError, UserIPError
 from userip_fast.files import read_json
+from userip_fast.lm import attention
+from userip_fast.lm.memory import is_out_of_memory
 from userip_fast.sums import kept_sum
+
+logger = logging.getLogger("userip_fast.lm")
 
 FULL = "v2:"
 """How a fingerprint of every byte begins. Earlier ones had no prefix: see `sampled_fingerprint`."""
 
 _ORIGIN = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 _SENTENCES = ("The user's hobby is", " Caf\u00e9 \ufb01n \u2460 na\u0131ve \u4e2d", "  123\t3.14\n")
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MERGE = (
+    "merge the adapter into its base first: AutoPeftModelForCausalLM.from_pretrained(PATH)"
+    ".merge_and_unload().save_pretrained(MERGED), and the base's tokenizer into the same folder"
+)
+
+
+def check_path(path: str) -> None:
+    """Refuses what is neither a folder with a whole LM in it nor a hub id.
+
+    What could be a mistyped folder is not looked for on the hub: a hub id is OWNER/NAME, and OWNER
+    is no folder here.
+
+    Raises:
+        UnsupportedError: See above; the text says what to do.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").exists():
+            raise UnsupportedError(f"LM {path!r} holds an adapter, not a whole LM; {_MERGE}")
+        if not (folder / "config.json").exists():
+            raise UnsupportedError(
+                f"LM {path!r} is a folder without config.json; name the folder that "
+                f"save_pretrained wrote{_gguf(folder)}"
+            )
+        weight_files(folder)
+    elif folder.exists():
+        raise UnsupportedError(
+            f"LM {path!r} is a file; name the folder it lies in{_gguf(folder.parent)}"
+        )
+    elif not _HUB_ID.fullmatch(path) or folder.parent.is_dir():
+        raise UnsupportedError(
+            f"LM {path!r}: there is no such folder. (A hub id is OWNER/NAME, say "
+            "openai-community/gpt2, and OWNER is not a folder here.)"
+        )
+    elif _hub_file(path, "adapter_config.json"):
+        raise UnsupportedError(f"LM {path!r} is an adapter, not a whole LM; {_MERGE}")
+
+
+def _gguf(folder: Path) -> str:
+    if not any(folder.glob("*.gguf")):
+        return ""
+    return (
+        ". GGUF is not read: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME)"
+        ".save_pretrained(OTHER) writes a folder that is, its tokenizer likewise"
+    )
+
+
+def _hub_file(path: str, name: str) -> str | None:
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        path,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else str(found)
 
 
 def folder_of(path: str) -> Path:
@@ -49,8 +117,14 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.exists():
-            return [folder / part for part in sorted(set(read_json(index)["weight_map"].values()))]
-    raise UnsupportedError(f"LM {str(folder)!r}: there is no model.safetensors in the folder")
+            try:
+                parts = sorted(set(read_json(index)["weight_map"].values()))
+                return [folder / part for part in parts]
+            except (KeyError, TypeError, AttributeError) as e:
+                raise FormatError(f"{index}: is not an index of weight files") from e
+    raise UnsupportedError(
+        f"LM {str(folder)!r} holds neither model.safetensors nor pytorch_model.bin{_gguf(folder)}"
+    )
 
 
 def fingerprint(folder: Path, tokenizer: Any, *, again: bool = False) -> str:
@@ -69,6 +143,54 @@ def fingerprint(folder: Path, tokenizer: Any, *, again: bool = False) -> str:
     for file in (*weight_files(folder), *code):
         digest.update(kept_sum(file, again=again).encode())
     return FULL + digest.hexdigest()
+
+
+def quantization_of(path: str, packed: Any) -> str:
+    """In which form of bitsandbytes' an LM is stored."""
+    method = str(entry(packed, "quant_method", "bitsandbytes"))
+    method = method.rpartition(".")[2].lower()  # of an enumeration too
+    if "bitsandbytes" not in method and method != "bits_and_bytes":
+        raise UnsupportedError(
+            f"LM {path!r} is stored as {method}, which is not read; take the model that it was "
+            "made from (it is kept in 4 bits by lm.quantization), or save it dequantised"
+        )
+    if not entry(packed, "load_in_4bit", False):
+        return "int8"
+    nested = "-double" if entry(packed, "bnb_4bit_use_double_quant", False) else ""
+    return str(entry(packed, "bnb_4bit_quant_type", "fp4")) + nested
+
+
+def entry(mapping: Any, key: str, default: Any) -> Any:
+    """A key of a mapping, or an attribute of what stands in for one."""
+    if isinstance(mapping, Mapping):
+        return mapping.get(key, default)
+    return getattr(mapping, key, default)
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Whatever goes wrong in a library's code, on what others wrote, is told in one line.
+
+    Raises:
+        UnsupportedError: `what`, and why.
+    """
+    try:
+        yield
+    except UserIPError:
+        raise
+    except Exception as e:
+        if is_out_of_memory(e):
+            raise
+        logger.debug("%s", what, exc_info=True)
+        why = f"{type(e).__name__}: {first_line(e)}"
+        if attention.NAME in str(e):
+            why = "its class does not call attention through transformers' attention interface"
+        raise UnsupportedError(f"{what}: {why}") from e
+
+
+def first_line(error: Exception) -> str:
+    """Of its text, which in a library's error may be pages."""
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def is_of(folder: Path, tokenizer: Any, expected: str) -> bool:

@@ -259,6 +259,7 @@ class _MetaLM:
         self.head_weight, self.head_bias = head.weight, getattr(head, "bias", None)
         text = model.config.get_text_config()
         self.softcap = float(getattr(text, "final_logit_softcapping", None) or 0.0)
+        self.logit_scale = 1.0
         self.embed = embedding
 
     def attention(self, name: str) -> Any:
