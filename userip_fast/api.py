@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,6 +41,7 @@ from userip_fast.model import (
 from userip_fast.names import ItemCounts, code_cards
 from userip_fast.packing import Behaviour
 from userip_fast.prompts import Layout, ProfileField, PromptTemplate
+from userip_fast.reach import Reach
 from userip_fast.report import report_run
 
 logger = logging.getLogger("userip_fast")
@@ -171,7 +172,7 @@ def _fit(
         model.head = trainer.head = model.head and model.head.reordered(orders)
     counts = ItemCounts([f.codebook_size for f in config.fields], data.num_items)
     found, sure = [], [torch.zeros(0, len(config.fields))]
-    totals = np.zeros(4)
+    totals, told = np.zeros(4), Reach()
     done = trainer.own_users(source)[0]
     kept = trainer.infer_cache(run.checkpoints, model.start) if run else None
     table = model.event_table() if has_table(config) else None
@@ -182,11 +183,13 @@ def _fit(
         found.append(profiles.code_ids)
         if probabilities and (own := profiles.probabilities()) is not None:
             sure.append(own)
+        told += source.reach(model.lm.tokenizer, done, done + users)
         done += users
         totals += profiles_total(profiles)
     code_ids = trainer.gather_codes(found)
     sureness = trainer.gather_users(torch.cat(sure)) if probabilities else None
     _, nll, weight, cost = trainer.add_up(totals).tolist()
+    told = Reach(*trainer.add_up(np.array(astuple(told))).tolist())
     counts.merge(processes)
     model.cards = {
         name: [card.to_dict() for card in cards]
@@ -219,6 +222,7 @@ def _fit(
                 "rated": data.rated,
                 "time_ordered": data.ordered,
                 "dropped": data.report.to_dict(),
+                "told": asdict(told),
             },
             "lm": {
                 "source": "embedded" if model.lm.embedded else model.lm.source,

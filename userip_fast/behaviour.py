@@ -19,6 +19,8 @@ from userip_fast.errors import DataError
 from userip_fast.keys import hash_keys
 from userip_fast.packing import Behaviour, Int64, build_behaviour, told_events
 from userip_fast.prompts import Layout, TokenTable, tokenize_events
+from userip_fast.reach import Reach
+from userip_fast.text_tokens import text_tokenizer
 
 if TYPE_CHECKING:
     from userip_fast.behaviour_stream import EventTokens
@@ -208,6 +210,10 @@ class Source(Protocol):
         """The events in `block`, as kinds."""
         ...
 
+    def reach(self, tokenizer: Any, start: int, stop: int) -> Reach:
+        """How much of what users `start:stop` did reaches the LM."""
+        ...
+
 
 class BehaviourSource:
     """Behaviour of all users of a log, tokenised once per distinct event and built block by block.
@@ -302,6 +308,18 @@ class BehaviourSource:
         )
         ends = np.cumsum(np.bincount(user[kept], minlength=stop - start))
         return Told(self.texts, self.feedback, tokens, kinds[kept], np.concatenate([[0], ends]))
+
+    def reach(self, tokenizer: Any, start: int, stop: int) -> Reach:
+        """See `Source`."""
+        offsets = self.events.offsets[start : stop + 1]
+        return Reach.count(
+            self._table(tokenizer),
+            self.kinds[offsets[0] : offsets[-1]],
+            offsets - offsets[0],
+            self.format.max_tokens,
+            self.format.chunk_tokens,
+            text_tokenizer(tokenizer).unknown,
+        )
 
     def empty_users(self, tokenizer: Any) -> Int64:
         """Users whose latest event alone has more tokens than fit: nothing is left of them."""

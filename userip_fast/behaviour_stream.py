@@ -16,6 +16,7 @@ from userip_fast.data.feedback import NEGATIVE_WORDS
 from userip_fast.keys import hash_keys
 from userip_fast.packing import Behaviour, Int64
 from userip_fast.prompts import Layout, TokenTable, tokenize_events
+from userip_fast.reach import Reach
 
 _SURVEY_USERS = 1 << 16
 
@@ -113,6 +114,10 @@ class StreamSource:
     def told(self, tokenizer: Any, start: int, stop: int) -> Told:
         """See `Source`."""
         return self._users(start, stop).told(tokenizer, 0, stop - start)
+
+    def reach(self, tokenizer: Any, start: int, stop: int) -> Reach:
+        """See `Source`."""
+        return self._users(start, stop).reach(tokenizer, 0, stop - start)
 
     def _users(self, start: int, stop: int) -> BehaviourSource:
         """Users `start:stop`, the last few blocks asked for being kept."""

@@ -270,6 +270,7 @@ def fit(
             FeatureBank.open(run.bank),
             fitted["seconds"],
             fitted["nll_per_weight"],
+            metrics["data"]["told"],
             {"model": run.model, "bank": run.bank, "report": run.report, "metrics": run.metrics},
         )
 
@@ -345,6 +346,7 @@ def infer(
             FeatureBank.open(out),
             monotonic() - started,
             found["nll_per_weight"],
+            found["told"],
             {"bank": out},
         )
 

@@ -21,7 +21,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ from userip_fast.lm.engine import check_positions
 from userip_fast.lm.trace import Workload
 from userip_fast.packing import Int64
 from userip_fast.prompts import Layout, PromptTemplate
+from userip_fast.reach import Reach
 from userip_fast.sums import MANIFEST, check_sums, folder_sums
 
 logger = logging.getLogger("userip_fast")
@@ -78,6 +79,7 @@ _FILES = (
     "catalogue.parquet",
     "codes.json",
 )
+_TOLD_USERS = 1 << 12  # of a stream, those who are looked at before the rest is read
 _LM_FILES = ("lm/config.json", "lm/model.safetensors")
 
 Data = Interactions | InteractionStream
@@ -148,8 +150,8 @@ class Model:
             update: Users of an existing bank who are not in `data` stay as they are.
             probabilities: Whether the bank keeps each code's probability given the behaviour.
             show: Whether to show progress.
-            log: Called once the bank is written, with `users`, `nll_per_weight` and
-                `forward_equivalents` per user.
+            log: Called once the bank is written, with `users`, `nll_per_weight`,
+                `forward_equivalents` per user, and what was `told` of them (see `Reach`).
 
         Returns:
             The bank; or, without `out`, [U, J] int64 in the order of `data.user_keys`.
@@ -173,7 +175,7 @@ class Model:
         cache = DiskCache(Path(f"{out}.part"), self.block_key(trainer))
         with self.bank_writer(out, update) as writer:
             sweep_leftovers(cache.folder / "profiles")  # under the bank's lock
-            done, totals = 0, np.zeros(4)
+            done, totals, told = 0, np.zeros(4), Reach()
             for profiles in trainer.infer(
                 source, self.codebooks, self.start, cache=cache, table=table
             ):
@@ -182,6 +184,7 @@ class Model:
                 if probabilities and (sure := profiles.probabilities()) is not None:
                     p = sure.numpy()
                 writer.append(keys, _codes(profiles.code_ids), p)
+                told += source.reach(self.lm.tokenizer, done, done + users)
                 done += users
                 totals += profiles_total(profiles)
         cache.clear()
@@ -191,6 +194,7 @@ class Model:
                 "users": done,
                 "nll_per_weight": nll / max(weight, 1e-12),
                 "forward_equivalents": cost / max(done, 1),
+                "told": asdict(told),
             }
         )
         return FeatureBank.open(out)
@@ -505,7 +509,7 @@ def behaviour_source(
     data: Data, fmt: BehaviourFormat, catalogue: Catalogue, tokenizer: Any, on_bad: str
 ) -> BehaviourSource | StreamSource:
     """Behaviour of the users of `data`, those whose history truncates to nothing refused or
-    dropped.
+    dropped. What of the others does not reach the LM is told in the log.
 
     Raises:
         DataError: Such users exist and `on_bad` is "error", or nobody is left.
@@ -514,13 +518,17 @@ def behaviour_source(
         stream = StreamSource(data, fmt, catalogue, tokenizer)
         names = [data.users(u, u + 1).user_keys[0].as_py() for u in stream.empty[:10].tolist()]
         _check_truncated(len(stream.empty), names, data.num_users, fmt, on_bad)
+        some = min(_TOLD_USERS, stream.num_users)
+        who = "users" if some == stream.num_users else f"of the first {some:,} users"
+        stream.reach(tokenizer, 0, some).warn(fmt.max_tokens, who)
         return stream
     source = BehaviourSource(fmt.events(data, catalogue), fmt)
     empty = truncated_users(source, tokenizer, on_bad)
-    if not len(empty):
-        return source
-    keep = np.setdiff1d(np.arange(data.num_users), empty)
-    return BehaviourSource(fmt.events(data.select_users(keep), catalogue), fmt)
+    if len(empty):
+        keep = np.setdiff1d(np.arange(data.num_users), empty)
+        source = BehaviourSource(fmt.events(data.select_users(keep), catalogue), fmt)
+    source.reach(tokenizer, 0, source.num_users).warn(fmt.max_tokens)
+    return source
 
 
 def truncated_users(source: BehaviourSource, tokenizer: Any, on_bad: str) -> Int64:

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from userip_fast.errors import ConfigError, UnsupportedError
+from userip_fast.errors import ConfigError
+from userip_fast.text_tokens import text_tokenizer
 
 Int32 = npt.NDArray[np.int32]
 
@@ -167,7 +168,7 @@ class PromptTemplate:
             raise ConfigError("a PromptTemplate needs at least one ProfileField")
 
     def layout(self, tokenizer: Any) -> Layout:
-        """Tokenises the names.
+        """Tokenises the names. Here, and here alone, control tokens of the LM's format are meant.
 
         Args:
             tokenizer: A Hugging Face tokenizer. Its BOS, if it has one, becomes the first prefix
@@ -233,7 +234,8 @@ def tokenize_events(
 
     So an event's tokens do not depend on its place in the history, and its first word is predicted
     from the separator. Feedback tokens are found by character offsets; where a token would reach
-    from the feedback into other text, the parts are tokenised apart.
+    from the feedback into other text, the parts are tokenised apart. All of it is read as text: a
+    title that spells a control token becomes no such token (`userip_fast.text_tokens`).
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
@@ -243,13 +245,10 @@ def tokenize_events(
         separator: Text between events.
 
     Raises:
-        UnsupportedError: The tokenizer cannot tell character offsets.
+        UnsupportedError: The tokenizer cannot tell character offsets, or makes control tokens of
+            text.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise UnsupportedError(
-            f"tokenizer {type(tokenizer).__name__} cannot tell character offsets; "
-            "use a fast tokenizer"
-        )
+    read = text_tokenizer(tokenizer)
     before, word, after = behaviour.partition("{feedback}")
     if bool(word) != (feedback is not None):
         raise ConfigError(
@@ -263,29 +262,17 @@ def tokenize_events(
     flags: list[npt.NDArray[np.bool_]] = []
     step = 8192  # bounds the tokenizer's own memory
     for i in range(0, len(whole), step):
-        batch = tokenizer(
-            whole[i : i + step],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        for n, (tokens, spans) in enumerate(
-            zip(batch["input_ids"], batch["offset_mapping"]), start=i
-        ):
+        for n, encoding in enumerate(read.encode(whole[i : i + step]), start=i):
             start = len(heads[n])
             stop = start + len(words[n])
-            token_ids = np.asarray(tokens, np.int32)
-            span = np.asarray(spans, np.int64).reshape(-1, 2)
+            token_ids = np.asarray(encoding.ids, np.int32)
+            span = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
             hit = (span[:, 1] > start) & (span[:, 0] < stop)
             straddles = any(
                 (whole[n][a:start] + whole[n][stop:b]).strip() for a, b in span[hit].tolist()
             )
             if straddles:
-                parts = [
-                    tokenizer(part, add_special_tokens=False)["input_ids"] if part else []
-                    for part in (heads[n], words[n], tails[n])
-                ]
+                parts = [read(part) if part else [] for part in (heads[n], words[n], tails[n])]
                 token_ids = np.asarray([t for part in parts for t in part], np.int32)
                 hit = np.repeat([False, True, False], [len(part) for part in parts])
             ids.append(token_ids)

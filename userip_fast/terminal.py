@@ -136,6 +136,7 @@ def print_results(
     bank: FeatureBank,
     seconds: float,
     nll: float,
+    told: Mapping[str, int],
     paths: Mapping[str, Path],
 ) -> None:
     """What `fit` and `infer` read, did, found and wrote."""
@@ -148,6 +149,8 @@ def print_results(
         "users": f"{len(bank):,}",
         "items": f"{data.num_items:,}",
         "events": f"{data.num_events:,}, {order}",
+        "told to the LM": f"{told['told']:,} of {told['events']:,} events; {told['users_cut']:,} "
+        f"users cut, {100 * told['unknown'] / max(1, told['tokens']):.1f} % unknown tokens",
         "rows dropped": f"{dropped.rows_bad:,} bad{f' ({why})' if why else ''}, "
         f"{dropped.rows_filtered:,} filtered",
         "users too short": f"{dropped.short_users:,} (below {dropped.min_history} events)",

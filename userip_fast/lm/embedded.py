@@ -30,6 +30,7 @@ from userip_fast.packing import Behaviour, Int64, telling
 from userip_fast.progress import progress
 from userip_fast.prompts import Layout, PromptTemplate
 from userip_fast.sums import MANIFEST, cache_folder, check_sums, folder_sums
+from userip_fast.text_tokens import text_tokenizer
 
 logger = logging.getLogger("userip_fast.lm")
 
@@ -351,9 +352,7 @@ def _neutral(tokenizer: Any, template: PromptTemplate, behaviour: Behaviour) -> 
     for f in template.fields:
         shares = typical
         if f.candidates:
-            words = [
-                tokenizer(" " + c, add_special_tokens=False)["input_ids"] for c in f.candidates
-            ]
+            words = [text_tokenizer(tokenizer)(" " + c) for c in f.candidates]
             shares = np.mean(
                 [np.bincount(w, minlength=len(tokenizer)) / len(w) for w in words], axis=0
             )

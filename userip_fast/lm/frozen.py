@@ -26,6 +26,7 @@ from userip_fast.lm.nf4 import is_linear4bit, quantize_linears
 from userip_fast.lm.residency import set_recompute, settle
 from userip_fast.lm.stored import first_line, told
 from userip_fast.lm.trace import Architecture, Workload
+from userip_fast.text_tokens import text_tokenizer
 
 if TYPE_CHECKING:
     from userip_fast.lm.fp8 import GateReport
@@ -242,7 +243,7 @@ class FrozenLM:
 
     def word_embedding(self, word: str) -> Tensor:
         """Mean input embedding [D] fp32 of a word's tokens, the word standing after a space."""
-        ids = self.tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+        ids = text_tokenizer(self.tokenizer)(" " + word)
         if not ids:
             raise MismatchError(f"word {word!r} has no tokens in the LM's vocabulary")
         return self.embed(torch.tensor(ids, device=self.device)).float().mean(0)
