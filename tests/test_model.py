@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -263,3 +264,62 @@ def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
         MismatchError, match=r"the LM has 256 positions; set data\.chunk_tokens .* to at most"
     ):
         uf.fit(read(), config=config)
+
+
+TEXT = "a {title}[[, {title}]]"
+
+
+def read_as(**kwargs):
+    log, items = tables()
+    log = log.rename_columns(["who", "item_id", "when", "stars"])
+    told = {"user": "who", "rating": "stars", "time": "when", "text": TEXT, "min_history": 2}
+    return uf.read_interactions(log, items, **{**told, **kwargs})
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_model_fitted_from_python_remembers_what_it_read(tmp_path, streamed):
+    data = read_as()
+    if streamed:
+        log, items = tables()
+        log = log.rename_columns(["who", "item_id", "when", "stars"])
+        for name, table in (("log", log), ("items", items)):
+            pq.write_table(table, tmp_path / f"{name}.parquet")
+        data = uf.stream_interactions(
+            tmp_path / "log.parquet", tmp_path / "items.parquet", work=tmp_path / "work",
+            user="who", rating="stars", time="when", text=TEXT, min_history=2,
+        )  # fmt: skip
+    uf.fit(data, config=CONFIG, out=tmp_path / "run")
+    model = uf.Model.load(tmp_path / "run" / "model")
+    d = model.config.data
+    assert (d.user, d.item, d.rating, d.time) == ("who", "item_id", "stars", "when")
+    assert (d.text, d.min_history, d.max_tokens) == (TEXT, 2, 100)
+    want = uf.FeatureBank.open(tmp_path / "run" / "bank").lookup(read_as().user_keys)
+    assert (model.infer(read_as()) == want).all()
+
+
+def test_users_told_in_another_text_are_refused(fitted, tmp_path):
+    uf.fit(read_as(), config=CONFIG, out=tmp_path / "run")
+    model = uf.Model.load(tmp_path / "run" / "model")
+    with pytest.raises(MismatchError, match=r"text='\{title\}': the model was fitted on .*'a \{ti"):
+        model.infer(read_as(text="{title}"))
+    assert len(model.infer(read_as(min_history=3), max_users=5)) == 5
+    # A model that does not know, as older ones: its fingerprint is what it was, all data goes.
+    older = uf.Model.load(tmp_path / "run" / "model")
+    older.format = replace(older.format, text=None)
+    assert "text" not in older.format.to_dict()
+    assert older.infer(read_as(text="{title}")).shape[1] == 2
+
+
+@pytest.mark.parametrize("estep", ["gradient", "posterior", "amortised"])
+@pytest.mark.parametrize("recipe", ["userip", "paper"])
+@pytest.mark.parametrize("sizes", [(1,), (1, 1), (1, 3)])
+def test_fields_of_a_single_code_are_fitted_saved_and_read(estep, recipe, sizes, tmp_path):
+    config = replace(
+        CONFIG,
+        em=replace(CONFIG.em, estep=estep, recipe=recipe, paper_epochs=1, rounds=1),
+        fields=tuple(uf.ProfileField(f"f{k}{j}", "is", 1, k) for j, k in enumerate(sizes)),
+    )
+    uf.fit(read(), config=config, out=tmp_path)
+    codes = uf.Model.load(tmp_path / "model").infer(read())
+    assert (codes[:, 0] == 0).all()
+    assert codes.shape == (40, len(sizes))

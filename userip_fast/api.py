@@ -127,6 +127,8 @@ def fit(
         raise ConfigError("like: the published recipe trains codes and users at once; fit without")
     if resume and out is None:
         raise ConfigError("resume=True needs `out`, the run folder to go on in")
+    if data.read_as is not None:  # what is saved tells how to read other users' logs alike
+        config = replace(config, data=replace(config.data, **asdict(data.read_as)))
     if max_users is not None:
         data = data.head_users(max_users)
     processes = start_processes()

@@ -15,7 +15,7 @@ import pyarrow as pa
 from userip_fast.config import DataConfig
 from userip_fast.data import Catalogue, Events, FeedbackScale, Interactions, Negatives, make_events
 from userip_fast.data.feedback import NEGATIVE_WORDS
-from userip_fast.errors import DataError
+from userip_fast.errors import DataError, MismatchError
 from userip_fast.keys import hash_keys
 from userip_fast.packing import Behaviour, Int64, build_behaviour, told_events
 from userip_fast.prompts import Layout, TokenTable, tokenize_events
@@ -37,6 +37,7 @@ class BehaviourFormat:
         chunk_tokens: Longest sequence, at most `max_tokens`.
         negatives: Sampled negatives per event of a log without ratings; 0 for none.
         text_weight, feedback_weight: Loss weight of a token of the item text, of the feedback.
+        text: Template of the item text that the model was fitted on; None where it is not known.
     """
 
     template: str
@@ -49,6 +50,7 @@ class BehaviourFormat:
     text_weight: float
     feedback_weight: float
     seed: int
+    text: str | None = None
 
     @classmethod
     def fit(
@@ -104,6 +106,7 @@ class BehaviourFormat:
             text_weight,
             feedback_weight,
             seed,
+            None if data.read_as is None else data.read_as.text,
         )
 
     @property
@@ -117,6 +120,15 @@ class BehaviourFormat:
     def best_word(self) -> int:
         """Index of the word for the best that may happen."""
         return 0 if self.negatives else len(self.words) - 1
+
+    def check_text(self, data: Interactions | InteractionStream) -> None:
+        """Raises MismatchError where items of `data` are told in another text than at fit."""
+        given = None if data.read_as is None else data.read_as.text
+        if self.text is not None and given is not None and given != self.text:
+            raise MismatchError(
+                f"text={given!r}: the model was fitted on items told as {self.text!r}; read the "
+                "log with that text, or fit a model on this one"
+            )
 
     def events(self, data: Interactions, catalogue: Catalogue) -> Events:
         """The users' events, ratings told as words or negatives added from the catalogue."""
@@ -143,6 +155,8 @@ class BehaviourFormat:
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["scale"] = self.scale.to_dict() if self.scale else None
+        if self.text is None:
+            del values["text"]  # as in older models, whose fingerprints stay what they were
         return values
 
     @classmethod

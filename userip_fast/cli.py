@@ -113,7 +113,7 @@ User = Annotated[str | None, _panel(_DATA, "Column of user keys (user_id).")]
 Item = Annotated[str | None, _panel(_DATA, "Column of item keys (item_id).")]
 Rating = Annotated[str | None, _panel(_DATA, "Column of ratings, if there is one.")]
 Time = Annotated[
-    str | None, _panel(_DATA, "Column of times, if there is one: seconds since 1970 or dates.")
+    str | None, _panel(_DATA, "Column of times, if there is one: dates, or numbers since 1970.")
 ]
 ItemText = Annotated[
     str | None,

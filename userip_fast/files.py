@@ -330,4 +330,6 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def tensor_bytes(x: torch.Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, without a copy where it is contiguous."""
-    return x.detach().contiguous().flatten().view(torch.uint8).numpy().data
+    x = x.detach().contiguous()
+    # A dimension of one value is contiguous whatever its stride, which `view` does not accept.
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8).numpy().data

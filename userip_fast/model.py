@@ -158,7 +158,8 @@ class Model:
 
         Raises:
             DataError: No user has behaviour, or the data lacks the ratings the model was fitted on.
-            MismatchError: `update` and the bank is of another model.
+            MismatchError: `update` and the bank is of another model, or the data tells items in
+                another text than the model was fitted on.
             StorageError: The bank's disk is full or read-only; the bank stays what it was.
             ConfigError: Probabilities of an E-step that has none.
         """
@@ -317,7 +318,12 @@ class Model:
         )
 
     def source(self, data: Data, on_bad: str | None = None) -> BehaviourSource | StreamSource:
-        """Behaviour of the users of `data` as this model reads it; see `behaviour_source`."""
+        """Behaviour of the users of `data` as this model reads it; see `behaviour_source`.
+
+        Raises:
+            MismatchError: `data` tells items in another text than the model was fitted on.
+        """
+        self.format.check_text(data)
         rule = on_bad or self.config.data.on_bad
         return behaviour_source(data, self.format, self.catalogue, self.lm.tokenizer, rule)
 
@@ -450,7 +456,7 @@ class Model:
             codebooks = load_codebooks(root / "codebooks.safetensors", len(config.fields))
             start = read_tensors(root / "start.safetensors")["start"]
             head = None
-            if config.em.estep == "amortised":
+            if config.em.estep == "amortised" and config.em.recipe != "paper":
                 head = Head.from_state(read_tensors(root / "head.safetensors"))
             catalogue = Catalogue.from_table(pq.read_table(root / "catalogue.parquet"))
             fmt = BehaviourFormat.from_dict(manifest["behaviour"])

@@ -241,8 +241,8 @@ def test_selections():
         ("rating", ["good"] * 6, "rating column 'rating' is large_string, not a number"),
         ("timestamp", ["soon"] * 6, "time column 'timestamp' of type large_string must hold"),
         ("timestamp", [True] * 6, "time column 'timestamp' is bool"),
-        ("timestamp", [2**60] * 6, "must hold seconds since 1970"),
-        ("timestamp", [1e300] * 6, "must hold seconds since 1970"),
+        ("timestamp", [2**63 - 1] * 6, "6 x time is not valid"),
+        ("timestamp", [1e300] * 6, "6 x time is not valid"),
     ],
 )
 def test_unusable_columns_are_refused(column, values, message):
@@ -322,3 +322,57 @@ def test_invalid_utf8_in_parquet_is_refused(tmp_path):
     pq.write_table(table, tmp_path / "log.parquet")
     with pytest.raises(DataError, match="holds invalid values"):
         uf.read_interactions(tmp_path / "log.parquet")
+
+
+UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
+
+
+def timed(values, **kwargs):
+    table = pa.table(LOG).set_column(3, "timestamp", values)
+    return uf.read_interactions(table, pa.table(ITEMS), time="timestamp", **kwargs)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uint64(), pa.float64()])
+def test_the_unit_of_times_is_found_and_said(unit, kind, caplog):
+    seconds = np.array([1_700_000_005, 1_700_000_004, 1_600_000_003, 946_684_800, 0, 2**31])
+    seconds[4] = 946_684_801
+    want = timed(pa.array(seconds)).time
+    caplog.clear()
+    data = timed(pa.array(seconds * UNITS[unit]).cast(kind, safe=False))
+    assert (data.time == want).all()
+    said = f"column 'timestamp': times are read as {unit} since 1970"
+    assert (said in caplog.text) is (unit != "seconds")
+
+
+def test_nanoseconds_keep_their_microseconds_beside_nulls():
+    base = 1_700_000_000_123_457
+    values = pa.array([base * 1000 + 999, None, base * 1000, *[(base + 1) * 1000] * 3])
+    data = timed(values, on_bad="skip")
+    assert sorted(set(data.time.tolist())) == [base, base + 1]
+    assert data.report.counts == {"time is not valid": 1}
+
+
+@pytest.mark.parametrize("strange", [1_700_000_000, 0, -1, 1_700_000_000_000_000])
+def test_a_mixture_of_units_is_refused_by_row(strange):
+    values = pa.array([*(1_700_000_000_000 + i for i in range(5)), strange])
+    with pytest.raises(DataError, match="1 x time is not in milliseconds, as most are") as found:
+        timed(values)
+    assert "row 6, column 'timestamp': time is not in mill" in str(found.value)
+    assert f"({strange})" in str(found.value)
+    assert len(timed(values, on_bad="skip").item_index) == 5
+
+
+def test_times_that_only_count_are_seconds(caplog):
+    assert (timed(pa.array(range(6))).time >= 0).all()
+    assert not caplog.text
+
+
+def test_data_tells_what_it_was_read_with():
+    data = timed(pa.array(range(6)), text="a {title}", filter="timestamp > 0", min_history=1)
+    read_as = uf.data.interactions.ReadAs(
+        "user_id", "item_id", None, "timestamp", "a {title}", "timestamp > 0", 1
+    )
+    assert data.read_as == read_as
+    assert data.head_users(1).read_as == read_as
+    assert data.first_events(1).read_as == read_as

@@ -1,5 +1,9 @@
 """A log sorted on disk: the same users, histories, checks and refusals as one read into memory."""
 
+import json
+import os
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +24,7 @@ def _small_parts(monkeypatch):
     monkeypatch.setattr(stream, "_WAITING_ROWS_PART", 1)
 
 
-def write(folder, *, strings=False, bad=False, files=3, own_text=False, constant=False):
+def write(folder, *, strings=False, bad=False, files=3, own_text=False, constant=False, unit=0):
     random = np.random.default_rng(0)
     user = random.integers(0, 90, 700)
     item = random.integers(0, 40, 700)
@@ -28,7 +32,7 @@ def write(folder, *, strings=False, bad=False, files=3, own_text=False, constant
         "user_id": [f"u{u}" for u in user] if strings else user,
         "item_id": item.astype(np.int64),
         "rating": np.full(700, 3.0) if constant else random.integers(1, 6, 700).astype(float),
-        "time": random.integers(0, 50, 700),
+        "time": random.integers(0, 50, 700) + 1_700_000_000 * unit,
         "kept": random.random(700) < 0.9,
     }
     if own_text:
@@ -72,6 +76,7 @@ def same(a, b):
         ({"bad": True}, {"rating": "rating", "on_bad": "skip", "seed": 3}),
         ({"own_text": True}, {"on_bad": "skip", "filter": "kept"}),
         ({"constant": True, "files": 1}, {"rating": "rating"}),
+        ({"unit": 1000}, {"time": "time"}),
     ],
 )
 def test_a_stream_is_what_memory_would_hold(tmp_path, kinds, options):
@@ -83,6 +88,7 @@ def test_a_stream_is_what_memory_would_hold(tmp_path, kinds, options):
     assert (streamed.num_users, streamed.num_events) == (n, whole.num_events)
     for a, b in ((0, n), (0, 1), (7, 60), (n - 1, n), (5, 5)):
         same(streamed.users(a, b), whole.users(a, b))
+    assert streamed.read_as == streamed.users(0, 1).read_as == whole.read_as
     assert streamed.report.to_dict() | {"short_examples": 0} == whole.report.to_dict() | {
         "short_examples": 0
     }
@@ -118,6 +124,47 @@ def test_the_sorted_log_is_reused_until_the_log_changes(tmp_path, monkeypatch):
     (log / "2.parquet").unlink()
     fewer = uf.stream_interactions(log, items, work=tmp_path / "w")
     assert fewer.num_events < first.num_events
+
+
+@pytest.mark.parametrize("changed", ["log", "items"])
+def test_a_changed_file_of_equal_size_and_time_is_sorted_anew(tmp_path, changed):
+    log, items = write(tmp_path)
+    file = items if changed == "items" else log / "1.parquet"
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    table = pq.read_table(file)
+    pq.write_table(table, file, **plain)
+    before = file.stat()
+    uf.stream_interactions(log, items, work=tmp_path / "w", rating="rating")
+    name = "title" if changed == "items" else "rating"
+    table = table.set_column(table.column_names.index(name), name, table[name][::-1])
+    pq.write_table(table, file, **plain)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    whole = uf.read_interactions(log, items, rating="rating")
+    streamed = uf.stream_interactions(log, items, work=tmp_path / "w", rating="rating")
+    same(streamed.users(0, streamed.num_users), whole)
+
+
+def test_the_same_content_elsewhere_and_later_is_not_sorted_again(tmp_path):
+    log, items = write(tmp_path)
+    uf.stream_interactions(log, items, work=tmp_path / "w")
+    manifest = tmp_path / "w" / "histories" / "manifest.json"
+    sorted_at = manifest.stat().st_mtime_ns
+    moved = shutil.copytree(log, tmp_path / "moved")
+    for file in moved.iterdir():
+        os.utime(file)
+    uf.stream_interactions(moved, items, work=tmp_path / "w")
+    assert manifest.stat().st_mtime_ns == sorted_at
+
+
+def test_a_folder_of_an_earlier_version_is_sorted_anew(tmp_path):
+    log, items = write(tmp_path)
+    first = uf.stream_interactions(log, items, work=tmp_path / "w")
+    manifest = tmp_path / "w" / "histories" / "manifest.json"
+    about = json.loads(manifest.read_text())
+    del about["read_as"]
+    manifest.write_text(json.dumps(about))
+    assert uf.stream_interactions(log, items, work=tmp_path / "w").digest == first.digest
 
 
 def test_a_damaged_part_is_refused(tmp_path):

@@ -17,6 +17,22 @@ from userip_fast.keys import canonical_keys
 
 
 @dataclass(frozen=True)
+class ReadAs:
+    """What a log was read with, for `read_interactions` to read others alike.
+
+    A fit keeps it in its settings (`DataConfig` has the same names), however it was called.
+    """
+
+    user: str
+    item: str
+    rating: str | None
+    time: str | None
+    text: str
+    filter: str | None
+    min_history: int
+
+
+@dataclass(frozen=True)
 class Interactions:
     """Histories of U users over I items, E events in all, stored flat (CSR).
 
@@ -37,6 +53,7 @@ class Interactions:
         constant_rating: The value of a rating column that never varies, and so counts as no rating
             (`rating` is None); a model whose scale was fitted elsewhere can still read it.
         report: What reading dropped.
+        read_as: The arguments it was read with; None for data made otherwise.
     """
 
     user_keys: pa.Array
@@ -50,6 +67,7 @@ class Interactions:
     ordered: bool = False
     constant_rating: float | None = None
     report: BadRows = field(default_factory=BadRows)
+    read_as: ReadAs | None = None
 
     @property
     def num_users(self) -> int:

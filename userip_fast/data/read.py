@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from numpy.typing import NDArray
 
 from userip_fast.data.arrow import to_numpy
 from userip_fast.data.filters import RowFilter
-from userip_fast.data.interactions import Interactions
+from userip_fast.data.interactions import Interactions, ReadAs
 from userip_fast.data.report import NUM_EXAMPLES, BadRows, RowChecks
 from userip_fast.data.sources import Source, TableLike, read_source
 from userip_fast.data.text import TextTemplate
 from userip_fast.errors import DataError
 from userip_fast.keys import hash_keys, key_order, mix64, seeded
+
+logger = logging.getLogger("userip_fast")
 
 Mask = NDArray[np.bool_]
 
@@ -49,14 +52,17 @@ def read_interactions(
             interactions, and an item's text is the first non-empty one seen for it.
         user, item: Key columns, integers (kept as int64) or strings; an empty string is a null.
         rating: Numeric column, or None. A rating that never varies counts as none.
-        time: Column of seconds since 1970 (integers or floats) or of timestamps or dates, or None.
-            Events are sorted by it within a user, ties in file order. Without it they are in an
-            order fixed by `seed` and the keys of user and item, wherever the rows stand.
+        time: Column of timestamps, dates, or numbers since 1970, or None. Numbers are seconds,
+            milliseconds, microseconds or nanoseconds, whichever most of them can be (up to the
+            year 5138); where it is not seconds, the log says so. Events are sorted by it within a
+            user, ties in file order. Without it they are in an order fixed by `seed` and the keys
+            of user and item, wherever the rows stand.
         text: Item text, see `TextTemplate`.
         filter: Rows to keep, see `RowFilter`; applied before any check.
         on_bad: "error" refuses the file if any row is bad; "skip" drops bad rows. Bad is: a null
             key, an item that is not in `items`, an item whose text is empty, a null, NaN or
-            infinite rating or time, an item key that `items` holds twice (the first row is kept).
+            infinite rating or time, a time in another unit than most, an item key that `items`
+            holds twice (the first row is kept).
             Items that nobody interacts with may have empty text.
         min_history: Users with fewer events left are dropped and listed in `report`.
         seed: Of the fixed order when there is no time.
@@ -68,6 +74,7 @@ def read_interactions(
         DataError: A file cannot be read, a column is missing or of an unusable type, a row is bad
             (unless skipped), or no user is left.
     """
+    read_as = ReadAs(user, item, rating, time, text, filter, min_history)
     if isinstance(interactions, str | Path) and _is_nete(Path(interactions)):
         from userip_fast.data.nete import read_nete
 
@@ -83,7 +90,7 @@ def read_interactions(
                     f"{interactions}: reviews have columns 'user', 'item' and 'rating', and no "
                     f"time; got {name}={column!r}"
                 )
-        return read_nete(
+        reviews = read_nete(
             interactions,
             items,
             text=None if text == DEFAULT_TEXT and items is None else text,
@@ -92,6 +99,7 @@ def read_interactions(
             min_history=min_history,
             seed=seed,
         )
+        return replace(reviews, read_as=read_as)
     template = TextTemplate(text)
     predicate = RowFilter(filter) if filter is not None else None
     filtered_by = predicate.columns if predicate else ()
@@ -106,7 +114,7 @@ def read_interactions(
         catalogue = read_source(items, None, what="items", as_text=as_text)
         catalogue.require(item)
         template.check(catalogue.table.column_names, catalogue.name)
-    return build_interactions(
+    found = build_interactions(
         log,
         catalogue,
         columns=Columns(user, item, rating, time),
@@ -116,6 +124,7 @@ def read_interactions(
         min_history=min_history,
         seed=seed,
     )
+    return replace(found, read_as=read_as)
 
 
 def _is_nete(path: Path) -> bool:
@@ -244,8 +253,10 @@ def check_rows(
         ratings, values = _ratings(log, columns.rating, rows)
         checks.add("rating is not a number", columns.rating, ~np.isfinite(ratings), values)
     if columns.time is not None:
-        times, invalid, values = _times(log, columns.time, rows)
+        times, invalid, strange, values = _times(log, columns.time, rows, checks)
         checks.add("time is not valid", columns.time, invalid, values)
+        rule = f"time is not in {checks.time_unit}, as most are"
+        checks.add(rule, columns.time, strange, values)
     return Rows(place, ratings, times)
 
 
@@ -376,31 +387,58 @@ def _ratings(
     return to_numpy(floats), values
 
 
+_UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
+_LARGEST = np.array([1e11, 1e14, 1e17, 9.2e18])  # of each: 3,169 years; of int64 the last
+
+
 def _times(
-    log: Source, name: str, rows: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], Mask, pa.Array]:
-    """Microseconds since 1970, 0 where they are not valid, and where that is."""
+    log: Source, name: str, rows: NDArray[np.int64], checks: RowChecks
+) -> tuple[NDArray[np.int64], Mask, Mask, pa.Array]:
+    """Microseconds since 1970, where they are not valid, and where in another unit than most.
+
+    The unit of the first source whose numbers were looked at is that of all.
+    """
     values = log.column(name).take(rows)
     kind = values.type
-    micros = pa.timestamp("us")
+    none = np.zeros(len(rows), bool)
     try:
-        if pa.types.is_integer(kind):
-            whole = pc.multiply_checked(values.cast(pa.int64()), 1_000_000)
-        elif pa.types.is_floating(kind):
-            finite = pc.if_else(pc.is_finite(values), values, pa.scalar(None, kind))
-            whole = pc.round(pc.multiply(finite.cast(pa.float64()), 1e6)).cast(pa.int64())
-        elif pa.types.is_timestamp(kind):
+        if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+            null = to_numpy(pc.is_null(values))
+            numbers = to_numpy(pc.fill_null(values, pa.scalar(0, kind)))
+            return (*_numbers_since_1970(numbers, null, name, checks), values)
+        if pa.types.is_timestamp(kind):
             unit = pa.timestamp("us", tz=kind.tz)
             whole = values.cast(unit, safe=False).cast(pa.int64())
         elif pa.types.is_date(kind) or pa.types.is_large_string(kind):
-            whole = values.cast(micros).cast(pa.int64())
+            whole = values.cast(pa.timestamp("us")).cast(pa.int64())
         elif pa.types.is_null(kind):
             whole = values.cast(pa.int64())
         else:
             raise DataError(f"{log.name}: time column {name!r} is {kind}, not a time")
     except pa.ArrowInvalid as e:
         raise DataError(
-            f"{log.name}: time column {name!r} of type {kind} must hold seconds since 1970, "
+            f"{log.name}: time column {name!r} of type {kind} must hold numbers since 1970, "
             f"timestamps or dates ({e})"
         ) from e
-    return to_numpy(pc.fill_null(whole, 0)), to_numpy(pc.is_null(whole)), values
+    return to_numpy(pc.fill_null(whole, 0)), to_numpy(pc.is_null(whole)), none, values
+
+
+def _numbers_since_1970(
+    numbers: NDArray[Any], null: Mask, name: str, checks: RowChecks
+) -> tuple[NDArray[np.int64], Mask, Mask]:
+    """As `_times`, of integers or floats; what stands where a null is does not matter."""
+    unit = np.searchsorted(_LARGEST, np.abs(numbers.astype(np.float64)), side="right")
+    invalid = null | (unit == len(_UNITS))  # NaN too, which sorts last
+    found = np.bincount(unit[~invalid], minlength=len(_UNITS))
+    if checks.time_unit is None and found.any():
+        checks.time_unit = _UNITS[int(found.argmax())]
+        if checks.time_unit != "seconds":
+            logger.warning("column %r: times are read as %s since 1970", name, checks.time_unit)
+    own = _UNITS.index(checks.time_unit or "seconds")
+    strange = ~invalid & (unit != own)
+    fine = np.where(invalid | strange, 0, numbers)
+    if own == 0 and np.issubdtype(fine.dtype, np.floating):
+        return np.round(fine.astype(np.float64) * 1e6).astype(np.int64), invalid, strange
+    whole = fine.astype(np.int64)
+    micros = whole * 10 ** (6 - 3 * own) if own < 3 else whole // 1000
+    return micros, invalid, strange

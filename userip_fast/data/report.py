@@ -92,10 +92,12 @@ class RowChecks:
     Attributes:
         bad: Of the source at hand: which of its rows broke a rule so far.
         counts: Over all sources: rule -> rows.
+        time_unit: What times that are numbers are counted in, once some were seen.
     """
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self.time_unit: str | None = None
         self._found: list[tuple[int, int, BadRow]] = []
         self._sources = 0
 

@@ -5,7 +5,7 @@ parts, by the top bits of the user key's hash. The second sorts each part into h
 follow each other in hash order, so users `start:stop` of a stream are those of `read_interactions`.
 
     WORK/histories/
-      manifest.json     what was read (files, sizes, times of change; arguments) and what was found
+      manifest.json     what was read (names and SHA-256 of files; arguments) and what was found
       items.parquet     the items, which are held in memory
       part-NNNN.arrow   per user: key, items, ratings, times
 """
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from userip_fast.data.arrow import to_numpy
 from userip_fast.data.filters import RowFilter
-from userip_fast.data.interactions import Interactions
+from userip_fast.data.interactions import Interactions, ReadAs
 from userip_fast.data.read import (
     DEFAULT_TEXT,
     Columns,
@@ -58,8 +58,9 @@ from userip_fast.files import (
     write_json,
 )
 from userip_fast.keys import hash_keys
+from userip_fast.sums import kept_sum
 
-_VERSION = 1
+_VERSION = 2
 _BATCH_ROWS = 1 << 16
 _PART_ROWS = 1 << 16  # rows of a part, on average at most
 _MAX_BITS = 13
@@ -74,7 +75,7 @@ class InteractionStream:
 
     Attributes:
         num_users, num_items, num_events, item_keys, item_text, items, ordered, constant_rating,
-        report: As in `Interactions`.
+        report, read_as: As in `Interactions`.
         digest: Of all histories.
     """
 
@@ -90,6 +91,7 @@ class InteractionStream:
         self.key: str = manifest["key"]
         self.num_events: int = manifest["events"]
         self.ordered: bool = manifest["ordered"]
+        self.read_as = ReadAs(**manifest["read_as"])
         report = dict(manifest["report"])
         report["examples"] = tuple(BadRow(**row) for row in report["examples"])
         report["short_examples"] = tuple(report["short_examples"])
@@ -194,6 +196,7 @@ class InteractionStream:
             ordered=self.ordered,
             constant_rating=self.constant_rating,
             report=self.report,
+            read_as=self.read_as,
         )
         while len(self._opened) > 1:
             self._opened.pop(next(iter(self._opened)), None)
@@ -236,8 +239,9 @@ def stream_interactions(
     Args:
         interactions: A Parquet file or a folder of such.
         items: As for `read_interactions`; items are held in memory.
-        work: Folder for the sorted histories, about the size of the log. Files and arguments that
-            were read into it before, and have not changed since, are not read again; processes that
+        work: Folder for the sorted histories, about the size of the log. Files of the same content
+            that were read into it before, with the same arguments, are not sorted again. (A file's
+            sum is kept by its identity, size and times: see `userip_fast.sums`.) Processes that
             share the folder wait for the first.
 
     The other arguments and what is raised are those of `read_interactions`; also:
@@ -251,13 +255,12 @@ def stream_interactions(
             f"interactions: {interactions} is not Parquet; only Parquet is read as a stream. "
             "Convert it, or read it into memory"
         )
-    arguments = {
-        "columns": asdict(Columns(user, item, rating, time)),
-        "rules": [text, filter, on_bad, min_history, seed],
-    }
-    sources = [*files, *(list_files(Path(items), "items") if items is not None else [])]
-    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in sources]
-    key = hashlib.sha256(json.dumps([_VERSION, arguments, stats]).encode()).hexdigest()
+    read_as = ReadAs(user, item, rating, time, text, filter, min_history)
+    contents = [_contents(Path(interactions), files)]
+    if items is not None:
+        contents.append(_contents(Path(items), list_files(Path(items), "items")))
+    arguments = [_VERSION, asdict(read_as), on_bad, seed, contents]
+    key = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()
     target = Path(work) / "histories"
     if (found := _sorted_before(target, key)) is not None:
         return found
@@ -268,8 +271,16 @@ def stream_interactions(
         columns = Columns(user, item, rating, time)
         sorter = _Sorter(files, Path(interactions), items, columns, text, filter, on_bad)
         with atomic_dir(target) as tmp:
-            sorter.write(tmp, key, min_history, seed)
+            sorter.write(tmp, key, read_as, seed)
         return InteractionStream(target)
+
+
+def _contents(root: Path, files: Sequence[Path]) -> list[tuple[str, str]]:
+    """Name, which may hold values of columns (`key=value` folders), and sum of each file."""
+    try:
+        return [(f.relative_to(root).as_posix(), kept_sum(f)) for f in files]
+    except OSError as e:
+        raise DataError(f"{root} cannot be read: {e}") from e
 
 
 def _sorted_before(folder: Path, key: str) -> InteractionStream | None:
@@ -360,7 +371,8 @@ class _Sorter:
                 found = [_combine(found)]
         return _combine(found)
 
-    def write(self, folder: Path, key: str, min_history: int, seed: int) -> None:
+    def write(self, folder: Path, key: str, read_as: ReadAs, seed: int) -> None:
+        min_history = read_as.min_history
         if min_history < 1:
             raise DataError(f"min_history must be at least 1, got {min_history}")
         c = self.columns
@@ -417,6 +429,7 @@ class _Sorter:
                 "key": key,
                 "events": int(counts.sum()),
                 "ordered": c.time is not None,
+                "read_as": asdict(read_as),
                 "ratings": [sorted(ratings), [ratings[v] for v in sorted(ratings)]],
                 "report": asdict(report),
                 "items_sha256": sha256_file(folder / "items.parquet"),

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from userip_fast.errors import FormatError, UnsupportedError, UserIPError
-from userip_fast.files import read_json
+from userip_fast.files import read_json, tensor_bytes
 from userip_fast.lm import attention
 from userip_fast.lm.memory import is_out_of_memory
 from userip_fast.sums import kept_sum
@@ -208,7 +207,7 @@ def model_fingerprint(model: Any, tokenizer: Any) -> str:
     digest = _tokenizer_digest(tokenizer)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_bytes(tensor.detach()))
+        digest.update(tensor_bytes(tensor.cpu()))
     return FULL + digest.hexdigest()
 
 
@@ -226,7 +225,7 @@ def sampled_fingerprint(folder: Path, tokenizer: Any) -> str:
                 shape = tuple(part.get_shape())
                 sample = part[:1] if shape and shape[0] else torch.zeros(0)
                 digest.update(f"{name} {shape} {sample.dtype}".encode())
-                digest.update(_bytes(sample))
+                digest.update(tensor_bytes(sample))
     return digest.hexdigest()
 
 
@@ -249,7 +248,3 @@ def _tokenizer_digest(tokenizer: Any) -> Any:
 def _vocabulary(tokenizer: Any) -> Iterator[bytes]:
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
         yield f"{index}\t{token}\n".encode()
-
-
-def _bytes(x: Tensor) -> bytes:
-    return x.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
