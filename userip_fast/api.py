@@ -28,14 +28,17 @@ from userip_fast.errors import ConfigError, DataError, StorageError
 from userip_fast.files import lock_file, storage_errors, sweep_leftovers, write_json
 from userip_fast.lm import FrozenLM
 from userip_fast.lm.embedded import SlotIds, embedded_lm
+from userip_fast.lm.frozen import resolve_device
 from userip_fast.lm.trace import Workload
 from userip_fast.model import (
     Data,
     Model,
+    OldCodebooks,
     behaviour_source,
     check_probabilities,
     make_trainer,
     orders_like,
+    read_codebooks,
     truncated_users,
 )
 from userip_fast.names import ItemCounts, code_cards
@@ -131,9 +134,10 @@ def fit(
         config = replace(config, data=replace(config.data, **asdict(data.read_as)))
     if max_users is not None:
         data = data.head_users(max_users)
+    old = None if like is None else read_codebooks(os.fspath(like))
     processes = start_processes()
-    with _open_run(out, writes=processes.rank == 0) as run:
-        return _fit(data, loaded, config, run, processes, resume, probabilities, like, show)
+    with open_run(out, writes=processes.rank == 0) as run:
+        return _fit(data, loaded, config, run, processes, resume, probabilities, old, show)
 
 
 def _fit(
@@ -144,7 +148,7 @@ def _fit(
     processes: Processes,
     resume: bool,
     probabilities: bool,
-    like: str | os.PathLike[str] | None,
+    old: OldCodebooks | None,
     show: bool,
 ) -> Model:
     """The work of `fit`, in a run folder that is ours alone."""
@@ -168,8 +172,8 @@ def _fit(
         )
     model.codebooks = result.codebooks
     model.start, model.head = result.start, result.head
-    if like is not None:
-        orders = orders_like(os.fspath(like), model)
+    if old is not None:
+        orders = orders_like(old, model)
         model.codebooks = [b.reordered(order) for b, order in zip(model.codebooks, orders)]
         model.head = trainer.head = model.head and model.head.reordered(orders)
     counts = ItemCounts([f.codebook_size for f in config.fields], data.num_items)
@@ -274,6 +278,7 @@ def prepare(
     if data.num_users == 0:
         raise DataError("there is no user with behaviour to fit on")
     check_codebook_sizes(config.fields, data.num_users)
+    resolve_device(config.lm.device)  # before a minute of training
     fmt = BehaviourFormat.fit(config.data, data, config.em.seed)
     catalogue = Catalogue.from_interactions(data)
     if lm is None:
@@ -335,7 +340,7 @@ def _config(
 
 
 @contextmanager
-def _open_run(out: str | os.PathLike[str] | None, writes: bool) -> Iterator[Run | None]:
+def open_run(out: str | os.PathLike[str] | None, writes: bool) -> Iterator[Run | None]:
     """The run folder, locked by the one process that writes it."""
     if out is None:
         yield None

@@ -1,17 +1,19 @@
 """`userip`: the main job and its tools on the command line.
 
 Exit codes: 0 done; 1 `doctor` found a failure; 2 wrong use, bad input or bad
-configuration, or a disk that cannot be written to, told in one message; 130 interrupted (SIGINT or
-SIGTERM): the block of users at hand was finished and kept, nothing is half-written.
-Only a bug shows a traceback.
+configuration, or a disk that cannot be written to, told in one message; 70 a bug, with a traceback
+and how to report it, which nothing else shows; 130 interrupted (SIGINT or SIGTERM): the block of
+users at hand was finished and kept, nothing is half-written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
+import traceback
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -31,20 +33,65 @@ if TYPE_CHECKING:
 
 
 class _Group(TyperGroup):
-    """Turns errors raised on purpose and interrupts into a message and an exit code."""
+    """Turns whatever ends a command into a message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except UserIPError as e:
-            _die(str(e), 2)
         except KeyboardInterrupt:
             _die("interrupted; nothing half-written", 130)
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            sys.stdout.flush()  # a full disk shows here at the latest
+        except KeyboardInterrupt:  # before a command began
+            code = 130
+        except UserIPError as e:
+            code = _tell(str(e), 2)
+        except MemoryError as e:
+            code = _tell(f"out of memory ({e}): stream the log, or lower em.pack_tokens", 2)
+        except OSError as e:  # of the system: a full disk behind standard output, a lost folder
+            code = _tell(str(e), 2)
+            _forget_output()
+        except Exception as e:
+            code = _wrong_use(e)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _wrong_use(e: Exception) -> int:
+    """Exit code of what the command line library found; anything else is raised again: a bug."""
+    # By their looks: some versions of typer bring a click of their own.
+    if type(e).__name__ == "NoArgsIsHelpError":
+        e.show()  # type: ignore[attr-defined]
+        return 2
+    if hasattr(e, "format_message"):
+        return _tell(" ".join(e.format_message().split()), 2)
+    if type(e).__name__ == "Abort":
+        return 130
+    raise e
+
+
+_BUG = (
+    "this is a bug. Please report it with the lines above, the command, and what `userip env` "
+    "prints, to whom you have userip_fast from"
+)
+
+
+def _tell(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):  # standard error may be gone too
+        print(visible(f"userip: {message}"), file=sys.stderr)
+    return code
+
+
+def _forget_output() -> None:
+    """Leaves nothing in standard output's buffer that would fail again at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 
 def _die(message: str, code: int) -> NoReturn:
-    print(visible(f"userip: {message}"), file=sys.stderr)
-    raise typer.Exit(code)
+    raise typer.Exit(_tell(message, code))
 
 
 def _say(text: object) -> None:
@@ -74,8 +121,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
-    except KeyboardInterrupt:  # before a command began
-        sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(_tell(_BUG, 70))
     finally:
         # CPython remembers that one left an exec() of text (an import that makes a dataclass), even
         # if it was caught since, and `python -m` then dies of SIGINT, whatever its exit code. The
@@ -480,7 +528,8 @@ def tune(
     from userip_fast.flags import settings_of
 
     settings = settings_of(ctx.params).override({"em.estep": "posterior"})
-    sizes = [int(k) if k.strip().isdecimal() else 0 for k in codes.split(",")]
+    numbers = [k.strip() for k in codes.split(",")]
+    sizes = [int(k) if k.isdecimal() and len(k) < 10 else 0 for k in numbers]
     data = _read(interactions, items, settings, max_users, quiet, None)
     _silence_transformers()
     from userip_fast.files import write_json

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,15 +17,51 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from userip_fast.errors import ConfigError
+from userip_fast.errors import ConfigError, shown
 from userip_fast.prompts import TEMPLATES, ProfileField
 
 T = TypeVar("T")
 
 
+MAX_SEED = 2**32 - 1
+"""What every library takes as a seed."""
+
+_MAX_BYTES, _MAX_DEPTH = 1 << 20, 32
+
+
 def _require(ok: bool, name: str, rule: str, value: object) -> None:
     if not ok:
-        raise ConfigError(f"{name} must be {rule}, is {value!r}")
+        raise ConfigError(f"{name} must be {rule}, is {shown(value)}")
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """YAML of up to 1 MiB and 32 levels, without aliases, which could stand for any amount.
+
+    Raises:
+        ConfigError: It is not YAML, or beyond these bounds; `what` says where it is from.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases (*name) are not read: write the value out")
+            self.depth += 1
+            if self.depth > _MAX_DEPTH:
+                raise yaml.YAMLError(f"more than {_MAX_DEPTH} levels deep")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    if len(text) > _MAX_BYTES:
+        raise ConfigError(f"{what} is larger than {_MAX_BYTES:,} characters")
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        why = " ".join(str(e).split())  # an error of PyYAML is a little drawing
+        raise ConfigError(f"{what} cannot be read as YAML: {why[:200]}") from e
 
 
 @dataclass(frozen=True)
@@ -117,6 +155,13 @@ class LMConfig:
     """Training tokens of the embedded LM; about a minute per million on two CPU cores."""
 
     def __post_init__(self) -> None:
+        _require(
+            re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device) is not None,
+            "lm.device",
+            "auto, cpu, cuda or cuda:N",
+            self.device,
+        )
+        _require(self.embedded_heads >= 1, "lm.embedded_heads", "at least 1", self.embedded_heads)
         _require(
             self.embedded_hidden % (2 * self.embedded_heads) == 0,
             "lm.embedded_hidden",
@@ -256,6 +301,7 @@ class EMConfig:
         _require(0 <= self.sure <= 1, "em.sure", "in [0, 1]", self.sure)
         _require(0 <= self.prune_share < 1, "em.prune_share", "in [0, 1)", self.prune_share)
         _require(0 <= self.held_out <= 0.5, "em.held_out", "in [0, 0.5]", self.held_out)
+        _require(0 <= self.seed <= MAX_SEED, "em.seed", f"in [0, {MAX_SEED}]", self.seed)
         # The first sweep scores a field while others are not known yet.
         _require(self.sweeps >= 2, "em.sweeps", "at least 2", self.sweeps)
 
@@ -294,13 +340,17 @@ class Config:
 
     @staticmethod
     def load(path: str | Path) -> Config:
-        """Reads a YAML or JSON file."""
-        import yaml
+        """Reads a YAML or JSON file.
 
+        Raises:
+            ConfigError: It cannot be read (see `parse_yaml`), or as `from_dict`.
+        """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            with open(path, encoding="utf-8") as file:
+                text = file.read(_MAX_BYTES + 1)
+        except (OSError, ValueError) as e:
             raise ConfigError(f"config file {path} cannot be read: {e}") from e
+        values = parse_yaml(text, f"config file {path}")
         if not isinstance(values, dict):
             raise ConfigError(
                 f"config file {path} must hold a mapping, holds {type(values).__name__}"
@@ -330,10 +380,12 @@ class Config:
 def _build(cls: type[T], values: Any, where: str) -> T:
     """A dataclass from a mapping: unknown keys refused, values coerced to the annotated types."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where} must be a mapping, is {values!r}")
+        raise ConfigError(f"{where} must be a mapping, is {shown(values)}")
     hints = typing.get_type_hints(cls)
     if unknown := sorted(set(map(str, values)) - set(hints)):
-        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; choose one of {sorted(hints)}")
+        raise ConfigError(
+            f"{where}: unknown key {shown(unknown[0])}; choose one of {sorted(hints)}"
+        )
     try:
         return cls(**{k: _coerce(hints[k], v, f"{where}.{k}") for k, v in values.items()})
     except TypeError as e:
@@ -355,14 +407,14 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         raise ConfigError("; ".join(errors))
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{where} must be one of {list(args)}, is {value!r}")
+            raise ConfigError(f"{where} must be one of {list(args)}, is {shown(value)}")
         return value
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise ConfigError(f"{where} must be a list, is {value!r}")
+            raise ConfigError(f"{where} must be a list, is {shown(value)}")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(kinds) != len(value):
-            raise ConfigError(f"{where} must have {len(kinds)} entries, is {value!r}")
+            raise ConfigError(f"{where} must have {len(kinds)} entries, is {shown(value)}")
         return tuple(_coerce(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
     if dataclasses.is_dataclass(hint):
         return (
@@ -383,9 +435,14 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         if hint is float:
             if isinstance(value, bool):
                 raise ValueError
-            return float(value)
+            number = float(value)
+            if math.isfinite(number):
+                return number
+            raise ConfigError(f"{where} must be finite, is {number}")
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError, OverflowError):
-        raise ConfigError(f"{where} must be {hint.__name__}, is {value!r}") from None
+        raise ConfigError(f"{where} must be {hint.__name__}, is {shown(value)}") from None
     if not isinstance(value, hint):
-        raise ConfigError(f"{where} must be {hint.__name__}, is {value!r}")
+        raise ConfigError(f"{where} must be {hint.__name__}, is {shown(value)}")
     return value

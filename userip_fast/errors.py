@@ -5,6 +5,8 @@ Every message names the argument (or file, row and column), the rule, the value,
 
 from __future__ import annotations
 
+_LONGEST = 200  # characters of a value in a message
+
 
 class UserIPError(Exception):
     """Base of every error this package raises on purpose; the CLI prints it without a traceback."""
@@ -40,3 +42,12 @@ class StorageError(UserIPError, OSError):
 
 class OutOfMemoryError(UserIPError, MemoryError):
     """A step ran out of memory, and no smaller pack can help."""
+
+
+def shown(value: object) -> str:
+    """A value in a message: its `repr`, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a {type(value).__name__} too long to print"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text):,} characters)"

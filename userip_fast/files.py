@@ -275,7 +275,7 @@ def read_json_bytes(path: str | os.PathLike[str]) -> tuple[Any, bytes]:
         with open_regular(path) as file:
             data = file.read()
         return json.loads(data.decode("utf-8")), data
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except (OSError, ValueError, RecursionError) as e:  # not JSON, not UTF-8, endless digits
         raise FormatError(f"{path}: cannot be read as JSON ({e})") from e
 
 

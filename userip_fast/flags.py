@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
-from userip_fast.config import Config
-from userip_fast.errors import ConfigError
+from userip_fast.config import Config, parse_yaml
+from userip_fast.errors import ConfigError, shown
 from userip_fast.prompts import TEMPLATES, ProfileField
 
 FLAGS: Mapping[str, str] = {
@@ -64,10 +63,8 @@ def _value(text: str) -> Any:
     if text == "null":
         return None
     if text.startswith("["):
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            pass  # an item text may begin with an optional group, "[[...]]"
+        with contextlib.suppress(ConfigError):  # an item text may begin with a group, "[[...]]"
+            return parse_yaml(text, "--set")
     return text
 
 
@@ -83,10 +80,10 @@ def _fields(template: str | None, specs: Sequence[str] | None) -> tuple[ProfileF
     for spec in specs or ():
         name, *rest = spec.split(":")
         rest += ["1", ""][max(len(rest) - 2, 0) :]
-        if len(rest) != 4 or not (rest[1].isdecimal() and rest[2].isdecimal()):
+        if len(rest) != 4 or not all(n.isdecimal() and len(n) < 10 for n in rest[1:3]):
             raise ConfigError(
-                f"--field {spec!r} must be NAME:PROMPT:CODES[:TOKENS[:WORD WORD ...]], for example "
-                '"hobby:The user\'s hobby is:16:1:sports music"'
+                f"--field {shown(spec)} must be NAME:PROMPT:CODES[:TOKENS[:WORD WORD ...]], for "
+                'example "hobby:The user\'s hobby is:16:1:sports music"'
             )
         prompt, codes, tokens, words = rest
         fields.append(ProfileField(name, prompt, int(tokens), int(codes), tuple(words.split())))

@@ -580,26 +580,48 @@ def check_probabilities(config: Config, wanted: bool) -> None:
         raise ConfigError("probabilities: a nearest codeword has none; choose em.estep=posterior")
 
 
-def orders_like(path: str | Path, model: Model) -> list[Tensor]:
-    """Per field the order of the codes of `model` that matches the model folder at `path`.
+@dataclass(frozen=True)
+class OldCodebooks:
+    """What `orders_like` compares with: of the model in folder `root`."""
+
+    root: Path
+    codebooks: list[Codebook]
+    lm: str
+
+
+def read_codebooks(path: str | Path) -> OldCodebooks:
+    """Codebooks of the model folder at `path`, and the fingerprint of its LM.
 
     Raises:
         FormatError: There is no model.
-        MismatchError: It has another LM or other codebooks, so that codewords do not compare.
     """
     root = Path(path)
-    manifest = read_json(root / "manifest.json")
+    manifest = read_json(root / MANIFEST)
     try:
-        old = load_codebooks(
-            root / "codebooks.safetensors", len(read_json(root / "config.json")["fields"])
-        )
-        same_lm = manifest["lm"]["fingerprint"] == model.lm.fingerprint
+        fields = len(read_json(root / "config.json")["fields"])
+        books = load_codebooks(root / "codebooks.safetensors", fields)
+        return OldCodebooks(root, books, str(manifest["lm"]["fingerprint"]))
     except (KeyError, TypeError) as e:
         raise FormatError(f"{root}: the manifest lacks or garbles {e}") from e
-    shapes = [[book.codewords.shape for book in books] for books in (old, model.codebooks)]
+
+
+def orders_like(old: OldCodebooks, model: Model) -> list[Tensor]:
+    """Per field the order of the codes of `model` that matches those of an earlier model.
+
+    Raises:
+        MismatchError: It has another LM or other codebooks, so that codewords do not compare.
+    """
+    shapes = [
+        [book.codewords.shape for book in books] for books in (old.codebooks, model.codebooks)
+    ]
+    same_lm = old.lm == model.lm.fingerprint
+    if not same_lm and not old.lm.startswith(stored.FULL) and Path(model.lm.source).is_dir():
+        same_lm = stored.is_of(Path(model.lm.source), model.lm.tokenizer, old.lm)
     if not same_lm or shapes[0] != shapes[1]:
-        raise MismatchError(f"like: {root} has another LM or other fields; codes do not compare")
-    return numbered_like(model.codebooks, old)
+        raise MismatchError(
+            f"like: {old.root} has another LM or other fields; codes do not compare"
+        )
+    return numbered_like(model.codebooks, old.codebooks)
 
 
 def _codes(code_ids: Tensor | None) -> Int64:

@@ -27,6 +27,7 @@ def svg(draw: Draw, width: float = 4.6, height: float = 2.8) -> str:
     from matplotlib.figure import Figure
 
     style: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "userip_fast"}
+    style["text.parse_math"] = False  # a word may hold a dollar sign
     style |= {f"axes.spines.{side}": False for side in ("top", "right")}
     style |= {f"axes.{part}color": INK for part in ("edge", "label", "title")}
     style |= {f"{part}.color": INK for part in ("text", "xtick", "ytick")}

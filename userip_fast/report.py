@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from userip_fast import pictures
+from userip_fast.config import Config
 from userip_fast.errors import FormatError
 from userip_fast.files import atomic_file, read_json, read_tensors
 
@@ -70,15 +71,23 @@ def report_run(run: str | os.PathLike[str]) -> Path:
             more[name] = read_json(path)
     if (model / "codebooks.safetensors").is_file():
         tensors = read_tensors(model / "codebooks.safetensors")
-        fields = read_json(model / "config.json")["fields"]  # in the order of the codebooks
+        fields = Config.load(model / "config.json").fields  # in the order of the codebooks
         more["codewords"] = {
-            f["name"]: tensors[f"{j}.codewords"].float().numpy() for j, f in enumerate(fields)
+            f.name: tensors[f"{j}.codewords"].float().numpy()
+            for j, f in enumerate(fields)
+            if f"{j}.codewords" in tensors
         }
     ctr = {p.parent.name: read_json(p) for p in sorted(root.glob("*/ctr.json"))}
     if (root / "ctr.json").is_file():
         ctr["ctr"] = read_json(root / "ctr.json")
     more["ctr"] = ctr
-    write_report(root / "report.html", read_json(root / "metrics.json"), records, cards, more)
+    metrics = read_json(root / "metrics.json")
+    try:
+        write_report(root / "report.html", metrics, records, cards, more)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise FormatError(
+            f"{root}: a file of the run does not hold what was written ({type(e).__name__}: {e})"
+        ) from e
     return root / "report.html"
 
 

@@ -86,8 +86,8 @@ def print_ctr(result: Mapping[str, Any]) -> None:
     floor = ", ".join(f"{n.replace('_', ' ')} {x:.4f}" for n, x in result["floor"].items())
     table = Table(
         "AUC",
-        title=f"{result['protocol']}{first}; {result['label']}; {rows['test']:,} test rows of "
-        f"{rows['test_users']:,} users; alone: {floor}",
+        title=f"{result['protocol']}{first}; {escape(result['label'])}; {rows['test']:,} test rows "
+        f"of {rows['test_users']:,} users; alone: {floor}",
     )
     for backbone in backbones:
         table.add_column(backbone, justify="right")
@@ -165,7 +165,7 @@ def print_results(
             f"{len(book) - usage.dead} of {len(book)} codes used, perplexity {usage.perplexity:.2f}"
         )
     rows |= {name: str(path) for name, path in paths.items()}
-    table = Table("", "", title=title, title_justify="left", show_header=False)
+    table = Table("", "", title=escape(title), title_justify="left", show_header=False)
     for name, value in rows.items():
         table.add_row(name, escape(value))
     _print(table)

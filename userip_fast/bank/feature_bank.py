@@ -29,9 +29,9 @@ from userip_fast.bank.index import (
 from userip_fast.bank.layout import PAGE_SUMS, VERSION, Field, Generation
 from userip_fast.bank.parquet import read_parquet, write_csv, write_parquet
 from userip_fast.bank.writer import LOCK_TIMEOUT_S, BankWriter
-from userip_fast.errors import ConfigError, FormatError, MismatchError
+from userip_fast.errors import ConfigError, FormatError, MismatchError, shown
 
-_INTEGER = re.compile(r"-?[0-9]+")
+_INTEGER = re.compile(r"-?[0-9]{1,19}")
 
 
 class FeatureBank:
@@ -150,7 +150,7 @@ class FeatureBank:
         if bad:
             raise KeyTypeError(
                 f"keys: the bank {self.path} has integer keys (int64); {len(bad)} of {len(texts)} "
-                f"are not: {', '.join(map(repr, bad[:10]))}"
+                f"are not: {', '.join(map(shown, bad[:10]))}"
             )
         return pa.array([int(t) for t in texts], pa.int64())
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from userip_fast.data.arrow import combine, to_numpy
-from userip_fast.errors import DataError
+from userip_fast.errors import DataError, shown
 
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: pc.equal,
@@ -50,13 +50,13 @@ class RowFilter:
         except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
             if isinstance(e, DataError):
                 raise
-            raise self._error(f"cannot be parsed ({e})") from e
+            raise self._error(f"cannot be parsed ({str(e)[:200]})") from e
         names = (node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name))
         self.columns: tuple[str, ...] = tuple(dict.fromkeys(names))
 
     def _error(self, why: str) -> DataError:
         return DataError(
-            f"filter {self.expression!r}: {why}; write column names, literals, comparisons, "
+            f"filter {shown(self.expression)}: {why}; write column names, literals, comparisons, "
             "'in [..]', 'and', 'or' and 'not', for example \"not cancelled and quantity > 0\""
         )
 
@@ -111,7 +111,7 @@ class RowFilter:
         try:
             keep = self._evaluate(self._tree, table)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OverflowError) as e:
-            raise self._error(f"does not fit the columns' types ({e})") from e
+            raise self._error(f"does not fit the columns' types ({str(e)[:200]})") from e
         return to_numpy(pc.fill_null(keep, False))
 
     def _evaluate(self, node: ast.expr, table: pa.Table) -> pa.Array:

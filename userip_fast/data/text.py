@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from userip_fast.data.arrow import combine
-from userip_fast.errors import DataError
+from userip_fast.errors import DataError, shown
 
 # `{{` and `}}` come first, so that an escaped brace never opens or closes a column.
 _TOKEN = re.compile(r"\{\{|\}\}|\[\[|\]\]|\{([^{}]*)\}|[{}]")
@@ -53,7 +53,7 @@ class TextTemplate:
         return f"TextTemplate({self.template!r})"
 
     def _error(self, why: str) -> DataError:
-        return DataError(f"text template {self.template!r}: {why}")
+        return DataError(f"text template {shown(self.template)}: {why}")
 
     def _parse(self, template: str) -> tuple[_Group, ...]:
         groups: list[_Group] = []

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from userip_fast.api import fit, load_lm
+from userip_fast.api import fit, load_lm, open_run
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource
 from userip_fast.codebook import Codebook
 from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
@@ -79,6 +79,8 @@ def run_demo(
     """
     if importlib.util.find_spec("sklearn") is None:
         raise UnavailableError("the demo scores codes with scikit-learn: pip install scikit-learn")
+    with open_run(out, writes=True):  # refused before minutes of training
+        pass
     seeds = [seed, seed + 1, seed + 2] if full else [seed]
     runs = [_one_seed(s, Path(out) if s == seed else None, full, show) for s in seeds]
     fields: dict[str, Any] = {}

@@ -335,8 +335,12 @@ def resolve_device(name: str) -> torch.device:
         own = f":{os.environ['LOCAL_RANK']}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
         return torch.device(f"cuda{own}" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError(f"lm.device={name!r}: torch sees no CUDA device; use cpu or auto")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count <= (device.index or 0):
+            raise UnavailableError(
+                f"lm.device={name!r}: torch sees {count} CUDA device(s); use cpu or auto"
+            )
     return device
 
 
