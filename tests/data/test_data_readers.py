@@ -376,3 +376,44 @@ def test_data_tells_what_it_was_read_with():
     assert data.read_as == read_as
     assert data.head_users(1).read_as == read_as
     assert data.first_events(1).read_as == read_as
+
+
+@pytest.fixture(scope="module")
+def bombs(tmp_path_factory):
+    """Parquet files of kilobytes that stand for gigabytes."""
+    folder = tmp_path_factory.mktemp("bombs")
+    for name, rows, length in (
+        ("text", 4000, 1 << 20), ("dictionary", 4000, 1 << 20), ("rows", 60_000_000, 4),
+    ):  # fmt: skip
+        text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), ["x" * length])
+        keys = pa.array(np.zeros(rows, np.int8))
+        table = pa.table({"user_id": keys, "item_id": keys, "title": text})
+        as_read = name == "dictionary"  # else what Arrow reads is plain text
+        file = folder / f"{name}.parquet"
+        pq.write_table(table, file, compression="zstd", store_schema=as_read)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["text", "dictionary", "rows"])
+def test_small_files_that_stand_for_gigabytes_are_refused_unread(bombs, name):
+    file = bombs / f"{name}.parquet"
+    assert file.stat().st_size < 1 << 20
+    before = pa.total_allocated_bytes()
+    with pytest.raises(DataError, match=r"may decode to [0-9.]+ GiB.*--stream"):
+        uf.read_interactions(file)
+    with pytest.raises(DataError, match="may decode to"):
+        uf.read_interactions(pa.table(LOG), file)
+    assert pa.total_allocated_bytes() - before < 1 << 26
+
+
+def test_a_batch_of_a_stream_is_bounded_too(bombs, tmp_path):
+    with pytest.raises(DataError, match=r"a batch of 65,536 rows may decode to 3\.9 GiB"):
+        uf.stream_interactions(bombs / "text.parquet", work=tmp_path)
+
+
+def test_an_ordinary_file_of_few_distinct_values_is_read(tmp_path):
+    text = pa.array(["a title of some length"] * 100_000)
+    keys = pa.array(np.arange(100_000) % 7)
+    table = pa.table({"user_id": keys, "item_id": keys, "title": text})
+    pq.write_table(table, tmp_path / "log.parquet")
+    assert uf.read_interactions(tmp_path / "log.parquet").num_users == 7

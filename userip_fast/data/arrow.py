@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 def combine(column: pa.ChunkedArray) -> pa.Array:
     """One contiguous array of a table's column, dictionaries decoded, strings as large_string."""
     if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+        kind = column.type.value_type
+        kind = pa.large_string() if pa.types.is_string(kind) else kind
+        parts = [c.dictionary.cast(kind).take(c.indices) for c in column.chunks]
+        column = pa.chunked_array(parts, kind)
     if pa.types.is_string(column.type):  # whose 32-bit offsets could overflow
         column = column.cast(pa.large_string())
     array = column.combine_chunks()

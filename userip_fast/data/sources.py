@@ -195,12 +195,65 @@ def _read_json(
     return table if columns is None else table.select(columns)
 
 
+_LARGE, _EXPANSION = 1 << 30, 1000
+
+
+def check_expansion(file: Path, columns: Sequence[str] | None, batch_rows: int | None) -> None:
+    """Refuses a Parquet file that is small and stands for very much, before it is decoded.
+
+    A value that is written once, in a dictionary, may stand in any number of rows. What the columns
+    can decode to at most must be below 1 GiB, or below 1,000 times the file's size; of a file that
+    is read in batches, a batch must be below 1 GiB.
+
+    Args:
+        file: Of a log or of items.
+        columns: Those that are read; None for all.
+        batch_rows: Rows that are decoded at once; None for all.
+
+    Raises:
+        DataError: It is beyond that.
+    """
+    import pyarrow.parquet as pq
+
+    about = pq.ParquetFile(file)
+    text = [
+        f.name
+        for f in about.schema_arrow
+        if (columns is None or f.name in columns)
+        and (
+            pa.types.is_string(f.type)
+            or pa.types.is_large_string(f.type)
+            or pa.types.is_dictionary(f.type)
+        )
+    ]
+    opened = pq.ParquetFile(file, read_dictionary=text)
+    total = 0
+    for group in range(about.metadata.num_row_groups):
+        rows = min(about.metadata.row_group(group).num_rows, batch_rows or 1 << 62)
+        width = 8 * len(about.schema_arrow if columns is None else columns)
+        if text:  # one row of it brings the dictionaries
+            one = next(opened.iter_batches(1, [group], text, use_threads=False), None)
+            for column in () if one is None else one.columns:
+                values = column.dictionary if pa.types.is_dictionary(column.type) else column
+                if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+                    width += pc.max(pc.binary_length(values)).as_py() or 0
+        total = max(total, rows * width) if batch_rows else total + rows * width
+    if total > _LARGE and (batch_rows or total > _EXPANSION * file.stat().st_size):
+        what = f"a batch of {batch_rows:,} rows" if batch_rows else "its columns"
+        hint = "" if batch_rows else ", or stream it (--stream)"
+        raise DataError(
+            f"{file} has {file.stat().st_size:,} bytes, of which {what} may decode to "
+            f"{total / _LARGE:,.1f} GiB, beyond what is read; shorten its values{hint}"
+        )
+
+
 def _read_parquet(
     file: Path, root: Path, columns: Sequence[str] | None, _as_text: Collection[str]
 ) -> pa.Table:
     base = str(root if root.is_dir() else root.parent)
     data = ds.dataset(str(file), partitioning="hive", partition_base_dir=base)
     refuse_columns(columns, data.schema.names, file)
+    check_expansion(file, columns, None)
     return data.to_table(columns=columns)
 
 

@@ -46,7 +46,14 @@ from userip_fast.data.read import (
     one_key_type,
 )
 from userip_fast.data.report import NUM_EXAMPLES, BadRow, BadRows, RowChecks
-from userip_fast.data.sources import Source, list_files, read_source, refuse_columns, validated
+from userip_fast.data.sources import (
+    Source,
+    check_expansion,
+    list_files,
+    read_source,
+    refuse_columns,
+    validated,
+)
 from userip_fast.data.text import TextTemplate
 from userip_fast.errors import DataError, FormatError
 from userip_fast.files import (
@@ -341,6 +348,7 @@ class _Sorter:
             try:
                 data = ds.dataset(str(file), partitioning="hive", partition_base_dir=base)
                 refuse_columns(names, data.schema.names, file)
+                check_expansion(file, names, _BATCH_ROWS)
                 done = 0
                 for batch in data.to_batches(
                     columns=list(names),
