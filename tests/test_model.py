@@ -310,9 +310,12 @@ def test_users_told_in_another_text_are_refused(fitted, tmp_path):
     assert older.infer(read_as(text="{title}")).shape[1] == 2
 
 
-@pytest.mark.parametrize("estep", ["gradient", "posterior", "amortised"])
-@pytest.mark.parametrize("recipe", ["userip", "paper"])
-@pytest.mark.parametrize("sizes", [(1,), (1, 1), (1, 3)])
+@pytest.mark.parametrize(
+    ("estep", "recipe"),
+    [("gradient", "userip"), ("posterior", "userip"), ("amortised", "userip"),
+     ("gradient", "paper"), ("amortised", "paper")],
+)  # fmt: skip
+@pytest.mark.parametrize("sizes", [(1,), (1, 3)])
 def test_fields_of_a_single_code_are_fitted_saved_and_read(estep, recipe, sizes, tmp_path):
     config = replace(
         CONFIG,

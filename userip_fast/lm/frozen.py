@@ -267,7 +267,8 @@ class FrozenLM:
         ]
 
     def _check_tokens(self) -> None:
-        last, token = max((i, t) for t, i in self.tokenizer.get_vocab().items())
+        ids = ((i, t) for t, i in self.tokenizer.get_vocab().items())
+        last, token = max(ids, default=(-1, ""))
         if last >= (rows := self.token_embedding.shape[0]):
             raise UnsupportedError(
                 f"{self.source}: the tokenizer gives {token!r} the id {last}, and the model has "
