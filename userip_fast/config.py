@@ -58,7 +58,11 @@ def parse_yaml(text: str, what: str) -> Any:
     if len(text) > _MAX_BYTES:
         raise ConfigError(f"{what} is larger than {_MAX_BYTES:,} characters")
     try:
-        return yaml.load(text, Loader)
+        loader = Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         why = " ".join(str(e).split())  # an error of PyYAML is a little drawing
         raise ConfigError(f"{what} cannot be read as YAML: {why[:200]}") from e
