@@ -481,7 +481,7 @@ class Model:
         except (KeyError, TypeError) as e:
             raise FormatError(f"{root}: the manifest lacks or garbles {e}") from e
         expected = str(about["fingerprint"])
-        if not stored.is_of(stored.folder_of(str(source)), model_lm.tokenizer, expected):
+        if not model_lm.is_known_as(expected):
             raise MismatchError(
                 f"{root}: the LM at {source} is not the one the codebooks were learned with "
                 f"(fingerprint {model_lm.fingerprint[:12]}, expected {expected[:12]})"
@@ -614,10 +614,7 @@ def orders_like(old: OldCodebooks, model: Model) -> list[Tensor]:
     shapes = [
         [book.codewords.shape for book in books] for books in (old.codebooks, model.codebooks)
     ]
-    same_lm = old.lm == model.lm.fingerprint
-    if not same_lm and not old.lm.startswith(stored.FULL) and Path(model.lm.source).is_dir():
-        same_lm = stored.is_of(Path(model.lm.source), model.lm.tokenizer, old.lm)
-    if not same_lm or shapes[0] != shapes[1]:
+    if not model.lm.is_known_as(old.lm) or shapes[0] != shapes[1]:
         raise MismatchError(
             f"like: {old.root} has another LM or other fields; codes do not compare"
         )

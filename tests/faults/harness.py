@@ -57,7 +57,7 @@ from userip_fast.errors import (
     UserIPError,
 )
 from userip_fast.files import sha256_file
-from userip_fast.model import _verify
+from userip_fast.sums import check_sums
 
 USERS, SHARDS = 40, 3
 CONFIG = Config(
@@ -243,7 +243,7 @@ def kill_until_done(
 def whole_or_absent(run: Path) -> None:
     if (run / "model").exists():
         manifest = json.loads((run / "model" / "manifest.json").read_text())
-        _verify(run / "model", manifest["files"])
+        check_sums(run / "model", manifest["files"])
     if (run / "bank" / "CURRENT").exists():
         uf.FeatureBank.open(run / "bank", verify=True)
 

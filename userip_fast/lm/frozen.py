@@ -12,6 +12,7 @@ import logging
 import os
 from contextlib import AbstractContextManager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,10 +52,12 @@ class FrozenLM:
             `logit_scale * hidden states`.
         token_embedding, embedding_scale: Token t enters the model as `embedding_scale * row t`.
         embedding_rms: Root mean square of an entry of an embedded token; the unit of `em.lr`.
+        folder: What `load` read; None for a model handed over as it is.
         plan: How `load` decided to keep and run it; None for a model handed over as it is.
         fp8_report: What the FP8 gate found, in that residency.
     """
 
+    folder: Path | None = None
     plan: Plan | None = None
     architecture: Architecture | None = None
     fp8_report: GateReport | None = None
@@ -105,6 +108,12 @@ class FrozenLM:
     def fingerprint(self) -> str:
         """See the class."""
         return stored.model_fingerprint(self.model, self.tokenizer)
+
+    def is_known_as(self, fingerprint: str) -> bool:
+        """Whether a fingerprint, of either kind, is this LM's; files are read again before a no."""
+        if fingerprint == self.fingerprint:
+            return True
+        return self.folder is not None and stored.is_of(self.folder, self.tokenizer, fingerprint)
 
     @classmethod
     def load(
@@ -167,8 +176,8 @@ class FrozenLM:
         if not packed and quantization.startswith("nf4") and not bitsandbytes:
             quantize_linears(model, nested=quantization == "nf4-double")
         lm = cls(model, tokenizer, source=str(path), quantization=quantization)
-        folder = stored.folder_of(path)
-        lm.fingerprint = stored.fingerprint(folder, tokenizer, again=config.verify)
+        lm.folder = stored.folder_of(path)
+        lm.fingerprint = stored.fingerprint(lm.folder, tokenizer, again=config.verify)
         lm._settle(config, work or Workload())
         logger.info(
             "LM %s: %s, %s, %s, D=%d; %s",
