@@ -13,6 +13,7 @@ from userip_fast.ctr.protocols import make_task
 from userip_fast.ctr.ranking import choice_scores, rank_choices
 from userip_fast.ctr.vectors import item_attributes
 from userip_fast.ctr.work import Work
+from userip_fast.data import read_interactions
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,27 @@ def test_ranking_against_a_plain_computation(choices):
     assert found["item_item"]["recall20"] == pytest.approx(np.mean(recall), abs=0.02)  # ties
     assert found["item_item"]["ndcg100"] == pytest.approx(np.mean(ndcg), abs=0.02)
     assert found["popularity"]["recall20"] > 0
+
+
+def test_a_mixture_ranks_items_that_it_met():
+    """Items 30 to 59 are bought by the row users alone: the teachers' mixture ranks them last."""
+    random = np.random.default_rng(0)
+    user = np.repeat(np.arange(150), 10)
+    log = {"user_id": user, "item_id": random.integers(0, 60, len(user)), "t": np.arange(len(user))}
+    items = {"item_id": np.arange(60), "title": [f"thing {i}" for i in range(60)]}
+    data = read_interactions(pa.table(log), pa.table(items), time="t")
+    task = make_task(data, CTRConfig(first=4))
+    learn = task.learn
+    low = learn.item_index < 30
+    mixture = Mixture(
+        np.concatenate([[0], np.cumsum(low)])[learn.offsets], learn.item_index[low], None, 60, 3
+    )
+    p = mixture.probability()
+    np.testing.assert_allclose(p.sum(0), 1)
+    assert not p[30:].any()
+    posterior = mixture.posterior(np.zeros(2, np.int64), learn.item_index[:0], None)
+    scores = choice_scores(Numbers(task, []).fit(-1), mixture, posterior, None, None)
+    assert set(np.argsort(-scores["mixture"](np.array([0]))[0])[:30]) == set(range(30))
 
 
 def test_what_codes_are():

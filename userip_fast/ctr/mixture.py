@@ -74,6 +74,10 @@ class Mixture:
             return np.asarray(self.table[item] - self.usual[item][:, None])
         return np.asarray(self.table[item * self.words + self.words - 1])
 
+    def probability(self) -> Float64:
+        """[I, K] p(item | code) of choices; 0 of an item never met."""
+        return np.where(self.usual[:, None] < 0, np.exp(self.table), 0.0)
+
     def score(self, posterior: Float64, item: Int64) -> Float64:
         """[N] log of `log_affinity`'s exponential, averaged by [N, K] `posterior`."""
         return np.asarray(np.log((posterior * np.exp(self.log_affinity(item))).sum(1)))

@@ -78,7 +78,6 @@ def choice_scores(
             as against sampled items, so popularity is put back.
     """
     view = len(fit.task.views) - 1
-    items = fit.known.num_items
     popular = fit.counts.astype(np.float64)
     scores: dict[str, Score] = {"popularity": lambda at: np.tile(popular, (len(at), 1))}
 
@@ -96,9 +95,8 @@ def choice_scores(
 
     scores |= {"foldin": foldin, "item_item": item_item}
     if mixture is not None and posterior is not None:
-        told = np.exp(mixture.log_affinity(np.arange(items)) + mixture.usual[:, None])
-        met = (fit.counts > 0).astype(np.float64)
-        scores["mixture"] = lambda at: (posterior[at] @ told.T) * met
+        told = mixture.probability()
+        scores["mixture"] = lambda at: posterior[at] @ told.T
     if affinity is not None and joint is not None:
 
         def by_affinity(at: Int64) -> Float64:
