@@ -241,7 +241,8 @@ class Trainer:
         first, last = users or self.own_users(source)
         tokenizer, size = self.engine.lm.tokenizer, self.config.em.block_users
         began = time.perf_counter()
-        table.read(survey(source, tokenizer, first, last))
+        # Processes that share the users read alike, and so find the same to the bit.
+        table.read(survey(source, tokenizer, *(users or (0, source.num_users))))
 
         def told(a: int) -> tuple[Told, npt.NDArray[np.uint64]]:
             b = min(a + size, last)
