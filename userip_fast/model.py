@@ -173,7 +173,7 @@ class Model:
             data = data.head_users(max_users)
         source = self.source(data, on_bad)
         trainer = self.ready_trainer(show)
-        table = self.event_table() if has_table(self.config) else None
+        table = self.event_table() if self.has_table else None
         if out is None:
             found = trainer.infer(source, self.codebooks, self.start, table=table)
             return np.concatenate([_codes(p.code_ids) for p in found])
@@ -285,13 +285,18 @@ class Model:
         found = np.asarray(probabilities, np.float32) @ likes.numpy().T
         return np.asarray(found, np.float32)
 
+    @property
+    def has_table(self) -> bool:
+        """Whether the model works from an event table; see `userip_fast.em.table.has_table`."""
+        return has_table(self.config)
+
     def event_table(self) -> EventTable:
         """What the LM says of events, as far as it was asked; it grows as more is asked.
 
         Raises:
             ConfigError: The model has none.
         """
-        if not has_table(self.config):
+        if not self.has_table:
             raise ConfigError(
                 "an event table needs em.estep=posterior, data.behaviour_context=independent and "
                 "few combinations of codes; fit a model with these"
@@ -390,7 +395,7 @@ class Model:
                 write_tensors(tmp / "head.safetensors", self.head.state())
             pq.write_table(self.catalogue.to_table(), tmp / "catalogue.parquet")
             write_json(tmp / "codes.json", self.cards)
-            if has_table(self.config):
+            if self.has_table:
                 table = self.event_table()
                 if table.values.nbytes <= _TABLE_BYTES:
                     pq.write_table(table.to_arrow(), tmp / "events.parquet", compression="zstd")
