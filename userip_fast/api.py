@@ -23,7 +23,6 @@ from userip_fast.data import Catalogue, InteractionStream
 from userip_fast.em.distributed import Processes, start_processes
 from userip_fast.em.mstep import check_codebook_sizes
 from userip_fast.em.steps import profiles_total
-from userip_fast.em.table import has_table
 from userip_fast.errors import ConfigError, DataError, StorageError
 from userip_fast.files import lock_file, storage_errors, sweep_leftovers, write_json
 from userip_fast.lm import FrozenLM
@@ -181,7 +180,7 @@ def _fit(
     totals, told = np.zeros(4), Reach()
     done = trainer.own_users(source)[0]
     kept = trainer.infer_cache(run.checkpoints, model.start) if run else None
-    table = model.event_table() if has_table(config) else None
+    table = model.event_table() if model.has_table else None
     for profiles in trainer.infer(source, model.codebooks, model.start, cache=kept, table=table):
         assert profiles.code_ids is not None
         users = len(profiles.nll)

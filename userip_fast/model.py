@@ -9,6 +9,7 @@ On disk a model is a folder that is whole or absent:
     head.safetensors        of an amortised E-step
     catalogue.parquet       training items with counts, to sample negatives from
     codes.json              code cards: words and typical items
+    events.parquet          the event table as far as it was read, where there is one of some size
     lm/                     the embedded LM, where that is the one
 
 Nothing is unpickled on loading; checksums, shapes and the LM's fingerprint are verified.
@@ -72,6 +73,7 @@ from userip_fast.sums import MANIFEST, check_sums, folder_sums
 logger = logging.getLogger("userip_fast")
 
 _FORMAT, _VERSION = "userip_fast.model", 1
+_TABLE_BYTES = 1 << 28  # of an event table that is saved with a model
 _FILES = (
     "config.json",
     "codebooks.safetensors",
@@ -104,6 +106,9 @@ class Model:
     trainer: Trainer | None = None
     head: Head | None = None
     _table: EventTable | None = field(default=None, init=False, repr=False, compare=False)
+    _saved: tuple[Path, list[Codebook]] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     @property
     def template(self) -> PromptTemplate:
@@ -168,7 +173,7 @@ class Model:
             data = data.head_users(max_users)
         source = self.source(data, on_bad)
         trainer = self.ready_trainer(show)
-        table = self.event_table() if has_table(self.config) else None
+        table = self.event_table() if self.has_table else None
         if out is None:
             found = trainer.infer(source, self.codebooks, self.start, table=table)
             return np.concatenate([_codes(p.code_ids) for p in found])
@@ -280,20 +285,28 @@ class Model:
         found = np.asarray(probabilities, np.float32) @ likes.numpy().T
         return np.asarray(found, np.float32)
 
+    @property
+    def has_table(self) -> bool:
+        """Whether the model works from an event table; see `userip_fast.em.table.has_table`."""
+        return has_table(self.config)
+
     def event_table(self) -> EventTable:
         """What the LM says of events, as far as it was asked; it grows as more is asked.
 
         Raises:
             ConfigError: The model has none.
         """
-        if not has_table(self.config):
+        if not self.has_table:
             raise ConfigError(
                 "an event table needs em.estep=posterior, data.behaviour_context=independent and "
                 "few combinations of codes; fit a model with these"
             )
         if self._table is None or self._table.codebooks is not self.codebooks:
             engine = self.ready_trainer().engine
-            self._table = EventTable(engine, self.format, self.codebooks, self.config.em)
+            table = EventTable(engine, self.format, self.codebooks, self.config.em)
+            if self._saved is not None and self._saved[1] is self.codebooks:
+                table.restore(pq.read_table(self._saved[0]))
+            self._table = table
         self._table.cache, self._table.show = None, False
         return self._table
 
@@ -382,6 +395,12 @@ class Model:
                 write_tensors(tmp / "head.safetensors", self.head.state())
             pq.write_table(self.catalogue.to_table(), tmp / "catalogue.parquet")
             write_json(tmp / "codes.json", self.cards)
+            if self.has_table:
+                table = self.event_table()
+                if table.values.nbytes <= _TABLE_BYTES:
+                    pq.write_table(table.to_arrow(), tmp / "events.parquet", compression="zstd")
+                else:
+                    logger.info("an event table of %d bytes is not saved", table.values.nbytes)
             if self.lm.embedded:
                 self._copy_lm(tmp / "lm")
             write_json(
@@ -499,7 +518,7 @@ class Model:
                 f"{root}: the LM has hidden size {model_lm.hidden_size}, the codebooks "
                 f"{about['hidden_size']}"
             )
-        return cls(
+        model = cls(
             config,
             fmt,
             model_lm,
@@ -509,6 +528,9 @@ class Model:
             read_json(root / "codes.json"),
             head=head,
         )
+        if "events.parquet" in manifest["files"]:
+            model._saved = root / "events.parquet", codebooks
+        return model
 
 
 def behaviour_source(

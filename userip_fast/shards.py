@@ -85,7 +85,10 @@ def infer_shard(
     users = source.users_between(*hash_range(index, count))
     cache = DiskCache(path.with_suffix(".part"), model.block_key(trainer))
     codes, keys, at = [], [source.keys_of(users[0], users[0])], users[0]
-    for profiles in trainer.infer(source, model.codebooks, model.start, users=users, cache=cache):
+    table = model.event_table() if model.has_table else None
+    for profiles in trainer.infer(
+        source, model.codebooks, model.start, users=users, cache=cache, table=table
+    ):
         assert profiles.code_ids is not None
         stop = at + len(profiles.nll)
         codes.append(profiles.code_ids.numpy().astype(np.uint32))

@@ -326,3 +326,21 @@ def test_fit_sees_all_users_unless_told_otherwise(lm, monkeypatch):
     uf.fit(read(60), lm, config=WHOLE.override({"em.rounds": 1}))
     uf.fit(read(60), lm, config=WHOLE.override({"em.rounds": 1, "em.fit_users": 30}))
     assert seen == [60, 30]
+
+
+def test_a_table_that_does_not_fit_is_read_in_smaller_packs(lm, monkeypatch):
+    model = uf.fit(read(60), lm, config=WHOLE)
+    want = model.infer(read(60))
+    rows, real = [], PackedEngine.nll
+
+    def nll(self, pack, soft_rows):
+        rows.append(pack.num_tokens)
+        if pack.num_tokens > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, pack, soft_rows)
+
+    monkeypatch.setattr(PackedEngine, "nll", nll)
+    monkeypatch.setattr("userip_fast.em.trainer.smaller_pack", lambda lm, tokens, longest: 64)
+    assert np.array_equal(replace(model).infer(read(60)), want)
+    assert rows[0] > 64
+    assert max(rows[1:]) <= 64

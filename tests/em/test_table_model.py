@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -10,7 +11,8 @@ from test_resume import read
 from test_table import WHOLE
 
 import userip_fast as uf
-from userip_fast.errors import ConfigError, DataError
+from userip_fast.config import LMConfig
+from userip_fast.errors import ConfigError, DataError, FormatError
 from userip_fast.lm import PackedEngine
 from userip_fast.packing import make_pack
 
@@ -64,6 +66,37 @@ def test_users_of_known_items_are_inferred_without_the_lm(model, monkeypatch):
     codes = fresh.infer(read(60))
     monkeypatch.setattr(PackedEngine, "nll", None)
     assert np.array_equal(fresh.infer(read(60)), codes)
+
+
+def test_a_loaded_model_knows_what_was_read(tmp_path, monkeypatch):
+    config = replace(WHOLE, lm=LMConfig(path=str(tiny.save("llama", tmp_path / "lm"))))
+    model = uf.fit(read(60), config=config)
+    model.save(tmp_path / "model")
+    loaded = uf.Model.load(tmp_path / "model")
+    assert loaded.fingerprint == model.fingerprint
+    items, ratings = events(read(60))
+    want = model.profile(items, ratings)
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedEngine, "nll", None)
+        assert np.array_equal(loaded.profile(items, ratings), want)
+        assert np.array_equal(loaded.infer(read(60)), model.infer(read(60)))
+    assert loaded.profile([99], ["liked"], texts={99: "a new thing"}).shape == (12,)
+    loaded.save(tmp_path / "again")
+    table = pq.read_table(tmp_path / "again" / "events.parquet")
+    assert "a new thing" in table["text"].to_pylist()
+
+    old = uf.Model.load(tmp_path / "model")
+    old.codebooks = [b.reordered(torch.arange(len(b)).flip(0)) for b in old.codebooks]
+    flipped = old.profile(items, ratings)  # another model: it must not use what was read before
+    np.testing.assert_allclose(flipped, want[:, ::-1], rtol=1e-4, atol=1e-6)
+    with pytest.raises(FormatError, match="event table of 12 combinations"):
+        model.event_table().restore(table.drop_columns(["weight"]))
+
+
+def test_a_table_too_large_is_not_saved(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("userip_fast.model._TABLE_BYTES", 10)
+    model.save(tmp_path / "model")
+    assert not (tmp_path / "model" / "events.parquet").exists()
 
 
 def test_no_events_give_the_prior(model):

@@ -47,7 +47,7 @@ class Readings:
         loss = np.flatnonzero(kinds.weight > 0)
         owner = np.searchsorted(kinds.offsets, loss, side="right") - 1
         within = loss - kinds.offsets[owner]  # at least 1: an event's first token has no loss
-        tokens = np.ones(kinds.num_users, np.int64)  # read of a kind
+        tokens = np.minimum(kinds.lengths, 1)  # read of a kind
         np.maximum.at(tokens, owner, within)
         read = [kinds.ids[a : a + n] for a, n in zip(kinds.offsets[:-1].tolist(), tokens.tolist())]
         # In this order what begins others stands right before one of them.

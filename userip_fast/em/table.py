@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from userip_fast.em.cache import BlockCache
 from userip_fast.em.readings import Readings, log_likelihoods
 from userip_fast.em.scorer import log_prior, soft_tables
 from userip_fast.em.steps import Profiles, books_digest
+from userip_fast.errors import FormatError
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import profile_posterior
 from userip_fast.packing import Int64
@@ -158,6 +160,39 @@ class EventTable:
         self.values = torch.cat([self.values, values])
         self._weight = np.concatenate([self._weight, told.total_weight])
         self._tokens = np.concatenate([self._tokens, told.lengths])
+
+    def to_arrow(self) -> pa.Table:
+        """Everything that was read: text, word, weight, tokens and values [Z] of each kind."""
+        kinds = list(self._numbering.number)
+        values = pa.array(self.values.numpy().ravel())
+        return pa.table(
+            {
+                "text": pa.array([text for text, _ in kinds], pa.string()),
+                "word": pa.array([word for _, word in kinds], pa.string()),
+                "weight": self._weight,
+                "tokens": self._tokens,
+                "values": pa.FixedSizeListArray.from_arrays(values, len(self.grid.codes)),
+            }
+        )
+
+    def restore(self, table: pa.Table) -> None:
+        """The inverse of `to_arrow`, for a table of which nothing was read yet.
+
+        Raises:
+            FormatError: `table` has other columns, or is one of other codes.
+        """
+        wanted = self.to_arrow().schema
+        if not table.schema.equals(wanted):
+            raise FormatError(
+                f"an event table of {len(self.grid.codes)} combinations of codes has columns "
+                f"{dict(zip(wanted.names, map(str, wanted.types)))}, this one "
+                f"{dict(zip(table.schema.names, map(str, table.schema.types)))}"
+            )
+        self._numbering.add(zip(table["text"].to_pylist(), table["word"].to_pylist()))
+        self._weight = table["weight"].to_numpy().astype(np.float64)
+        self._tokens = table["tokens"].to_numpy().astype(np.int64)
+        values = table["values"].combine_chunks().flatten().to_numpy()
+        self.values = torch.from_numpy(values.copy()).view(len(table), -1)
 
     def _scored(self, readings: Readings, content: bytes) -> Tensor:
         key = hashlib.sha256(self._books + content).digest()

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,8 @@ from userip_fast.lm.engine import Engine
 from userip_fast.lm.memory import is_out_of_memory, smaller_pack
 from userip_fast.prefetch import Prefetch
 from userip_fast.progress import Progress, progress
+
+T = TypeVar("T")
 
 _PROGRESS_USERS = 256
 
@@ -241,7 +243,10 @@ class Trainer:
         first, last = users or self.own_users(source)
         tokenizer, size = self.engine.lm.tokenizer, self.config.em.block_users
         began = time.perf_counter()
-        table.read(survey(source, tokenizer, first, last))
+        # Processes that share the users read alike, and so find the same to the bit.
+        kinds = survey(source, tokenizer, *(users or (0, source.num_users)))
+        longest = source.format.chunk_tokens + self.engine.layout.num_soft
+        in_memory(lambda: table.read(kinds), table, longest)
 
         def told(a: int) -> tuple[Told, npt.NDArray[np.uint64]]:
             b = min(a + size, last)
@@ -453,31 +458,40 @@ def _run(
 ) -> Profiles:
     """What the E-step finds, or found and kept before."""
     if cache is None:
-        return _run_in_memory(estep, block, codebooks, state)
+        return _run_anew(estep, block, codebooks, state)
     key = block.digest() + books_digest(codebooks)
     if (found := cache.get("profiles", key)) is not None:
         return Profiles.from_tensors(found, block.hashes)
-    profiles = _run_in_memory(estep, block, codebooks, state)
+    profiles = _run_anew(estep, block, codebooks, state)
     kept = {k: v for k, v in profiles.to_tensors().items() if k != "theta"}
     cache.put("profiles", key, kept)
     return profiles
 
 
-def _run_in_memory(
+def _run_anew(
     estep: Any, block: Block, codebooks: list[Codebook] | None, state: EMState
 ) -> Profiles:
-    """The E-step; where memory runs out, again with smaller packs."""
+    longest = int(block.behaviour.pack_rows(estep.engine.layout.num_soft).max())
+    profiles: Profiles = in_memory(lambda: estep.run(block, codebooks, state), estep, longest)
+    return profiles
+
+
+def in_memory(run: Callable[[], T], reader: Any, longest: int) -> T:
+    """`run()`; where memory runs out, again with smaller packs.
+
+    Args:
+        reader: An E-step or table that `run` asks; its `config` says how large packs are.
+        longest: Rows of the smallest pack possible, a user's or event's with the soft rows.
+    """
     while True:
         try:
-            profiles: Profiles = estep.run(block, codebooks, state)
-            return profiles
+            return run()
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
         # Out of the handler: the failed step's tensors are gone with its traceback.
-        longest = int(block.behaviour.pack_rows(estep.engine.layout.num_soft).max())
-        tokens = smaller_pack(estep.engine.lm, estep.config.pack_tokens, longest)
-        estep.config = replace(estep.config, pack_tokens=tokens)
+        tokens = smaller_pack(reader.engine.lm, reader.config.pack_tokens, longest)
+        reader.config = replace(reader.config, pack_tokens=tokens)
 
 
 def _settled(records: list[dict[str, Any]]) -> bool:
