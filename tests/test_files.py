@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 
-from userip_fast.api import _open_run
+from userip_fast.api import open_run
 from userip_fast.errors import FormatError, StorageError, UnavailableError
 from userip_fast.files import (
     atomic_dir,
@@ -180,10 +180,10 @@ def test_a_run_folder_is_written_by_one_process(tmp_path, holder):
     run = tmp_path / "RUN"
     (run / ".metrics.json.dead.tmp").write_text("x")
     message = r"out=.*RUN': another process is writing this run; wait for it to end, or name"
-    with pytest.raises(UnavailableError, match=message), _open_run(run, writes=True):
+    with pytest.raises(UnavailableError, match=message), open_run(run, writes=True):
         raise AssertionError("it must not begin")
     assert (run / ".metrics.json.dead.tmp").exists()  # it may be the other's, at work
-    with _open_run(run, writes=False) as opened:  # another rank of the same run
+    with open_run(run, writes=False) as opened:  # another rank of the same run
         assert opened.root == run
     holder.kill()
     holder.wait()
@@ -191,9 +191,9 @@ def test_a_run_folder_is_written_by_one_process(tmp_path, holder):
     blocks.mkdir(parents=True)
     for leftover in (run / "checkpoints" / ".round-0001.dead.tmp", blocks / ".x.dead.tmp"):
         leftover.mkdir()
-    with _open_run(run, writes=True):
+    with open_run(run, writes=True):
         assert sorted(p.name for p in run.rglob(".*")) == []
-    with _open_run(run, writes=True):
+    with open_run(run, writes=True):
         pass  # let go of
 
 
@@ -229,7 +229,7 @@ def _open_run_waiting(run):
     while True:
         with ExitStack() as held:
             try:
-                held.enter_context(_open_run(run, writes=True))
+                held.enter_context(open_run(run, writes=True))
             except UnavailableError:
                 time.sleep(0.001)
                 continue
