@@ -411,6 +411,36 @@ def test_an_interrupted_fit_leaves_nothing_behind(log, tmp_path):
     assert left == []
 
 
+def test_an_interrupt_inside_a_finaliser_is_not_lost(tmp_path):
+    """Python ignores what is raised there: the first SIGINT hits `__del__`, and yet all ends."""
+    (tmp_path / "finalised.py").write_text(
+        "import os, signal, time\n"
+        "import userip_fast.env\n"
+        "from userip_fast.cli import main\n"
+        "class Late:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(0.01)\n"
+        "def report():\n"
+        "    late = Late()\n"
+        "    del late\n"
+        "    time.sleep(60)\n"
+        "userip_fast.env.format_report = report\n"
+        "import sys\n"
+        "sys.argv[1:] = ['env']\n"
+        "main()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    begun = time.monotonic()
+    run = subprocess.run(
+        [sys.executable, "-m", "finalised"], env=env, capture_output=True, text=True, timeout=55,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert run.returncode == 130, run.stderr
+    assert "interrupted" in run.stderr
+    assert time.monotonic() - begun < 50
+
+
 def test_an_interrupt_while_text_is_executed_exits_with_130(tmp_path):
     """As when a dataclass is being made in an import: `python -m` then dies of SIGINT by itself."""
     (tmp_path / "interrupted.py").write_text(

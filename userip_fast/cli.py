@@ -25,6 +25,7 @@ from typer.core import TyperGroup
 
 from userip_fast._version import __version__
 from userip_fast.errors import UserIPError
+from userip_fast.interrupts import keep_interrupts
 from userip_fast.visible import visible
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ app.add_typer(bank_app, name="bank", help="Look into a feature bank.")
 def main() -> None:
     """Entry point of `userip`."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    keep_interrupts()
     try:
         app()
     except Exception:
