@@ -99,6 +99,20 @@ def test_a_table_too_large_is_not_saved(model, tmp_path, monkeypatch):
     assert not (tmp_path / "model" / "events.parquet").exists()
 
 
+def test_a_model_saved_before_anything_was_read(tmp_path):
+    config = replace(WHOLE, lm=LMConfig(path=str(tiny.save("llama", tmp_path / "lm"))))
+    model = uf.fit(read(60), config=config)
+    fresh = replace(model, codebooks=list(model.codebooks))  # a table belongs to its codebooks
+    assert not len(fresh.event_table().values)
+    fresh.save(tmp_path / "model")
+    loaded = uf.Model.load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.profile([]), model.profile([]))
+    items, ratings = events(read(60))
+    np.testing.assert_allclose(
+        loaded.profile(items, ratings), model.profile(items, ratings), rtol=1e-4, atol=1e-6
+    )
+
+
 def test_no_events_give_the_prior(model):
     prior = sum(np.ix_(*[b.log_prior.numpy() for b in model.codebooks]))
     np.testing.assert_allclose(model.profile([]), np.exp(prior).ravel(), rtol=1e-4)

@@ -203,7 +203,8 @@ class Profiles:
         model = self.model(feature, seed)
         source = model.source(view, "skip")
         trainer = model.ready_trainer(self.show)
-        parts = list(trainer.infer(source, model.codebooks, model.start))
+        table = model.event_table() if model.has_table else None  # one for all views
+        parts = list(trainer.infer(source, model.codebooks, model.start, table=table))
         at = view.user_index(source.keys_of(0, source.num_users))
         codes = np.tile(np.array(self.sizes), (view.num_users, 1))
         codes[at] = torch.cat([p.code_ids for p in parts]).numpy()  # type: ignore[misc]

@@ -192,7 +192,7 @@ class EventTable:
         self._weight = table["weight"].to_numpy().astype(np.float64)
         self._tokens = table["tokens"].to_numpy().astype(np.int64)
         values = table["values"].combine_chunks().flatten().to_numpy()
-        self.values = torch.from_numpy(values.copy()).view(len(table), -1)
+        self.values = torch.from_numpy(values.copy()).view(len(table), len(self.grid.codes))
 
     def _scored(self, readings: Readings, content: bytes) -> Tensor:
         key = hashlib.sha256(self._books + content).digest()
