@@ -95,7 +95,7 @@ def codes_in_words(codes: Mapping[str, Any]) -> str:
         f"perplexity {listed('perplexity', '.1f')}",
         f"dead {listed('dead', 'd')}",
         f"largest {listed('largest', '.0%')} of users",
-        f"generosity tells {listed('generosity_share', '.0%')} of them",
+        f"generosity (of choices: popularity) tells {listed('generosity_share', '.0%')} of them",
     ]
     for name, by in codes["bits"].items():
         shared = " and ".join(f"{x:.3f}" for x in by["shared"])

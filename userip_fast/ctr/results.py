@@ -31,7 +31,7 @@ import torch
 from userip_fast._version import __version__
 from userip_fast.config import Config
 from userip_fast.ctr.codes import codes_in_words
-from userip_fast.ctr.config import CHOSEN, CLUSTERS, CTRConfig
+from userip_fast.ctr.config import CHOSEN, CLUSTERS, DIN, CTRConfig
 from userip_fast.ctr.evaluate import evaluate_ctr
 from userip_fast.ctr.statistics import in_words
 from userip_fast.data import read_interactions
@@ -372,7 +372,7 @@ def _table(r: Mapping[str, Any]) -> list[str]:
             cells = []
             for b in backbones:
                 text = in_words(by[b]) if b in by else ""
-                top = text and by[b]["mean"] == best[b]
+                top = text and b != DIN and by[b]["mean"] == best[b]
                 cells.append(f"**{text}**" if top else text)
         lines.append(f"| {feature} | " + " | ".join(cells) + " |")
     for title in ("ids - none", "ids - best cluster", "all+ids - all"):
