@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from userip_fast.config import DataConfig
+from userip_fast.config import DataConfig, build
 from userip_fast.data import Catalogue, Events, FeedbackScale, Interactions, Negatives, make_events
 from userip_fast.data.feedback import NEGATIVE_WORDS
-from userip_fast.errors import DataError, MismatchError
+from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError, shown
 from userip_fast.keys import hash_keys
 from userip_fast.packing import Behaviour, Int64, build_behaviour, told_events
 from userip_fast.prompts import Layout, TokenTable, tokenize_events
@@ -161,9 +161,20 @@ class BehaviourFormat:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BehaviourFormat:
-        scale = values["scale"]
+        """The inverse of `to_dict`.
+
+        Raises:
+            FormatError: Something is missing, of another type or out of range.
+        """
         values = {"chunk_tokens": values["max_tokens"], **values}  # absent in older models
-        return cls(**{**values, "scale": FeedbackScale.from_dict(scale) if scale else None})
+        try:
+            made = build(cls, values, "behaviour")
+        except (ConfigError, DataError) as e:
+            raise FormatError(str(e)) from e
+        sizes = made.chunk_tokens, made.negatives, made.text_weight, made.feedback_weight
+        if "{text}" not in made.template or min(sizes) < 0 or made.max_tokens < made.chunk_tokens:
+            raise FormatError(f"behaviour: must be a format that was saved, is {shown(values)}")
+        return made
 
 
 @dataclass(frozen=True)

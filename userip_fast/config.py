@@ -340,7 +340,7 @@ class Config:
         Raises:
             ConfigError: A key is unknown, or a value has the wrong type or breaks a rule.
         """
-        return _build(Config, values, "config")
+        return build(Config, values, "config")
 
     @staticmethod
     def load(path: str | Path) -> Config:
@@ -381,7 +381,7 @@ class Config:
         return Config.from_dict(tree)
 
 
-def _build(cls: type[T], values: Any, where: str) -> T:
+def build(cls: type[T], values: Any, where: str) -> T:
     """A dataclass from a mapping: unknown keys refused, values coerced to the annotated types."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} must be a mapping, is {shown(values)}")
@@ -424,7 +424,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return (
             value
             if isinstance(value, typing.cast(type, hint))
-            else _build(typing.cast("type[Any]", hint), value, where)
+            else build(typing.cast("type[Any]", hint), value, where)
         )
     try:
         if hint is bool:

@@ -228,16 +228,23 @@ def _traits(
     source = read_source(users, None, what="users", as_text={key})
     source.require(key)
     table = source.table
-    keys = table[key].combine_chunks()
-    keys = pc.cast(keys, pa.int64()) if data.user_keys.type == pa.int64() else keys
-    row = np.asarray(
-        pc.fill_null(pc.index_in(data.user_keys, value_set=pc.cast(keys, data.user_keys.type)), -1)
-    ).astype(np.int64)
+    try:
+        keys = pc.cast(table[key].combine_chunks(), data.user_keys.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
+        raise DataError(
+            f"{source.name}: {key} must hold keys of users, of type {data.user_keys.type} ({e})"
+        ) from e
+    row = np.asarray(pc.fill_null(pc.index_in(data.user_keys, value_set=keys), -1)).astype(np.int64)
     if (row < 0).all():
         raise DataError(f"{source.name}: holds none of the users of the data")
     found: dict[str, Int64] = {}
     for name in names if names is not None else [c for c in table.column_names if c != key]:
         source.require(name)
+        kind = table.schema.field(name).type
+        if pa.types.is_nested(kind) or pa.types.is_null(kind):
+            if names is None:
+                continue
+            raise DataError(f"{source.name}: {name} is {kind}; a trait has text or a number a user")
         column = _cut(table[name].combine_chunks()).dictionary_encode()
         if names is None and not 2 <= len(column.dictionary) <= _MOST_VALUES:
             continue

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -305,7 +306,10 @@ class Model:
             engine = self.ready_trainer().engine
             table = EventTable(engine, self.format, self.codebooks, self.config.em)
             if self._saved is not None and self._saved[1] is self.codebooks:
-                table.restore(pq.read_table(self._saved[0]))
+                try:
+                    table.restore(_read_table(self._saved[0]))
+                except FormatError as e:
+                    raise FormatError(f"{self._saved[0]}: {e}") from e
             self._table = table
         self._table.cache, self._table.show = None, False
         return self._table
@@ -477,7 +481,7 @@ class Model:
             head = None
             if config.em.estep == "amortised" and config.em.recipe != "paper":
                 head = Head.from_state(read_tensors(root / "head.safetensors"))
-            catalogue = Catalogue.from_table(pq.read_table(root / "catalogue.parquet"))
+            catalogue = Catalogue.from_table(_read_table(root / "catalogue.parquet"))
             fmt = BehaviourFormat.from_dict(manifest["behaviour"])
             for f, book in zip(config.fields, codebooks):
                 want = (f.codebook_size, f.num_virtual_tokens * int(about["hidden_size"]))
@@ -525,12 +529,43 @@ class Model:
             codebooks,
             start,
             catalogue,
-            read_json(root / "codes.json"),
+            _cards(read_json(root / "codes.json"), root / "codes.json"),
             head=head,
         )
         if "events.parquet" in manifest["files"]:
             model._saved = root / "events.parquet", codebooks
         return model
+
+
+def _read_table(path: Path) -> pa.Table:
+    """A table of a model folder; FormatError where it cannot be read or names a column twice."""
+    try:
+        with pq.ParquetFile(path) as file:  # a path alone could be a folder, or be given columns
+            table = file.read()
+    except (OSError, ValueError, pa.ArrowException) as e:
+        raise FormatError(f"{path}: cannot be read as Parquet ({e})") from e
+    if len(set(table.column_names)) < table.num_columns:
+        raise FormatError(f"{path}: names a column twice, {table.column_names}")
+    return table
+
+
+def _cards(cards: Any, path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Code cards as they were written; FormatError where they are something else."""
+    kinds = {"code": int, "users": int, "words": str, "items": str, "lift": float}
+
+    def sound(card: Any) -> bool:
+        return isinstance(card, dict) and all(
+            isinstance(card.get(name), list) and all(isinstance(x, kind) for x in card[name])
+            if name in ("words", "items", "lift")
+            else isinstance(card.get(name), kind)
+            for name, kind in kinds.items()
+        )
+
+    if not isinstance(cards, dict) or not all(
+        isinstance(own, list) and all(map(sound, own)) for own in cards.values()
+    ):
+        raise FormatError(f"{path}: does not hold the code cards that were written")
+    return cards
 
 
 def behaviour_source(

@@ -188,7 +188,7 @@ def test_profiles_survive_a_file():
         np.arange(3, dtype=np.uint64), torch.zeros(3, 2).long(), torch.rand(3),
         torch.rand(3).double(), torch.ones(3), None, [torch.rand(3, 4), torch.rand(3, 5)],
     )  # fmt: skip
-    again = Profiles.from_tensors(p.to_tensors(), p.hashes)
+    again = Profiles.from_tensors(p.to_tensors(), p.hashes, [4, 5])
     assert again.theta is None
     assert torch.equal(again.log_resp[1], p.log_resp[1])
     assert torch.equal(again.weight, p.weight)

@@ -44,7 +44,7 @@ from userip_fast.bank.index import (
 )
 from userip_fast.bank.pages import PagedArray, PageSums, num_pages
 from userip_fast.bank.spool import Users
-from userip_fast.errors import ConfigError, DataError, FormatError
+from userip_fast.errors import ConfigError, DataError, FormatError, shown
 from userip_fast.files import open_regular, read_json_bytes, write_json
 from userip_fast.keys import hash_keys, key_order
 
@@ -57,16 +57,21 @@ Field = dict[str, Any]
 """`{"name": str, "codebook_size": int, "code_names": [str, ...] | None}`"""
 
 
-def check_fields(fields: Sequence[Mapping[str, Any]]) -> list[Field]:
-    """The fields as plain dicts.
+def check_fields(fields: Any) -> list[Field]:
+    """The fields, a sequence of mappings, as plain dicts.
 
     Raises:
-        ConfigError: None at all, a size or a list of names that does not fit, a name used twice.
+        ConfigError: None at all or something else, a size or a list of names that does not fit, a
+            name used twice.
     """
     if not fields:
         raise ConfigError("fields: a bank has at least one profile field, got none")
+    if isinstance(fields, str) or not isinstance(fields, Sequence):
+        raise ConfigError(f"fields: must be a list of mappings, is {shown(fields)}")
     checked: list[Field] = []
     for j, field in enumerate(fields):
+        if not isinstance(field, Mapping):
+            raise ConfigError(f"fields[{j}]: must be a mapping, is {shown(field)}")
         unknown = set(field) - {"name", "codebook_size", "code_names"}
         name, size = field.get("name"), field.get("codebook_size")
         names = field.get("code_names")
@@ -77,6 +82,8 @@ def check_fields(fields: Sequence[Mapping[str, Any]]) -> list[Field]:
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**32:
             raise ConfigError(f"field {name!r}: codebook_size must be 1 .. 2**32 - 1, got {size!r}")
         if names is not None:
+            if not isinstance(names, Sequence):
+                raise ConfigError(f"field {name!r}: code_names must be a list, is {shown(names)}")
             names = list(names)
             if len(names) != size or not all(isinstance(n, str) for n in names):
                 raise ConfigError(

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from userip_fast.bank.layout import FORMAT, VERSION, Field, check_fields, check_metadata
-from userip_fast.errors import FormatError, UserIPError
+from userip_fast.errors import FormatError
 from userip_fast.files import atomic_file
 from userip_fast.keys import hash_keys
 
@@ -107,7 +107,7 @@ def read_parquet(path: str | os.PathLike[str]) -> dict[str, Any]:
         }
     except FormatError:
         raise
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, UserIPError) as e:
+    except (OSError, pa.ArrowException, LookupError, ArithmeticError, TypeError, ValueError) as e:
         raise FormatError(f"{path}: not a feature bank written by to_parquet ({e!r})") from e
 
 

@@ -193,16 +193,18 @@ class Catalogue:
         """The inverse of `to_table`.
 
         Raises:
-            DataError: Columns are missing, or counts are not positive.
+            DataError: Columns are missing or of another type, or counts are not positive.
         """
         if table.column_names != ["item", "text", "count"]:
             raise DataError(
                 f"a catalogue has columns item, text and count, this has {table.column_names}"
             )
-        counts = table["count"].to_numpy().astype(np.int64)
-        if (counts < 1).any():
+        texts, counts = combine(table["text"]), combine(table["count"])
+        if (texts.type, counts.type) != (pa.large_string(), pa.int64()) or texts.null_count:
+            raise DataError(f"catalogue: text and counts are {texts.type} and {counts.type}")
+        if counts.null_count or (to_numpy(counts) < 1).any():
             raise DataError("catalogue: counts must be positive")
-        return cls(canonical_keys(table["item"]), combine(table["text"]), counts)
+        return cls(canonical_keys(table["item"]), texts, to_numpy(counts))
 
 
 @dataclass(frozen=True)

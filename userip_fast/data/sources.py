@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -130,11 +130,21 @@ def read_source(
 
 
 def validated(source: Source) -> Source:
-    """Refuses text that is not UTF-8, which only CSV and JSON readers check."""
+    """Refuses text that is not UTF-8, which only CSV and JSON readers check.
+
+    Text as views, of which Arrow takes no rows, becomes plain text.
+    """
+    table = source.table
     try:
-        source.table.validate(full=True)
+        table.validate(full=True)
     except pa.ArrowInvalid as e:
         raise DataError(f"{source.name}: holds invalid values ({e})") from e
+    plain = [
+        pa.field(f.name, pa.large_string()) if pa.types.is_string_view(f.type) else f
+        for f in table.schema
+    ]
+    if plain != list(table.schema):
+        source = replace(source, table=table.cast(pa.schema(plain)))
     return source
 
 

@@ -73,6 +73,8 @@ _PART_ROWS = 1 << 16  # rows of a part, on average at most
 _MAX_BITS = 13
 _WAITING_ROWS = 1 << 17  # dealt out in memory before they are appended to the parts' files,
 _WAITING_ROWS_PART = 512  # or so many per part
+_KEYS = (pa.int64(), pa.large_string())
+_DAMAGE = (ArithmeticError, LookupError, ValueError, OSError, pa.ArrowException)
 
 
 class InteractionStream:
@@ -90,7 +92,9 @@ class InteractionStream:
         manifest = read_json(folder / "manifest.json")
         try:
             self._read_manifest(folder, manifest)
-        except (KeyError, TypeError, ValueError, OSError, pa.ArrowException) as e:
+        except FormatError:
+            raise
+        except (*_DAMAGE, AttributeError, TypeError) as e:
             raise FormatError(f"{folder}: is damaged ({e!r}); delete it to read anew") from e
 
     def _read_manifest(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -103,7 +107,10 @@ class InteractionStream:
         report["examples"] = tuple(BadRow(**row) for row in report["examples"])
         report["short_examples"] = tuple(report["short_examples"])
         self.report = BadRows(**report)
-        self._parts: list[dict[str, Any]] = manifest["parts"]
+        self._parts: list[dict[str, Any]] = list(manifest["parts"])
+        numbers = [self.num_events, *(part["users"] for part in self._parts)]
+        if not all(type(n) is int and n >= 0 for n in numbers) or type(self.ordered) is not bool:
+            raise ValueError(f"numbers of events and users, and whether ordered: {numbers}")
         self._first = [0, *accumulate(part["users"] for part in self._parts)]
         self.digest = hashlib.sha256(
             "".join([manifest["items_sha256"], *(p["sha256"] for p in self._parts)]).encode()
@@ -113,11 +120,18 @@ class InteractionStream:
         self.items = pq.read_table(folder / "items.parquet")
         self.item_keys = self.items["__key"].combine_chunks()
         self.item_text = self.items["__text"].combine_chunks()
+        kinds = _KEYS, (pa.large_string(),), (pa.int64(),)
+        for name, types in zip(("__key", "__text", "__count"), kinds):
+            column = self.items[name]
+            if column.type not in types or column.null_count:
+                raise ValueError(f"{name} of the items: {column.type}, {column.null_count} nulls")
         self._item_counts: NDArray[np.int64] = self.items["__count"].to_numpy()
         self.items = self.items.drop_columns(["__key", "__text", "__count"])
-        values, counts = manifest["ratings"] or ([], [])
-        self.constant_rating: float | None = values[0] if len(values) == 1 else None
-        self._ratings = np.array(values, np.float64), np.array(counts, np.int64)
+        values, counts = (np.array(x, t) for x, t in zip(manifest["ratings"], (float, np.int64)))
+        if values.ndim != 1 or values.shape != counts.shape or not np.isfinite(values).all():
+            raise ValueError(f"ratings: {manifest['ratings']}")
+        self.constant_rating: float | None = float(values[0]) if len(values) == 1 else None
+        self._ratings = values, counts
         self._opened: dict[int, Interactions] = {}
 
     @property
@@ -182,7 +196,10 @@ class InteractionStream:
                 raise FormatError(f"{path}: altered; delete {self.folder} to read the log anew")
             with pa.OSFile(str(path)) as file:
                 table = pa.ipc.open_file(file).read_all()
-        except (OSError, pa.ArrowException) as e:
+            self._check_part(table, self._parts[at]["users"])
+        except FormatError:
+            raise
+        except _DAMAGE as e:
             raise FormatError(f"{path}: cannot be read ({e}); delete {self.folder}") from e
         columns = {name: _one(table[name]) for name in table.column_names}
         lengths = columns["events"].to_numpy()
@@ -209,6 +226,26 @@ class InteractionStream:
             self._opened.pop(next(iter(self._opened)), None)
         self._opened[at] = found
         return found
+
+    def _check_part(self, table: pa.Table, users: int) -> None:
+        """Raises ValueError, or what Arrow raises, where a part is not as `_write_part` writes."""
+        kinds = {"user": _KEYS, "events": (pa.int64(),), "item": (pa.large_list(pa.int32()),)}
+        if self.read_as.rating is not None:
+            kinds["rating"] = (pa.large_list(pa.float32()),)
+        if self.read_as.time is not None:
+            kinds["time"] = (pa.large_list(pa.int64()),)
+        table.validate(full=True)
+        if table.column_names != list(kinds) or len(table) != users:
+            raise ValueError(f"columns {table.column_names} of {len(table)} users")
+        for name, types in kinds.items():
+            if table[name].type not in types or table[name].null_count:
+                raise ValueError(f"{name}: {table[name].type}, {table[name].null_count} nulls")
+        for name in list(kinds)[2:]:
+            if not pc.list_value_length(table[name]).equals(table["events"]):
+                raise ValueError(f"{name}: not as many values as users have events")
+        item = to_numpy(_one(table["item"]).flatten())
+        if len(item) and not 0 <= item.min() <= item.max() < self.num_items:
+            raise ValueError(f"item: must be below {self.num_items}")
 
     def __repr__(self) -> str:
         return (
@@ -269,10 +306,10 @@ def stream_interactions(
     arguments = [_VERSION, asdict(read_as), on_bad, seed, contents]
     key = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()
     target = Path(work) / "histories"
-    if (found := _sorted_before(target, key)) is not None:
+    if (found := _sorted_before(target, key, read_as)) is not None:
         return found
     with lock_file(target.parent / "LOCK", math.inf, ""):
-        if (found := _sorted_before(target, key)) is not None:
+        if (found := _sorted_before(target, key, read_as)) is not None:
             return found
         sweep_leftovers(target.parent)
         columns = Columns(user, item, rating, time)
@@ -290,13 +327,13 @@ def _contents(root: Path, files: Sequence[Path]) -> list[tuple[str, str]]:
         raise DataError(f"{root} cannot be read: {e}") from e
 
 
-def _sorted_before(folder: Path, key: str) -> InteractionStream | None:
+def _sorted_before(folder: Path, key: str, read_as: ReadAs) -> InteractionStream | None:
     """What `folder` holds, if it is whole and was made from what `key` says."""
     try:
         found = InteractionStream(folder)
     except FormatError:
         return None
-    return found if found.key == key else None
+    return found if (found.key, found.read_as) == (key, read_as) else None
 
 
 class _Sorter:

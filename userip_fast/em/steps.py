@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from userip_fast.codebook import Codebook
+from userip_fast.errors import FormatError
 from userip_fast.files import tensor_bytes
 from userip_fast.packing import Behaviour
 
@@ -95,9 +97,41 @@ class Profiles:
         return _flatten(self, "")
 
     @staticmethod
-    def from_tensors(tensors: dict[str, Tensor], hashes: npt.NDArray[np.uint64]) -> Profiles:
-        """The inverse of `to_tensors`."""
-        return Profiles(hashes=hashes, **_unflatten(tensors))
+    def from_tensors(
+        tensors: dict[str, Tensor], hashes: npt.NDArray[np.uint64], sizes: Sequence[int]
+    ) -> Profiles:
+        """The inverse of `to_tensors`.
+
+        Args:
+            sizes: [J] codes of each field; none before there are codebooks.
+
+        Raises:
+            FormatError: The tensors are not those of `hashes`' users and these fields.
+        """
+        try:
+            found = Profiles(hashes=hashes, **_unflatten(tensors))
+        except (KeyError, TypeError) as e:
+            raise FormatError(f"profiles: lack or garble {e}") from e
+        users = len(hashes)
+        wanted: list[tuple[Any, tuple[int, ...], torch.dtype]] = [
+            (found.nll, (users,), torch.float32),
+            (found.weight, (users,), torch.float64),
+            (found.forward_equivalents, (users,), torch.float32),
+        ]
+        if sizes or found.code_ids is not None:
+            wanted.append((found.code_ids, (users, len(sizes)), torch.int64))
+        if found.elbo is not None:
+            wanted.append((found.elbo, (users,), torch.float64))
+        if found.log_resp is not None:
+            parts = found.log_resp if len(found.log_resp) == len(sizes) else [None] * len(sizes)
+            wanted += [(r, (users, k), torch.float32) for r, k in zip(parts, sizes)]
+        for x, shape, dtype in wanted:
+            if not isinstance(x, Tensor) or (tuple(x.shape), x.dtype) != (shape, dtype):
+                raise FormatError(f"profiles: a tensor is not {dtype} of shape {shape}")
+        codes = found.code_ids
+        if codes is not None and ((codes < 0) | (codes >= torch.tensor(sizes))).any():
+            raise FormatError(f"profiles: a code is not below {tuple(sizes)}")
+        return found
 
 
 def profiles_total(profiles: Profiles) -> npt.NDArray[np.float64]:

@@ -179,7 +179,7 @@ class EventTable:
         """The inverse of `to_arrow`, for a table of which nothing was read yet.
 
         Raises:
-            FormatError: `table` has other columns, or is one of other codes.
+            FormatError: `table` has other columns, is one of other codes, or lacks values.
         """
         wanted = self.to_arrow().schema
         if not table.schema.equals(wanted):
@@ -188,10 +188,15 @@ class EventTable:
                 f"{dict(zip(wanted.names, map(str, wanted.types)))}, this one "
                 f"{dict(zip(table.schema.names, map(str, table.schema.types)))}"
             )
-        self._numbering.add(zip(table["text"].to_pylist(), table["word"].to_pylist()))
-        self._weight = table["weight"].to_numpy().astype(np.float64)
-        self._tokens = table["tokens"].to_numpy().astype(np.int64)
-        values = table["values"].combine_chunks().flatten().to_numpy()
+        values = table["values"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        weight, tokens = table["weight"].to_numpy(), table["tokens"].to_numpy()
+        kinds = list(zip(table["text"].to_pylist(), table["word"].to_pylist()))
+        if any(column.null_count for column in table.columns) or len(set(kinds)) < len(kinds):
+            raise FormatError("an event table has every kind of event once, and no nulls")
+        if not (np.isfinite(values).all() and np.isfinite(weight).all() and (tokens > 0).all()):
+            raise FormatError("an event table has finite values and weights, and tokens")
+        self._numbering.add(kinds)
+        self._weight, self._tokens = weight, tokens
         self.values = torch.from_numpy(values.copy()).view(len(table), len(self.grid.codes))
 
     def _scored(self, readings: Readings, content: bytes) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -43,11 +44,14 @@ from userip_fast.em.steps import (
     profiles_total,
 )
 from userip_fast.em.table import EventTable, has_table, survey
+from userip_fast.errors import FormatError
 from userip_fast.interrupts import deferred_interrupts
 from userip_fast.lm.engine import Engine
 from userip_fast.lm.memory import is_out_of_memory, smaller_pack
 from userip_fast.prefetch import Prefetch
 from userip_fast.progress import Progress, progress
+
+logger = logging.getLogger("userip_fast.em")
 
 T = TypeVar("T")
 
@@ -461,7 +465,10 @@ def _run(
         return _run_anew(estep, block, codebooks, state)
     key = block.digest() + books_digest(codebooks)
     if (found := cache.get("profiles", key)) is not None:
-        return Profiles.from_tensors(found, block.hashes)
+        try:
+            return Profiles.from_tensors(found, block.hashes, [len(b) for b in codebooks or ()])
+        except FormatError as e:
+            logger.warning("a finished block is passed over and computed again: %s", e)
     profiles = _run_anew(estep, block, codebooks, state)
     kept = {k: v for k, v in profiles.to_tensors().items() if k != "theta"}
     cache.put("profiles", key, kept)

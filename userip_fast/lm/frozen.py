@@ -175,9 +175,10 @@ class FrozenLM:
         _check_finite(path, model)
         if not packed and quantization.startswith("nf4") and not bitsandbytes:
             quantize_linears(model, nested=quantization == "nf4-double")
-        lm = cls(model, tokenizer, source=str(path), quantization=quantization)
-        lm.folder = stored.folder_of(path)
-        lm.fingerprint = stored.fingerprint(lm.folder, tokenizer, again=config.verify)
+        with told(f"LM {path!r} cannot be used"):  # its files may hold any value of any type
+            lm = cls(model, tokenizer, source=str(path), quantization=quantization)
+            lm.folder = stored.folder_of(path)
+            lm.fingerprint = stored.fingerprint(lm.folder, tokenizer, again=config.verify)
         lm._settle(config, work or Workload())
         logger.info(
             "LM %s: %s, %s, %s, D=%d; %s",
