@@ -22,6 +22,7 @@ from userip_fast.config import Config
 from userip_fast.errors import ConfigError
 from userip_fast.files import read_json, sha256_file, write_json
 from userip_fast.flags import FLAGS, settings_of
+from userip_fast.sums import sealed
 
 FIELD = "taste:The user likes:4:1:fantasy romance"
 SET = [arg for setting in small_log.TINY for arg in ("--set", setting)]
@@ -363,7 +364,7 @@ def test_a_model_that_does_not_match_its_template_is_refused(fitted, log, tmp_pa
     assert "config.json: missing or altered" in result.stderr
     manifest = read_json(model / "manifest.json")
     manifest["files"]["config.json"] = sha256_file(model / "config.json")
-    write_json(model / "manifest.json", manifest)
+    write_json(model / "manifest.json", sealed(manifest))
     result = userip(*args, "--out", tmp_path / "bank", code=2)
     assert "codebook of field 'taste'" in result.stderr
     assert not (tmp_path / "bank").exists()

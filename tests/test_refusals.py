@@ -22,6 +22,7 @@ from userip_fast import cli
 from userip_fast.api import fit
 from userip_fast.config import Config
 from userip_fast.data import read_interactions
+from userip_fast.sums import sealed
 
 DIGITS = "9" * 5000
 
@@ -161,7 +162,7 @@ def _bad_files(root):
 
 def edit(model, **changes):
     file = model / "manifest.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    file.write_text(json.dumps(sealed({**json.loads(file.read_text()), **changes})))
 
 
 LOG = "--interactions interactions.parquet --items items.parquet"

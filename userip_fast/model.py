@@ -21,7 +21,8 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -69,7 +70,7 @@ from userip_fast.lm.trace import Workload
 from userip_fast.packing import Int64
 from userip_fast.prompts import Layout, PromptTemplate
 from userip_fast.reach import Reach
-from userip_fast.sums import MANIFEST, check_sums, folder_sums
+from userip_fast.sums import MANIFEST, check_seal, check_sums, folder_sums, sealed
 
 logger = logging.getLogger("userip_fast")
 
@@ -306,10 +307,8 @@ class Model:
             engine = self.ready_trainer().engine
             table = EventTable(engine, self.format, self.codebooks, self.config.em)
             if self._saved is not None and self._saved[1] is self.codebooks:
-                try:
+                with _of_file(self._saved[0]):
                     table.restore(_read_table(self._saved[0]))
-                except FormatError as e:
-                    raise FormatError(f"{self._saved[0]}: {e}") from e
             self._table = table
         self._table.cache, self._table.show = None, False
         return self._table
@@ -407,24 +406,22 @@ class Model:
                     logger.info("an event table of %d bytes is not saved", table.values.nbytes)
             if self.lm.embedded:
                 self._copy_lm(tmp / "lm")
-            write_json(
-                tmp / MANIFEST,
-                {
-                    "format": _FORMAT,
-                    "version": _VERSION,
-                    "userip_fast": __version__,
-                    "fingerprint": self.fingerprint,
-                    "lm": {
-                        "source": "lm" if self.lm.embedded else self.lm.source,
-                        "embedded": self.lm.embedded,
-                        "fingerprint": self.lm.fingerprint,
-                        "quantization": self.lm.quantization,
-                        "hidden_size": self.lm.hidden_size,
-                    },
-                    "behaviour": self.format.to_dict(),
-                    "files": folder_sums(tmp),
+            about = {
+                "format": _FORMAT,
+                "version": _VERSION,
+                "userip_fast": __version__,
+                "fingerprint": self.fingerprint,
+                "lm": {
+                    "source": "lm" if self.lm.embedded else self.lm.source,
+                    "embedded": self.lm.embedded,
+                    "fingerprint": self.lm.fingerprint,
+                    "quantization": self.lm.quantization,
+                    "hidden_size": self.lm.hidden_size,
                 },
-            )
+                "behaviour": self.format.to_dict(),
+                "files": folder_sums(tmp),
+            }
+            write_json(tmp / MANIFEST, sealed(about))
 
     def _copy_lm(self, to: Path) -> None:
         """The files of the embedded LM, if they are still what was loaded from them."""
@@ -469,20 +466,23 @@ class Model:
             raise FormatError(
                 f"{root}: model version {manifest.get('version')!r}, this program reads {_VERSION}"
             )
+        check_seal(root / MANIFEST, manifest)
         try:
             about = manifest["lm"]
             check_sums(root, manifest["files"], [*_FILES, *_LM_FILES * bool(about["embedded"])])
-            try:
+            with _of_file(root / "config.json"):
                 config = Config.from_dict(read_json(root / "config.json"))
-            except ConfigError as e:
-                raise FormatError(f"{root / 'config.json'}: {e}") from e
             codebooks = load_codebooks(root / "codebooks.safetensors", len(config.fields))
             start = read_tensors(root / "start.safetensors")["start"]
+            if start.dtype != torch.float32 or not start.isfinite().all():
+                raise FormatError(f"{root / 'start.safetensors'}: must be fp32 and finite")
             head = None
             if config.em.estep == "amortised" and config.em.recipe != "paper":
                 head = Head.from_state(read_tensors(root / "head.safetensors"))
-            catalogue = Catalogue.from_table(_read_table(root / "catalogue.parquet"))
-            fmt = BehaviourFormat.from_dict(manifest["behaviour"])
+            with _of_file(root / "catalogue.parquet"):
+                catalogue = Catalogue.from_table(_read_table(root / "catalogue.parquet"))
+            with _of_file(root / MANIFEST):
+                fmt = BehaviourFormat.from_dict(manifest["behaviour"])
             for f, book in zip(config.fields, codebooks):
                 want = (f.codebook_size, f.num_virtual_tokens * int(about["hidden_size"]))
                 if tuple(book.codewords.shape) != want:
@@ -535,6 +535,15 @@ class Model:
         if "events.parquet" in manifest["files"]:
             model._saved = root / "events.parquet", codebooks
         return model
+
+
+@contextmanager
+def _of_file(path: Path) -> Iterator[None]:
+    """What is wrong with the content of a file is a FormatError that names it."""
+    try:
+        yield
+    except (ConfigError, DataError, FormatError) as e:
+        raise FormatError(str(e) if str(path) in str(e) else f"{path}: {e}") from e
 
 
 def _read_table(path: Path) -> pa.Table:

@@ -7,6 +7,8 @@ their sums are kept under the identity, size and times of the file, in `sums.jso
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +19,7 @@ from userip_fast.errors import FormatError, StorageError
 from userip_fast.files import read_json, sha256_file, write_json
 
 MANIFEST = "manifest.json"
+_SEAL = "sha256"
 _KEPT = 4096  # sums, the latest
 _SETTLED_S = 2.0  # a file changed since is read again: its times may not tell the next change
 
@@ -61,6 +64,19 @@ def check_sums(root: Path, sums: Any, needed: Iterable[str] = ()) -> None:
     for name, digest in sums.items():
         if name not in names or sha256_file(root / name) != digest:
             raise FormatError(f"{root / name}: missing or altered since it was saved")
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with a sum of its own, over its values (not over spaces or the order of keys)."""
+    about = {k: v for k, v in manifest.items() if k != _SEAL}
+    text = json.dumps(about, sort_keys=True, ensure_ascii=False)
+    return {**about, _SEAL: hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()}
+
+
+def check_seal(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises FormatError where a manifest is not what was sealed. One of before has no seal."""
+    if _SEAL in manifest and sealed(manifest) != manifest:
+        raise FormatError(f"{path}: altered since it was saved (SHA-256 differs)")
 
 
 def _names(root: Path) -> Iterator[str]:

@@ -56,8 +56,9 @@ from userip_fast.errors import (
     UnavailableError,
     UserIPError,
 )
-from userip_fast.files import sha256_file
-from userip_fast.sums import check_sums
+from userip_fast.files import sha256_file, write_json
+from userip_fast.lm import embedded
+from userip_fast.sums import check_sums, folder_sums, sealed
 
 USERS, SHARDS = 40, 3
 CONFIG = Config(
@@ -445,6 +446,85 @@ def damaged_banks(folder: Path, rounds: int, draw: random.Random, counts: Counts
             victim.write_bytes(whole)
 
 
+def damaged_folders(
+    world: World, folder: Path, rounds: int, draw: random.Random, counts: Counts
+) -> None:
+    """Flipped bits and truncated files of models, the cache of embedded LMs, `WORK` and shards:
+    none is served; it is refused by name, or made again.
+    """
+    bank = folder / "bank"
+    assert attempt(lambda: world.all_shards(bank), None, 0.0) == 0
+    data = world.stream(bank.with_suffix(".work"))
+    whole, events = data.digest, data.users(0, data.num_users)
+
+    def model() -> bool:
+        return bool(world._load(world.folder / "whole").fingerprint == world.model.fingerprint)
+
+    def work() -> bool:  # what is damaged is sorted again
+        found = world.stream(bank.with_suffix(".work"))
+        users = found.users(0, found.num_users)
+        same = np.array_equal(users.item_index, events.item_index)
+        return same and found.digest == whole and users.user_keys.equals(events.user_keys)
+
+    def merged() -> bool:
+        shards.merge_shards(bank.with_suffix(".shards"), folder / "merged")
+        return codes(folder / "merged") == world.new
+
+    def inferred_again() -> bool:  # a damaged shard is
+        shards.infer_shard(world.model, data, 1, SHARDS, bank.with_suffix(".shards"))
+        return merged()
+
+    cache = embedded_folder(folder / "cache")
+
+    def cached() -> bool:
+        embedded.check_embedded(cache)
+        return True
+
+    middle = bank.with_suffix(".shards") / f"shard-00001-of-{SHARDS:05d}.parquet"
+    kinds: dict[str, tuple[list[Path], Callable[[], bool]]] = {
+        "model": (files_of(world.folder / "whole" / "model"), model),
+        "WORK": (files_of(bank.with_suffix(".work") / "histories"), work),
+        "shards": (files_of(bank.with_suffix(".shards")), merged),
+        "shards, inferred again": ([middle], inferred_again),
+        "cache": (files_of(cache), cached),
+    }
+    for name, (files, right) in kinds.items():
+        assert right(), name
+        saved = {f: f.read_bytes() for f in files}
+        for i in range(rounds):
+            victim, cut = draw.choice(files), i % 6 == 5
+            content = bytearray(saved[victim])
+            if cut:
+                del content[draw.randrange(len(content)) :]
+            else:
+                content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            victim.write_bytes(content)
+            kind = f"{name}: {'truncated' if cut else 'bits flipped'}"
+            counts[kind] += 1
+            try:
+                assert right(), f"{victim}: damage was served"
+                counts[f"{kind}, without effect or made again"] += 1
+            except UserIPError as e:
+                if str(victim.parent) not in str(e):
+                    raise AssertionError(f"{victim}: refused, not by name") from e
+                counts[f"{kind}, refused"] += 1
+            for file, kept in saved.items():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(kept)
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != "LOCK"]
+
+
+def embedded_folder(folder: Path) -> Path:
+    """An entry of the cache of embedded LMs, as `embedded_lm` writes it."""
+    tiny.save("llama", folder)
+    about = {"format": "userip_fast.lm", "version": 1, "files": folder_sums(folder)}
+    write_json(folder / "manifest.json", sealed(about))
+    return folder
+
+
 @contextmanager
 def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Sets an attribute; `...` returned by `value` stands for what was there."""
@@ -742,6 +822,7 @@ def run(folder: Path, *, wanted: int, others: int, seed: int = 0) -> dict[str, A
     torn_files(world, folder / "torn", others, draw, counts)
     missing_shards(world, folder / "shards", draw, counts)
     damaged_banks(folder / "damaged", 5 * others, draw, counts)
+    damaged_folders(world, folder / "folders", 2 * others, draw, counts)
     two_at_once(world, folder / "two", max(4, others // 4), counts)
     many_generations(folder / "generations", 4 * others + 20, counts)
     skipped = {

@@ -43,7 +43,7 @@ from userip_fast.flags import settings_of
 from userip_fast.lm import FrozenLM
 from userip_fast.report import report_run
 from userip_fast.shards import merge_shards, parse_shard
-from userip_fast.sums import MANIFEST, folder_sums
+from userip_fast.sums import MANIFEST, folder_sums, sealed
 
 Job = Callable[[Random], Any]
 FIRST_CHECK = re.compile(
@@ -82,7 +82,7 @@ def _changed(value: Any, draw: Random) -> Any:
         if what < 0.12:
             del value[key]
         elif what < 0.2 and isinstance(value, dict):
-            value[draw.choice([str(key) + "_", "", 7])] = value.pop(key)
+            value[draw.choice([f"{key}_", "", "7"])] = value.pop(key)
         elif what < 0.26 and isinstance(value, list):
             value.insert(key, copy.deepcopy(value[draw.choice(keys)]))
         elif what < 0.32:
@@ -242,8 +242,11 @@ def model(folder: Path) -> Job:
             else:
                 write_tensors(path, changed_tensors(read_tensors(path), draw))
             if path.name != MANIFEST:
-                about = json.loads(whole[root / MANIFEST])
-                dump({**about, "files": folder_sums(root)}, root / MANIFEST)
+                about = {**json.loads(whole[root / MANIFEST]), "files": folder_sums(root)}
+            else:
+                about = json.loads(path.read_text())
+            if isinstance(about, dict):
+                dump(sealed(about), root / MANIFEST)
             loaded = uf.Model.load(root)
             loaded.bank_fields()
             p = loaded.profile(items, rated)
@@ -308,7 +311,7 @@ def work(folder: Path) -> Job:
                 with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as w:
                     w.write_table(table)
                 about["parts"][0]["sha256"] = sha256_file(path)
-            dump(about, root / "manifest.json")
+            dump(sealed(about) if isinstance(about, dict) else about, root / "manifest.json")
             found = stream()
             users = found.users(0, found.num_users)
             users.user_keys.to_pylist()

@@ -23,7 +23,7 @@ from userip_fast.explain import explain
 from userip_fast.files import sha256_file
 from userip_fast.lm import FrozenLM
 from userip_fast.shards import merge_shards
-from userip_fast.sums import folder_sums
+from userip_fast.sums import folder_sums, sealed
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def made(tmp_path_factory):
 
 def sign(root: Path) -> None:
     about = json.loads((root / "manifest.json").read_text())
-    structured.dump({**about, "files": folder_sums(root)}, root / "manifest.json")
+    structured.dump(sealed({**about, "files": folder_sums(root)}), root / "manifest.json")
 
 
 def twice(path: Path, column: str) -> None:
@@ -119,7 +119,7 @@ def test_a_part_of_work_that_holds_something_else_is_refused(tmp_path, name, val
         writer.write_table(table)
     about = json.loads((root / "manifest.json").read_text())
     about["parts"][0]["sha256"] = sha256_file(path)
-    structured.dump(about, root / "manifest.json")
+    structured.dump(sealed(about), root / "manifest.json")
     with pytest.raises(FormatError, match=named):
         uf.data.InteractionStream(root).users(0, 8)
 
@@ -130,7 +130,7 @@ def test_a_part_of_work_that_holds_something_else_is_refused(tmp_path, name, val
 def test_a_manifest_of_work_that_says_something_else_is_refused(tmp_path, change):
     structured.work(tmp_path)
     path = tmp_path / "work" / "histories" / "manifest.json"
-    structured.dump({**json.loads(path.read_text()), **change}, path)
+    structured.dump(sealed({**json.loads(path.read_text()), **change}), path)
     with pytest.raises(FormatError, match="is damaged"):
         uf.data.InteractionStream(path.parent)
 

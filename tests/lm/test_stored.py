@@ -15,7 +15,7 @@ import userip_fast as uf
 from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
 from userip_fast.errors import FormatError, MismatchError
 from userip_fast.lm import FrozenLM, stored
-from userip_fast.sums import cache_folder, kept_sum
+from userip_fast.sums import cache_folder, kept_sum, sealed
 
 LM = LMConfig(embedded_hidden=16, embedded_heads=2, embedded_layers=1, embedded_tokens=4_000,
               embedded_vocab=320)  # fmt: skip
@@ -106,7 +106,7 @@ def model_folder(tmp_path_factory):
 def edit(folder, change):
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
 
 
 @pytest.mark.parametrize("left_out", ["lm/", "lm/tokenizer.json", "config.json", "all"])

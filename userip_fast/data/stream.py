@@ -65,7 +65,7 @@ from userip_fast.files import (
     write_json,
 )
 from userip_fast.keys import hash_keys
-from userip_fast.sums import kept_sum
+from userip_fast.sums import check_seal, kept_sum, sealed
 
 _VERSION = 2
 _BATCH_ROWS = 1 << 16
@@ -91,6 +91,7 @@ class InteractionStream:
     def __init__(self, folder: Path) -> None:
         manifest = read_json(folder / "manifest.json")
         try:
+            check_seal(folder / "manifest.json", manifest)
             self._read_manifest(folder, manifest)
         except FormatError:
             raise
@@ -468,19 +469,17 @@ class _Sorter:
         ):
             table = table.append_column(name, column)
         pq.write_table(table, folder / "items.parquet")
-        write_json(
-            folder / "manifest.json",
-            {
-                "key": key,
-                "events": int(counts.sum()),
-                "ordered": c.time is not None,
-                "read_as": asdict(read_as),
-                "ratings": [sorted(ratings), [ratings[v] for v in sorted(ratings)]],
-                "report": asdict(report),
-                "items_sha256": sha256_file(folder / "items.parquet"),
-                "parts": parts,
-            },
-        )
+        about = {
+            "key": key,
+            "events": int(counts.sum()),
+            "ordered": c.time is not None,
+            "read_as": asdict(read_as),
+            "ratings": [sorted(ratings), [ratings[v] for v in sorted(ratings)]],
+            "report": asdict(report),
+            "items_sha256": sha256_file(folder / "items.parquet"),
+            "parts": parts,
+        }
+        write_json(folder / "manifest.json", sealed(about))
 
     def _deal(self, log: Source) -> int:
         """Checks a batch and puts its rows with the part of their user; place -1 marks bad ones."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from userip_fast.codebook import Codebook
@@ -126,6 +127,8 @@ def load_codebooks(path: Path, fields: int) -> list[Codebook]:
         FormatError: The file is torn or holds something else.
     """
     tensors = read_tensors(path)
+    if bad := [n for n, x in tensors.items() if x.dtype != torch.float32 or x.isnan().any()]:
+        raise FormatError(f"{path}: {bad[0]} must be fp32 without NaN")
     try:
         return [
             Codebook.from_state(

@@ -29,7 +29,14 @@ from userip_fast.files import atomic_dir, read_json, write_json
 from userip_fast.packing import Behaviour, Int64, telling
 from userip_fast.progress import progress
 from userip_fast.prompts import Layout, PromptTemplate
-from userip_fast.sums import MANIFEST, cache_folder, check_sums, folder_sums
+from userip_fast.sums import (
+    MANIFEST,
+    cache_folder,
+    check_seal,
+    check_sums,
+    folder_sums,
+    sealed,
+)
 from userip_fast.text_tokens import text_tokenizer
 
 logger = logging.getLogger("userip_fast.lm")
@@ -92,7 +99,7 @@ def embedded_lm(
         tokenizer.save_pretrained(tmp)
         write_json(tmp / "training.json", curve)
         about = {"format": _FORMAT, "version": _VERSION, "files": folder_sums(tmp)}
-        write_json(tmp / MANIFEST, about)
+        write_json(tmp / MANIFEST, sealed(about))
     return folder
 
 
@@ -105,6 +112,7 @@ def check_embedded(folder: Path) -> None:
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise FormatError(f"{folder / MANIFEST}: is not that of an embedded LM")
+    check_seal(folder / MANIFEST, manifest)
     check_sums(folder, manifest.get("files"), ("config.json", "model.safetensors"))
 
 
