@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,38 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+# What a skipped test would have tested -> what its reason says.
+COMPONENTS = {
+    "Redis": "redis",
+    "Ray": r"\bray\b",
+    "GPU": "cuda device",
+    "CUDA compiler": "nvcc",
+    "data sets beside the checkout": "data sets beside this checkout",
+    "compiled extension": "_c is not built|compiled extension",
+    "small and full disks": "tmpfs|no mount",
+}
+
+
+def component(reason: str) -> str:
+    """What a skip leaves untested, by its reason; the reason itself where it is none of ours."""
+    reason = reason.removeprefix("Skipped: ")
+    if missing := re.match(r"could not import '([^'.]+)", reason):
+        return missing[1]
+    named = (n for n, said in COMPONENTS.items() if re.search(said, reason, re.IGNORECASE))
+    return next(named, reason)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any) -> Iterator[None]:
+    """The last lines name every component that was not tested."""
+    yield
+    skipped = [str(r.longrepr[2]) for r in terminalreporter.stats.get("skipped", [])]
+    counts = Counter(map(component, skipped))
+    for name, count in sorted(counts.items()):
+        tests = "test" if count == 1 else "tests"
+        terminalreporter.write_line(f"not tested: {name} ({count} {tests} skipped)")
 
 
 @pytest.fixture(autouse=True)

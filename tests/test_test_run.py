@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +69,65 @@ def test_what_a_test_leaves_changed_is_named(tmp_path: Path, change: str, named:
 
 
 @pytest.mark.parametrize(
+    ("reason", "named"),
+    [
+        ("needs redis-server (apt-get install redis-server)", "Redis"),
+        ("all but these passed: {'Redis': 'no Redis client'}", "Redis"),
+        ("needs Ray: pip install 'userip-fast[ray]'", "Ray"),
+        ("needs a CUDA device: run `make gpu-check` on one", "GPU"),
+        ("no `shared` folder with data sets beside this checkout", "data sets beside the checkout"),
+        ("could not import 'lightgbm': No module named 'lightgbm'", "lightgbm"),
+        ("of another kind", "of another kind"),
+    ],
+)
+def test_the_last_lines_name_what_was_not_tested(tmp_path: Path, reason: str, named: str) -> None:
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_it.py").write_text(
+        f"import pytest\ndef test_a(): pytest.skip({reason!r})\ndef test_b(): pass\n"
+    )
+    done = run([sys.executable, "-m", "pytest", "-ra", "-p", "no:cacheprovider", "."], tmp_path)
+    *_, told, closing = done.stdout.splitlines()
+    assert told == f"not tested: {named} (1 test skipped)"
+    assert "1 passed, 1 skipped" in closing
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs redis-server")
+def test_ci_starts_a_redis_and_stops_it(tmp_path: Path) -> None:
+    done = ci_run(tmp_path, f"test:\n\t@echo '{SUMMARY}' $$USERIP_FAST_TEST_REDIS_URL\nlint:\n", {})
+    assert done.returncode == 0, done.stdout + done.stderr
+    (port,) = re.findall(r"redis://127\.0\.0\.1:(\d+)/0$", done.stdout, re.MULTILINE)
+    with socket.socket() as s:
+        assert s.connect_ex(("127.0.0.1", int(port))) != 0, "it still runs"
+
+
+def test_ci_goes_on_where_no_redis_can_be_had(tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    wanted = "bash cat dirname echo env grep id make mktemp rm seq sh sleep tee"
+    for name in wanted.split():
+        (tools / name).symlink_to(str(shutil.which(name)))
+    makefile = f"test:\n\t@echo '{SUMMARY}'\nlint:\n"
+    done = ci_run(tmp_path, makefile, {"PATH": str(tools)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "none can be installed here" in done.stdout
+
+
+def ci_run(folder: Path, makefile: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """`.ci/run` on a folder whose Makefile stands in for ours."""
+    (folder / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", folder / ".ci")
+    (folder / "benchmarks").mkdir()
+    (folder / "Makefile").write_text(makefile)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    without = {k: v for k, v in os.environ.items() if k != "USERIP_FAST_TEST_REDIS_URL"}
+    return subprocess.run(
+        ["bash", ".ci/run"], cwd=folder, env=without | env, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
     ("lines", "code", "passes"),
     [
         (f"tests/a.py ....\n{SUMMARY}\n", 0, True),
@@ -79,14 +140,9 @@ def test_what_a_test_leaves_changed_is_named(tmp_path: Path, change: str, named:
 def test_ci_believes_pytest_s_closing_line_alone(
     tmp_path: Path, lines: str, code: int, passes: bool
 ) -> None:
-    (tmp_path / ".ci").mkdir()
-    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
-    (tmp_path / "benchmarks").mkdir()
     (tmp_path / "out").write_text(lines)
-    (tmp_path / "Makefile").write_text(f"test:\n\t@cat out; exit {code}\nlint:\n\t@true\n")
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
-    done = run(["bash", ".ci/run"], tmp_path)
+    makefile = f"test:\n\t@cat out; exit {code}\nlint:\n\t@true\n"
+    done = ci_run(tmp_path, makefile, {"USERIP_FAST_TEST_REDIS_URL": ""})
     assert lines in done.stdout
     assert (done.returncode == 0) is passes
     assert ("== done" in done.stdout) is passes
