@@ -40,6 +40,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import structured
+import tiny
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -123,7 +124,7 @@ class Targets:
         Checkpoints(folder / "kept", "run").save(Checkpoint(1, [book], None, [{"round": 0}]))
         (folder / "config.yaml").write_text(json.dumps(Config().to_dict()))
 
-    def all(self) -> dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], None]]]:
+    def all(self) -> Plain:
         f = self.folder
         whole = {p: p.read_bytes() for p in sorted(f.rglob("*")) if p.is_file()}
 
@@ -234,16 +235,18 @@ def _names() -> list[str]:
     return [f"{s}.{k}" for s, v in Config().to_dict().items() if isinstance(v, dict) for k in v]
 
 
-def worker(folder: Path, name: str, inputs: int, seed_: int, note: Path) -> Counter[str]:
-    """Feeds `inputs` values to a target; `note` always holds the value at hand."""
+Plain = dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], None]]]
+
+
+def worker(folder: Path, plain: Plain, name: str, inputs: int, seed_: int) -> Counter[str]:
+    """Feeds `inputs` values to a target; `folder/note` always holds the value at hand."""
     counts: Counter[str] = Counter(read=0, refused=0)
     logging.disable(logging.WARNING)  # what is passed over is told, input by input
-    signed = name in structured.TARGETS
+    note, signed = folder / "note", name in structured.TARGETS
     if signed:
-        made = structured.TARGETS[name][1](folder)
-        strategy, job = st.just(None), made
+        strategy, job = None, structured.TARGETS[name][1](folder)
     else:
-        strategy, job = Targets(folder / "data").all()[name]
+        strategy, job = plain[name]
 
     def too_long(*_: object) -> None:
         raise TimeoutError(f"an input took more than {SECONDS} s")
@@ -296,16 +299,17 @@ def shares(inputs: int, plain: list[str]) -> dict[str, int]:
 
 def run(folder: Path, inputs: int, seed_: int = 0) -> dict[str, Any]:
     torch.set_num_threads(1)
-    plain = list(Targets(folder / "names").all())
+    tiny.frozen("llama")  # imports what workers would each import for themselves
+    plain = Targets(folder / "plain" / "data").all()
     total: dict[str, dict[str, int]] = {}
-    for i, (name, count) in enumerate(shares(inputs, plain).items()):
+    for i, (name, count) in enumerate(shares(inputs, list(plain)).items()):
         here = folder / f"target{i}"
         here.mkdir()
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
-                counts = worker(here, name, count, seed_, here / "note")
+                counts = worker(here, plain, name, count, seed_)
                 (here / "counts.json").write_text(json.dumps(counts))
                 code = 0
             except BaseException:
