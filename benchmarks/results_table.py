@@ -42,8 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--render", action="store_true", help="write the page of what is there")
     args = parser.parse_args(arguments)
 
-    from userip_fast.ctr.results import LABELS, parts_of, results_json, run_plan, write_page
-    from userip_fast.files import write_json
+    from userip_fast.ctr.results import LABELS, parts_of, run_plan, write_figures, write_page
 
     out = args.out or Path("runs/results-quick" if args.quick else "runs/results")
     page = args.page or (out / "results.md" if args.quick else HERE.parent / "docs" / "results.md")
@@ -63,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = run(seconds=0, show=False)
     command = "python benchmarks/results_table.py --data DATA" + " --quick" * args.quick
     write_page(page, plan, found, command, picture=_draw(found, page.with_suffix(".png")))
-    write_json(page.with_suffix(".json"), results_json(found))
+    write_figures(page.with_suffix(".json"), found)
     every = [r for labels in found.values() for by in labels.values() for r in by.values()]
     missing = sum(r is None for r in every)
     print(f"{page}: {len(every) - missing} evaluations, {missing} to do")

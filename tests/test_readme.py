@@ -1,5 +1,6 @@
 """What README and docs show is run or checked: Python, commands and their flags, ops, links."""
 
+import json
 import re
 import shlex
 from functools import partial
@@ -96,3 +97,27 @@ def test_the_index_lists_every_page():
 def test_make_targets_exist():
     targets = set(re.findall(r"^(\S+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z-]+)", README)) <= targets
+
+
+def test_the_readmes_table_is_that_of_the_results():
+    """Every figure of "what the codes add", from docs/results.json."""
+    told = json.loads((ROOT / "docs" / "results.json").read_text())
+    names = {
+        "goodbooks": "goodbooks-10k-sample", "MovieTweetings": "movietweetings-142k",
+        "Complete Journey": "completejourney-sample", "Online Retail II": "online-retail-ii",
+    }  # fmt: skip
+    clusters = ("kmeans_attributes", "kmeans_tfidf", "kmeans_states", "mf_clusters")
+    rows = re.findall(r"^\| ([^|]+), (liked|chosen|bought)\? \| (.+) \|$", README, re.MULTILINE)
+    assert len(rows) == 6
+    for name, asked, cells in rows:
+        label = "ratings" if asked == "liked" else "choices"
+        found = told[names[name]][label]["new users, 10 events"]
+        area = {
+            f: by["lightgbm"]["mean"] for f, by in found["auc"].items() if by and "lightgbm" in by
+        }
+        best = max(area[f] for f in clusters if f in area)
+        expected = [
+            max(found["floor"].values()), area["none"], area["ids"], best, area["mixture"],
+            area["foldin"], area["all"], area["all+ids"],
+        ]  # fmt: skip
+        assert [float(c) for c in cells.split(" | ")] == pytest.approx(expected, abs=6e-4)

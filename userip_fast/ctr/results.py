@@ -19,6 +19,7 @@ A plan is a YAML file; `benchmarks/results.yaml` is the one behind docs/results.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
@@ -163,20 +164,43 @@ def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
 
 
-def results_json(found: Found) -> dict[str, Any]:
-    """{data set: {label: {evaluation: ctr.json without settings}}} of what is there."""
-    left_out = ("settings", "em", "userip_fast")
-    return {
-        name: {
-            label: {
-                e: {k: v for k, v in r.items() if k not in left_out}
-                for e, r in by.items()
-                if isinstance(r, Mapping)
-            }
-            for label, by in labels.items()
-        }
-        for name, labels in found.items()
-    }
+def write_figures(path: Path, found: Found) -> None:
+    """{data set: {label: {evaluation: ctr.json without settings}}} of what is there, as JSON.
+
+    A line an evaluation, figures of six decimals: a file that can be kept beside the page.
+    """
+
+    def listed(level: int, parts: Mapping[str, str]) -> str:
+        lines = (f"{' ' * level}{json.dumps(name)}: {text}" for name, text in parts.items())
+        return "{\n" + ",\n".join(lines) + f"\n{' ' * (level - 1)}}}"
+
+    def told(r: Mapping[str, Any]) -> str:
+        kept = {k: v for k, v in r.items() if k not in ("settings", "em", "userip_fast")}
+        return json.dumps(_rounded(kept), separators=(",", ":"))
+
+    text = listed(
+        1,
+        {
+            name: listed(
+                2,
+                {
+                    label: listed(3, {e: told(r) for e, r in by.items() if isinstance(r, Mapping)})
+                    for label, by in labels.items()
+                },
+            )
+            for name, labels in found.items()
+        },
+    )
+    with atomic_file(path) as tmp:
+        tmp.write_text(text + "\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, Mapping):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
 
 
 def write_page(
