@@ -265,9 +265,9 @@ def _introduction(command: str, done: list[Any]) -> list[str]:
         " feature was tuned on these rows; all codes of a table have the same number of fields and"
         " sizes.",
         "",
-        f"Evaluations: {len(done)}, together {hours:.1f} h of processes of one thread"
+        f"Evaluations: {len(done)}, their last runs together {hours:.1f} h of one core"
         + (f", on {'; '.join(machines)}" if machines else "")
-        + " (shared with other work, so the hours are an upper bound).",
+        + " (beside other work; what earlier runs had kept was read).",
         "",
     ]
 
