@@ -183,10 +183,10 @@ class _Evaluation:
         guess = {
             "base": 1 + rows, "statistics": 0.02 * rows * ctr.bootstrap * len(self.models) / 10,
             "LM": 80 * tokens * width, "EM": width * (em.max_rounds * a_round + pairs) / 4e3,
-            "affinity": width * pairs / 4e3, "codes": width * 5,
+            "affinity": width * pairs / 4e4, "codes": width * 5,
             "published recipe": 600 * read, "LM states": 10 + 20 * read,
             "clusters": 2 + 2 * read, "numbers": 2 + 5 * rows,
-            **dict.fromkeys((*ctr.backbones, DIN), 1 + 3 * rows),
+            **dict.fromkeys((*ctr.backbones, DIN), 0.3 + 2 * rows),
         }  # fmt: skip
         what = f"ctr {ctr.protocol}" + (f" {ctr.first}" if ctr.protocol == "new-users" else "")
         return Work(what, jobs, guess, self.show)
