@@ -181,12 +181,12 @@ class _Evaluation:
         pairs = len(pc.unique(task.data.item_text)) * math.prod(self.profiles.sizes)
         a_round = min(pairs, em.table_readings)
         guess = {
-            "base": 1 + rows, "statistics": 0.02 * rows * ctr.bootstrap * len(self.models) / 10,
+            "base": 1 + rows, "statistics": 0.004 * rows * ctr.bootstrap * len(self.models) / 10,
             "LM": 80 * tokens * width, "EM": width * (em.max_rounds * a_round + pairs) / 4e3,
-            "affinity": width * pairs / 4e4, "codes": width * 5,
+            "affinity": width * pairs / 6e3, "codes": width * 5,
             "published recipe": 600 * read, "LM states": 10 + 20 * read,
-            "clusters": 2 + 2 * read, "numbers": 2 + 5 * rows,
-            **dict.fromkeys((*ctr.backbones, DIN), 0.3 + 2 * rows),
+            "clusters": 2 + 2 * read, "numbers": 1 + 5 * rows,
+            **dict.fromkeys((*ctr.backbones, DIN), 0.1 + rows),
         }  # fmt: skip
         what = f"ctr {ctr.protocol}" + (f" {ctr.first}" if ctr.protocol == "new-users" else "")
         return Work(what, jobs, guess, self.show)
