@@ -11,8 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, ACCENT, SECOND = "#808080", "#3b82c4", "#d97b29"
-_SHADES = ("#9aa7b5", "#7a8fa6", "#b39a6b", "#a58bb0", "#7fa68a", "#c08a8a", "#8a8a8a", ACCENT)
+INK, ACCENT = "#808080", "#3b82c4"
 
 Draw = Callable[["Axes"], None]
 

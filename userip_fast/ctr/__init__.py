@@ -16,9 +16,9 @@ from userip_fast.ctr.config import (
     PROFILES,
     CTRConfig,
 )
-from userip_fast.ctr.evaluate import backbones_of, evaluate_ctr
+from userip_fast.ctr.evaluate import evaluate_ctr
 
 __all__ = [
     "BACKBONES", "CLUSTERS", "DEFAULT_BACKBONES", "DEFAULT_FEATURES", "FEATURES", "PROFILES",
-    "CTRConfig", "backbones_of", "evaluate_ctr",
+    "CTRConfig", "evaluate_ctr",
 ]  # fmt: skip
