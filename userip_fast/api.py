@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from userip_fast.bank import BankWriter
-from userip_fast.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.behaviour import BehaviourFormat, BehaviourSource, Told
 from userip_fast.behaviour_stream import StreamSource
 from userip_fast.config import Config
 from userip_fast.data import Catalogue, InteractionStream
@@ -171,10 +171,12 @@ def _fit(
         )
     model.codebooks = result.codebooks
     model.start, model.head = result.start, result.head
+    model.calibration = result.calibration
     if old is not None:
         orders = orders_like(old, model)
         model.codebooks = [b.reordered(order) for b, order in zip(model.codebooks, orders)]
         model.head = trainer.head = model.head and model.head.reordered(orders)
+        model.calibration = trainer.calibration = model.calibration.reordered(orders)
     counts = ItemCounts([f.codebook_size for f in config.fields], data.num_items)
     found, sure = [], [torch.zeros(0, len(config.fields))]
     totals, told = np.zeros(4), Reach()
@@ -299,9 +301,10 @@ def load_lm(
     if config.lm.path != "default":
         return FrozenLM.load(config.lm.path, config.lm, Workload.of(config))
 
-    def behaviour_of(tokenizer: Any, layout: Layout) -> Behaviour:
+    def behaviour_of(tokenizer: Any, layout: Layout) -> tuple[Behaviour, Told]:
         truncated_users(source, tokenizer, config.data.on_bad)  # before a minute of training
-        return source.block(tokenizer, layout, 0, source.num_users)
+        everyone = 0, source.num_users
+        return source.block(tokenizer, layout, *everyone), source.told(tokenizer, *everyone)
 
     folder = embedded_lm(
         source.rendered(),

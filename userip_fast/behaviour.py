@@ -71,7 +71,7 @@ class BehaviourFormat:
             scale = FeedbackScale.fit_counts(*ratings, words)
         negatives = 0
         if scale is None:
-            negatives = 1 if config.negatives is None else config.negatives
+            negatives = config.negatives or 0
         has_feedback = scale is not None or negatives > 0
         template = config.behaviour
         if template == "auto":
@@ -99,8 +99,7 @@ class BehaviourFormat:
             template,
             config.separator,
             config.behaviour_context,
-            config.max_tokens,
-            min(config.max_tokens, config.chunk_tokens),
+            *config.token_limits,
             scale,
             negatives,
             text_weight,

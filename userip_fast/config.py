@@ -85,28 +85,26 @@ class DataConfig:
     """One event. "auto" is `{text}: {feedback}`, or `{text}` when there is no feedback to tell."""
     separator: str = "; "
     behaviour_context: Literal["sequence", "independent"] = "sequence"
-    max_tokens: int = 256
-    """Behaviour tokens per user; the latest whole events that fit are kept."""
+    max_tokens: int | None = None
+    """Behaviour tokens per user; the latest whole events that fit are kept. None is 256 of a
+    sequence, and all of independent events."""
     chunk_tokens: int = 1024
     """Tokens the LM reads at once: a longer history is cut between events into sequences that share
-    the user's soft rows."""
+    the user's soft rows. At most `max_tokens`, or 256 without it."""
     feedback_words: tuple[str, ...] = ("disliked", "okay", "liked")
     feedback_thresholds: tuple[float, ...] | None = None
     """Lower bounds of the second, third, ... word; None takes terciles of the training ratings."""
     negatives: int | None = None
-    """Sampled negatives per event of a log without ratings ("passed over"); None is 1, 0 is off."""
+    """Sampled negatives per event of a log without ratings, told as "passed over" beside "chosen".
+    None is 0: a choice is told by its text alone."""
     loss: Literal["auto", "feedback", "all"] | tuple[float, float] = "auto"
     """Tokens with loss; a pair is (weight of text tokens, weight of feedback tokens)."""
 
     def __post_init__(self) -> None:
         _require(self.min_history >= 1, "data.min_history", "at least 1", self.min_history)
-        _require(self.max_tokens >= 2, "data.max_tokens", "at least 2", self.max_tokens)
-        _require(
-            self.negatives is None or self.negatives >= 0,
-            "data.negatives",
-            "0 or more",
-            self.negatives,
-        )
+        if self.max_tokens is not None:
+            _require(self.max_tokens >= 2, "data.max_tokens", "at least 2", self.max_tokens)
+        _require((self.negatives or 0) >= 0, "data.negatives", "0 or more", self.negatives)
         _require(self.chunk_tokens >= 2, "data.chunk_tokens", "at least 2", self.chunk_tokens)
         _require(bool(self.feedback_words), "data.feedback_words", "non-empty", self.feedback_words)
         if self.behaviour != "auto":
@@ -126,6 +124,16 @@ class DataConfig:
                 "two weights of 0 or more, one positive",
                 self.loss,
             )
+
+
+    @property
+    def token_limits(self) -> tuple[int, int]:
+        """Behaviour tokens of a user, and of a sequence, at most."""
+        longest = 256 if self.max_tokens is None else self.max_tokens
+        chunk = min(longest, self.chunk_tokens)
+        if self.max_tokens is None and self.behaviour_context == "independent":
+            return 2**31 - 1, chunk
+        return longest, chunk
 
 
 @dataclass(frozen=True)
@@ -151,12 +159,14 @@ class LMConfig:
     verify: bool = False
     """Read every byte of the LM's files for its fingerprint, instead of trusting sums that are kept
     by file identity, size and times."""
-    embedded_hidden: int = 128
-    embedded_layers: int = 3
+    embedded_hidden: int = 64
+    embedded_layers: int = 2
     embedded_heads: int = 4
-    embedded_vocab: int = 2048
-    embedded_tokens: int = 1_200_000
-    """Training tokens of the embedded LM; about a minute per million on two CPU cores."""
+    embedded_vocab: int = 1024
+    embedded_tokens: int = 4_000_000
+    """Training tokens of the embedded LM, at most: 20 passes over the log are as many as it gets,
+    and it ends where users held out are predicted no better. About a minute per million on one CPU
+    core for choices (half of it for ratings)."""
 
     def __post_init__(self) -> None:
         _require(
@@ -220,10 +230,11 @@ class EMConfig:
     """Posterior: candidates are first scored on this share of the behaviour; 0 is off."""
     prune_nats: float = 8.0
     """Posterior: candidates that far behind the best, in log probability, are dropped there."""
-    start: Literal["auto", "words", "behaviour", "kmeans++", "random"] = "auto"
-    """Posterior: first codewords. Candidate words, k-means on the mean embedding of each user's
-    behaviour, k-means++ on the thetas of the gradient E-step, or random ones around the shared
-    start; "auto" is words where a field has them, else random."""
+    start: Literal["auto", "told", "words", "behaviour", "kmeans++", "random"] = "auto"
+    """Posterior: first codewords. "told": k-means on the soft rows that tell the embedded LM of
+    users. Candidate words, k-means on the mean embedding of each user's behaviour, k-means++ on the
+    thetas of the gradient E-step, or random ones around the shared start; "auto" is told where the
+    LM can be told, else words where a field has them, else random."""
     start_spread: float = 0.5
     """Posterior: standard deviation of random codewords, in units of the embedding RMS."""
     restarts: int = 1

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ from userip_fast.data import Catalogue, Interactions, InteractionStream
 from userip_fast.em.amortised import Head
 from userip_fast.em.cache import DiskCache
 from userip_fast.em.checkpoints import load_codebooks
+from userip_fast.em.lifts import PLAIN, Calibration
 from userip_fast.em.matching import numbered_like
 from userip_fast.em.steps import profiles_total
 from userip_fast.em.table import EventTable, has_table
@@ -107,6 +109,7 @@ class Model:
     cards: dict[str, list[dict[str, Any]]]
     trainer: Trainer | None = None
     head: Head | None = None
+    calibration: Calibration = PLAIN
     _table: EventTable | None = field(default=None, init=False, repr=False, compare=False)
     _saved: tuple[Path, list[Codebook]] | None = field(
         default=None, init=False, repr=False, compare=False
@@ -128,6 +131,8 @@ class Model:
         digest.update(json.dumps([fields, self.format.to_dict()], sort_keys=True).encode())
         learned = [x for b in self.codebooks for x in (b.codewords, b.log_prior) if x is not None]
         learned += self.head.state().values() if self.head else ()
+        if not self.calibration.plain:
+            learned += self.calibration.state().values()
         for tensor in (self.start, *learned):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -257,10 +262,11 @@ class Model:
         items: Sequence[Any],
         texts: Mapping[Any, str] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """p(the best reaction | item, a user's codes), averaged over the codes.
+        """p(the best reaction | item, a user's codes), averaged over the codes; of choices that are
+        told by text alone, how many times likelier the user chooses the item than anybody.
 
         The best reaction is the highest rating's word, or "chosen"; the LM's probabilities of the
-        words add up to one.
+        words add up to one. Of choices, popularity times affinity ranks a catalogue.
 
         Args:
             probabilities: [Z] or [U, Z], as `profile` gives them.
@@ -274,12 +280,17 @@ class Model:
             DataError: An item has no known text.
         """
         words = self.format.words
+        table = self.event_table()
+        if self.calibration.neutral is not None:
+            rows = table.rows([(t, "") for t in self._texts_of(items, texts)])
+            lifts = table.values[torch.from_numpy(rows)].double()
+            lifts = (lifts - (lifts + table.grid.log_prior).logsumexp(1, keepdim=True)).exp()
+            return np.asarray(np.asarray(probabilities, np.float32) @ lifts.float().numpy().T)
         if not words or self.format.feedback_weight <= 0:
             raise ConfigError(
                 "affinity: the model puts no loss on reactions; fit with ratings or negatives, and "
                 "data.loss=feedback or all"
             )
-        table = self.event_table()
         rows = table.rows([(t, w) for t in self._texts_of(items, texts) for w in words])
         scores = table.values[torch.from_numpy(rows)].view(len(items), len(words), -1)
         # Whatever loss is on the text is the same for all words.
@@ -305,7 +316,8 @@ class Model:
             )
         if self._table is None or self._table.codebooks is not self.codebooks:
             engine = self.ready_trainer().engine
-            table = EventTable(engine, self.format, self.codebooks, self.config.em)
+            em = self.config.em
+            table = EventTable(engine, self.format, self.codebooks, em, self.calibration)
             if self._saved is not None and self._saved[1] is self.codebooks:
                 with _of_file(self._saved[0]):
                     table.restore(_read_table(self._saved[0]))
@@ -350,7 +362,7 @@ class Model:
     def ready_trainer(self, show: bool = False) -> Trainer:
         """The trainer that `fit` left, or one for inferring."""
         trainer = self.trainer or make_trainer(self.config, self.lm, show)
-        trainer.show, trainer.head = show, self.head
+        trainer.show, trainer.head, trainer.calibration = show, self.head, self.calibration
         return trainer
 
     def bank_writer(self, out: str | Path, update: bool = False) -> BankWriter:
@@ -393,7 +405,8 @@ class Model:
                 tmp / "codebooks.safetensors",
                 {f"{j}.{k}": v for j, b in enumerate(self.codebooks) for k, v in b.state().items()},
             )
-            write_tensors(tmp / "start.safetensors", {"start": self.start})
+            start = {"start": self.start, **self.calibration.state()}
+            write_tensors(tmp / "start.safetensors", start)
             if self.head is not None:
                 write_tensors(tmp / "head.safetensors", self.head.state())
             pq.write_table(self.catalogue.to_table(), tmp / "catalogue.parquet")
@@ -473,9 +486,13 @@ class Model:
             with _of_file(root / "config.json"):
                 config = Config.from_dict(read_json(root / "config.json"))
             codebooks = load_codebooks(root / "codebooks.safetensors", len(config.fields))
-            start = read_tensors(root / "start.safetensors")["start"]
+            started = read_tensors(root / "start.safetensors")
+            start = started["start"]
             if start.dtype != torch.float32 or not start.isfinite().all():
                 raise FormatError(f"{root / 'start.safetensors'}: must be fp32 and finite")
+            with _of_file(root / "start.safetensors"):
+                combinations = math.prod(f.codebook_size for f in config.fields)
+                calibration = Calibration.from_state(started, start, combinations)
             head = None
             if config.em.estep == "amortised" and config.em.recipe != "paper":
                 head = Head.from_state(read_tensors(root / "head.safetensors"))
@@ -531,6 +548,7 @@ class Model:
             catalogue,
             _cards(read_json(root / "codes.json"), root / "codes.json"),
             head=head,
+            calibration=calibration,
         )
         if "events.parquet" in manifest["files"]:
             model._saved = root / "events.parquet", codebooks
@@ -633,7 +651,7 @@ def _check_truncated(
 def make_trainer(config: Config, lm: FrozenLM, show: bool) -> Trainer:
     """The EM loop for a loaded LM: prompts checked against its context, packs cut to its memory."""
     layout = PromptTemplate(config.fields).layout(lm.tokenizer)
-    check_positions(lm, layout, min(config.data.max_tokens, config.data.chunk_tokens))
+    check_positions(lm, layout, config.data.token_limits[1])
     if lm.plan is not None:
         tokens = min(config.em.pack_tokens, lm.plan.pack_tokens)
         config = replace(config, em=replace(config.em, pack_tokens=tokens))

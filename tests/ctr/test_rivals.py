@@ -7,7 +7,7 @@ from test_protocols import log
 
 from userip_fast.ctr.codes import codes_in_words, describe_codes
 from userip_fast.ctr.config import CTRConfig
-from userip_fast.ctr.mixture import Mixture
+from userip_fast.em.free import FreeMixture
 from userip_fast.ctr.numbers import Numbers
 from userip_fast.ctr.protocols import make_task
 from userip_fast.ctr.ranking import choice_scores, rank_choices
@@ -84,7 +84,7 @@ def test_the_log_is_left_as_it_was(choices):
         numbers.columns(kind)
     numbers.fit(-1).matrix(choices.views[0])
     view = choices.views[0]
-    Mixture(view.offsets, view.item_index, None, view.num_items, 3)
+    FreeMixture(view.offsets, view.item_index, None, view.num_items, 3)
     for old, now in zip(before, (choices.learn, choices.pool, *choices.views)):
         np.testing.assert_array_equal(old, now.item_index)
 
@@ -120,7 +120,7 @@ def test_a_mixture_finds_planted_clusters(rated):
         item = np.where(likes, 4 * random.integers(0, items // 4, len(own)) + own,
                         random.integers(0, items, len(own)))  # fmt: skip
         level = None
-    mixture = Mixture(offsets, item, level, items, 4, seed=0, words=3)
+    mixture = FreeMixture(offsets, item, level, items, 4, seed=0, words=3)
     p = mixture.posterior(offsets, item, level)
     np.testing.assert_allclose(p.sum(1), 1)
     code = p.argmax(1)
@@ -176,7 +176,7 @@ def test_a_mixture_ranks_items_that_it_met():
     task = make_task(data, CTRConfig(first=4))
     learn = task.learn
     low = learn.item_index < 30
-    mixture = Mixture(
+    mixture = FreeMixture(
         np.concatenate([[0], np.cumsum(low)])[learn.offsets], learn.item_index[low], None, 60, 3
     )
     p = mixture.probability()

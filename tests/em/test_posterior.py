@@ -292,9 +292,9 @@ def test_starts():
     assert len(chosen) == 2
     assert all(any(torch.allclose(c, w) for w in words) for c in chosen.codewords)
     told = Starts(block, engine, replace(CONFIG, start="behaviour"), few, center)
-    assert told.told.shape == (USERS, engine.lm.hidden_size)
+    assert told.means.shape == (USERS, engine.lm.hidden_size)
     centres = told.draw(0)[1].codewords
-    assert torch.cdist(told.told, centres).argmin(1).unique().numel() == 2
+    assert torch.cdist(told.means, centres).argmin(1).unique().numel() == 2
     kmeans = Starts(block, engine, replace(CONFIG, start="kmeans++"), few, center).draw(0)
     assert [len(book) for book in kmeans] == [4, 2]
     with pytest.raises(ConfigError, match="field 'b' has no candidate words"):

@@ -30,7 +30,7 @@ DEFAULT_BACKBONES = ("dcn", "deepfm", "lightgbm")
 CHOSEN = "chosen"
 PROFILES = Config(
     data=DataConfig(behaviour_context="independent"),
-    em=EMConfig(estep="posterior", start="behaviour"),
+    em=EMConfig(estep="posterior"),
     fields=TEMPLATES["generic"][:1],
 )
 """How profiles are inferred unless told otherwise: EM on all teachers by the event table, one field

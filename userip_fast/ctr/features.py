@@ -25,7 +25,6 @@ from userip_fast.behaviour import BehaviourFormat, BehaviourSource
 from userip_fast.codebook import ResidualCodebook
 from userip_fast.config import Config
 from userip_fast.ctr.cells import Cells, data_digest
-from userip_fast.ctr.mixture import Mixture
 from userip_fast.ctr.vectors import (
     Float64,
     Ridge,
@@ -36,6 +35,7 @@ from userip_fast.ctr.vectors import (
     tfidf_matrix,
 )
 from userip_fast.data import Catalogue, Events, Interactions
+from userip_fast.em.free import FreeMixture
 from userip_fast.em.states import mean_states
 from userip_fast.em.trainer import shared_start
 from userip_fast.errors import ConfigError
@@ -76,7 +76,7 @@ class Profiles:
         self.catalogue = Catalogue.from_interactions(learn)
         self.sizes = [f.codebook_size for f in config.fields]
         self._books: dict[tuple[str, int], tuple[Vectors, ResidualCodebook]] = {}
-        self._mixtures: dict[int, Mixture] = {}
+        self._mixtures: dict[int, FreeMixture] = {}
         self._known_states: dict[str, Float64] = {}
         self._fitted: dict[tuple[str, int], Model] = {}
 
@@ -105,12 +105,12 @@ class Profiles:
         x = torch.from_numpy(vectors(view)).float()
         return {"codes": book.assign(x)[0].numpy()}
 
-    def mixture(self, seed: int) -> Mixture:
+    def mixture(self, seed: int) -> FreeMixture:
         """The mixture without an LM."""
         if seed not in self._mixtures:
             scale = self.format.scale
             words = len(scale.words) if scale else 1
-            self._mixtures[seed] = Mixture(
+            self._mixtures[seed] = FreeMixture(
                 *self.choices(self.learn), self.learn.num_items, math.prod(self.sizes), seed, words
             )
         return self._mixtures[seed]
@@ -182,9 +182,8 @@ class Profiles:
                 model, source = prepare(self.learn, config, lm=self.lm_model.lm, show=self.show)
                 trainer = model.ready_trainer(self.show)
                 found = trainer.fit(source, checkpoints=run / "checkpoints", resume=True)
-                model.codebooks, model.start, model.head = (
-                    found.codebooks, found.start, found.head,
-                )  # fmt: skip
+                model.codebooks, model.start = found.codebooks, found.start
+                model.head, model.calibration = found.head, found.calibration
                 model.save(run / "model")
                 trainer.forget(run / "checkpoints")
             self._fitted[feature, seed] = model

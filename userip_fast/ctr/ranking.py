@@ -12,10 +12,10 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from userip_fast.ctr.mixture import Mixture
 from userip_fast.ctr.numbers import Fit
 from userip_fast.ctr.protocols import Task
 from userip_fast.ctr.vectors import Float64
+from userip_fast.em.free import FreeMixture
 from userip_fast.packing import Int64
 
 _CHUNK = 1 << 22  # scores at a time
@@ -64,7 +64,7 @@ def rank_choices(task: Task, scores: dict[str, Score]) -> dict[str, dict[str, fl
 
 def choice_scores(
     fit: Fit,
-    mixture: Mixture | None,
+    mixture: FreeMixture | None,
     posterior: Float64 | None,
     affinity: NDArray[np.float32] | None,
     joint: NDArray[np.float32] | None,

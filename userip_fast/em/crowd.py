@@ -23,6 +23,7 @@ from torch import Tensor
 from userip_fast.behaviour import Source, Told
 from userip_fast.codebook import Codebook, UsageStats
 from userip_fast.config import EMConfig
+from userip_fast.em.lifts import Calibration, log_lifts, log_norm
 from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.readings import Readings, gradients, log_likelihoods
 from userip_fast.em.scorer import soft_tables
@@ -46,6 +47,8 @@ _FEWEST_USERS = 50  # below that all of them train
 logger = logging.getLogger("userip_fast.em")
 
 APART_USERS = 1_024  # read whole, if not told how many
+_HALF_EVENTS = (math.inf, 100.0, 30.0, 10.0, 3.0)
+_EARLY = (2, 5, 15)  # events of judges that are told to predict as many more
 _FEWEST_TEXTS = 256  # in the table, however many codes there are
 _START_USERS = 1_024  # whose behaviour codewords start from
 _CHUNK = 4_096  # users whose sums are added before they join the others': part of the result
@@ -62,6 +65,8 @@ class Found:
         usage: Per field, the training users' likeliest codes.
         totals: As `profiles_total` of the training users.
         shares: Who has which codes, for `Users.stats`.
+        table: [E, Z], what was read of kinds; None where users were read whole.
+        log_norm: [Z] fp64, of lifts (`userip_fast.em.lifts`).
     """
 
     objective: float
@@ -70,6 +75,8 @@ class Found:
     usage: list[UsageStats]
     totals: npt.NDArray[np.float64]
     shares: Any
+    table: Tensor | None = None
+    log_norm: Tensor | None = None
 
 
 @dataclass
@@ -102,6 +109,10 @@ class Users(Protocol):
 
     def stats(self, found: Found, codebooks: list[Codebook]) -> MixtureStats:
         """Gradients at `codebooks` for the shares in `found`."""
+        ...
+
+    def calibrate(self, found: Found, codebooks: list[Codebook]) -> Calibration:
+        """How an event table of `codebooks` is to be read."""
         ...
 
 
@@ -176,6 +187,10 @@ class Apart:
             self.lm_tokens += 2 * int(pack.cu_seqlens[-1])
         return MixtureStats(gradient, counts, total)
 
+    def calibrate(self, found: Found, codebooks: list[Codebook]) -> Calibration:
+        """There is no table."""
+        return Calibration()
+
 
 class Crowd:
     """All users of a source, through an event table of their most frequent texts.
@@ -187,6 +202,7 @@ class Crowd:
     Args:
         source, users: The first so many users of it.
         fields: Whose codes make up the table's columns.
+        neutral: [S, D] soft rows that tell nothing, where choices are told by text alone.
     """
 
     def __init__(
@@ -196,8 +212,9 @@ class Crowd:
         engine: Engine,
         config: EMConfig,
         fields: tuple[ProfileField, ...],
+        neutral: Tensor | None = None,
     ) -> None:
-        self.source, self.engine, self.config = source, engine, config
+        self.source, self.engine, self.config, self.neutral = source, engine, config, neutral
         tokenizer, layout = engine.lm.tokenizer, engine.layout
         self.judging = _judging(users, config.held_out)
         self.judged = int(self.judging.sum())
@@ -210,7 +227,8 @@ class Crowd:
         columns = math.prod(f.codebook_size for f in fields)
         counts = survey(source, tokenizer, 0, users)
         kinds = _frequent(counts, max(_FEWEST_TEXTS, config.table_readings // columns))
-        share = sum(counts[kind] for kind in kinds) / max(1, counts.total())
+        self.counts = torch.tensor([counts[kind] for kind in kinds], dtype=torch.float64)
+        share = float(self.counts.sum()) / max(1, counts.total())
         logger.info(
             "EM reads %d of %d kinds, %.1f %% of events", len(kinds), len(counts), 100 * share
         )
@@ -226,9 +244,7 @@ class Crowd:
     def judge(self, codebooks: list[Codebook]) -> Found:
         """See `Users`."""
         grid, before = Grid(codebooks, self.engine), self.lm_tokens
-        table = log_likelihoods(
-            self.engine, self.readings, grid.soft, self.config.pack_tokens, self._read
-        )
+        table, norm = self._table(grid)
         objective, held_out, own_rows = 0.0, 0.0, 0
         used = [torch.zeros(k, dtype=torch.float64) for k in grid.sizes]
         counts = [torch.zeros(k, dtype=torch.int64) for k in grid.sizes]
@@ -258,7 +274,22 @@ class Crowd:
         totals[0] = self.trained
         totals[3] = self.trained * (self.lm_tokens - before) / own_rows
         usage = [UsageStats.of(c) for c in counts]
-        return Found(objective, held_out, used, usage, totals, shares)
+        if norm is not None:
+            # A code's choices, against those that it lets expect.
+            expected = (table.double() + self.counts.log()[:, None]).exp() / self.counts.sum()
+            shares -= shares.sum(0) * expected
+        return Found(objective, held_out, used, usage, totals, shares, table, norm)
+
+    def _table(self, grid: Grid) -> tuple[Tensor, Tensor | None]:
+        """[E, Z] of the kinds that EM reads, and the norm of lifts."""
+        tokens = self.config.pack_tokens
+        if self.neutral is None:
+            return log_likelihoods(self.engine, self.readings, grid.soft, tokens, self._read), None
+        lifts = log_lifts(
+            self.engine, self.readings, grid.soft, self.neutral, tokens, self._read
+        )  # fmt: skip
+        norm = log_norm(lifts, self.counts)
+        return (lifts - norm).float(), norm
 
     def stats(self, found: Found, codebooks: list[Codebook]) -> MixtureStats:
         """One pass, forward and backward, over pairs of a reading and codes: all, or as many as
@@ -266,7 +297,7 @@ class Crowd:
         grid, weight = Grid(codebooks, self.engine), found.shares
         readings = torch.zeros(
             self.readings.num_readings, len(grid.codes), dtype=torch.float64
-        ).index_add_(0, torch.from_numpy(self.readings.reading), weight)
+        ).index_add_(0, torch.from_numpy(self.readings.reading), weight.abs())
         seed = np.frombuffer(books_digest(codebooks), np.uint32)
         random = np.random.default_rng([self.config.seed, *seed.tolist()])
         reading, codes, factor = draw(
@@ -288,6 +319,36 @@ class Crowd:
             g = gradient[:, s].flatten(1)
             fields.append(g.new_zeros(k, g.shape[1]).index_add_(0, grid.codes[:, j], g))
         return MixtureStats(fields, found.used, nll)
+
+    def calibrate(self, found: Found, codebooks: list[Codebook]) -> Calibration:
+        """`half_events` under which the judges' first events predict their later ones best."""
+        neutral, norm, table = self.neutral, found.log_norm, found.table
+        assert table is not None
+        prior = Grid(codebooks, self.engine).log_prior
+        options = [Calibration(neutral, norm, half) for half in _HALF_EVENTS]
+        told = np.zeros(len(options))
+        for first, chunk in self._chunks():
+            kinds, user, _ = self._known(chunk)
+            judge = self.judging[first:][user.numpy()]
+            kinds, owner = kinds[judge], user.numpy()[judge]
+            _, starts, own = np.unique(owner, return_index=True, return_counts=True)
+            place = np.arange(len(owner)) - np.repeat(starts, own)
+            length = np.repeat(own, own)
+            for n in _EARLY:
+                known = (length >= 2 * n) & (place < 2 * n)  # of users with as many again
+                early, later = known & (place < n), known & (place >= n)
+                users = int(early.sum()) // n
+                offsets = np.arange(users + 1) * n
+                for i, option in enumerate(options):
+                    weights = option.weights(offsets)
+                    log_resp, _ = profile_posterior(
+                        table, kinds[early], torch.from_numpy(offsets), prior, weights
+                    )
+                    each = log_resp.double().repeat_interleave(n, 0) + table[kinds[later]].double()
+                    told[i] += float(each.logsumexp(1).sum()) / n
+        best = int(told.argmax())
+        logger.info("each of n events counts 1 / (1 + n / %g)", _HALF_EVENTS[best])
+        return options[best]
 
     def _chunks(self) -> Iterator[tuple[int, Told]]:
         tokenizer, users = self.engine.lm.tokenizer, len(self.judging)

@@ -22,7 +22,7 @@ from userip_fast.codebook import Codebook
 from userip_fast.config import EMConfig
 from userip_fast.em.crowd import Found, MixtureStats, Users
 from userip_fast.em.scorer import log_prior
-from userip_fast.em.starts import Starts, kind_of_start
+from userip_fast.em.starts import Starts, ToldUsers, kind_of_start
 from userip_fast.lm.engine import Engine
 from userip_fast.prompts import ProfileField
 
@@ -30,6 +30,7 @@ logger = logging.getLogger("userip_fast.em")
 
 _MOMENTUM = 0.7
 _TRIAL_ROUNDS = 2
+_LENGTHS = (1.0, 0.7, 0.5, 0.35)  # of codewords, from the shared start
 _SEED_STEP = 7919
 
 
@@ -90,6 +91,7 @@ class Mixture:
         engine: Scores packs.
         config: Everything about E- and M-steps.
         fields: Those of which codes may change places. Codes that began as words keep them.
+        told: See `Starts`.
     """
 
     def __init__(
@@ -98,12 +100,13 @@ class Mixture:
         engine: Engine,
         config: EMConfig,
         fields: tuple[ProfileField, ...] = (),
+        told: ToldUsers | None = None,
     ) -> None:
-        self.users, self.engine, self.config = users, engine, config
+        self.users, self.engine, self.config, self.told = users, engine, config, told
         self.loose = [
             j
             for j, f in enumerate(fields)
-            if f.codebook_size > 1 and kind_of_start(config, f) != "words"
+            if f.codebook_size > 1 and kind_of_start(config, f, told is not None) != "words"
         ]
 
     def rounds(self, codebooks: list[Codebook], lr: float | None = None) -> Iterator[Fitted]:
@@ -177,7 +180,9 @@ class Mixture:
     def best_start(self, fields: tuple[ProfileField, ...], start: Tensor) -> list[Codebook]:
         """First codebooks; where they are drawn, the likeliest of `restarts` after some rounds."""
         config = self.config
-        starts = Starts(self.users.some, self.engine, config, fields, start)
+        starts = Starts(self.users.some, self.engine, config, fields, start, self.told)
+        if self.told is not None and "told" in starts.kinds:
+            return self._by_length(starts.draw(config.seed), start)
         if config.restarts == 1 or not starts.drawn:
             return starts.draw(config.seed)
         found = []
@@ -188,6 +193,20 @@ class Mixture:
             value = _worth(last)
             logger.info("start %d of %d: ELBO %.2f", i + 1, config.restarts, value)
         return max(found, key=_worth).codebooks
+
+    def _by_length(self, codebooks: list[Codebook], start: Tensor) -> list[Codebook]:
+        """The likeliest of codewords nearer to the shared start: what the LM says of a user who is
+        a group may be too sure of each of its users."""
+        rows = [start[s].flatten() for s in self.engine.layout.field_slices]
+
+        def at(length: float) -> list[Codebook]:
+            books = []
+            for book, row in zip(codebooks, rows):
+                books.append(Codebook(row + length * (book.codewords - row)))
+                books[-1].log_prior = book.log_prior
+            return books
+
+        return max(map(at, _LENGTHS), key=lambda books: self.users.judge(books).objective)
 
 
 def is_last(record: dict[str, Any], em: EMConfig) -> bool:

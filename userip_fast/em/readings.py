@@ -162,6 +162,7 @@ def gradients(
 
         sum over pairs i of factor[i] * sum over kinds e of reading[i] of weight[e, codes[i]] * NLL
 
+    A weight may be negative: what is expected, against what is observed.
     Gradients of single pairs are added in their order in fp64.
 
     Args:
@@ -176,7 +177,7 @@ def gradients(
         at = torch.from_numpy(place)
         w = weight[torch.from_numpy(kind), z[at]]
         # In fp32 only shares of a pair's weight: it may be that of a million users.
-        mass = torch.zeros(pack.num_users, dtype=torch.float64).index_add_(0, at, w)
+        mass = torch.zeros(pack.num_users, dtype=torch.float64).index_add_(0, at, w.abs())
         share = (w / mass.clamp_min(1e-300)[at]).float().to(soft.device)
         rows = soft[z.to(soft.device)].requires_grad_()
         nll = (engine.nll(pack, rows) * share).double()

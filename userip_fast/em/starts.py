@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -9,16 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from userip_fast.behaviour import Told
 from userip_fast.codebook import Codebook, ResidualCodebook
 from userip_fast.config import EMConfig
+from userip_fast.em.free import FreeMixture
 from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.steps import Block, EMState
 from userip_fast.errors import ConfigError
 from userip_fast.lm.engine import Engine
+from userip_fast.lm.foldin import FoldIn
 from userip_fast.lm.frozen import FrozenLM
 from userip_fast.packing import telling
-from userip_fast.prompts import ProfileField
+from userip_fast.prompts import Layout, ProfileField
 
 _CHOOSING_USERS = 128  # who choose among more words than there are codes
 
@@ -30,6 +34,7 @@ class Starts:
         block: Training users.
         config: `start`, `start_spread`.
         start: [S, D], the shared start of all users' soft rows.
+        told: What some users did, where the LM has a language to be told of it.
 
     Attributes:
         drawn: Whether another seed gives other codebooks.
@@ -45,10 +50,11 @@ class Starts:
         config: EMConfig,
         fields: tuple[ProfileField, ...],
         start: Tensor,
+        told: ToldUsers | None = None,
     ) -> None:
         self.block, self.engine, self.config = block, engine, config
-        self.fields, self.start = fields, start
-        self.kinds = [kind_of_start(config, f) for f in fields]
+        self.fields, self.start, self.told = fields, start, told
+        self.kinds = [kind_of_start(config, f, told is not None) for f in fields]
         self.drawn = any(
             kind != "words" or len(f.candidates) < f.codebook_size
             for kind, f in zip(self.kinds, fields)
@@ -59,7 +65,11 @@ class Starts:
         generator = torch.Generator().manual_seed(seed)
         spread = self.config.start_spread * self.engine.lm.embedding_rms
         books = []
-        told = self._told(seed) if "behaviour" in self.kinds else []
+        behaviour = self._of_behaviour(seed) if "behaviour" in self.kinds else []
+        told: list[Codebook] = []
+        if "told" in self.kinds:
+            assert self.told is not None
+            told = self.told.codebooks(self.fields, self.engine.layout, seed)
         for j, (f, s, kind) in enumerate(
             zip(self.fields, self.engine.layout.field_slices, self.kinds)
         ):
@@ -70,11 +80,14 @@ class Starts:
                 x = self.thetas[:, s].flatten(1)
                 codewords = Codebook.kmeans(x, f.codebook_size, seed=seed).codewords
             elif kind == "behaviour":
-                codewords = told[j].repeat(1, f.num_virtual_tokens)
+                codewords = behaviour[j].repeat(1, f.num_virtual_tokens)
             elif kind == "words":
                 words = word_codewords(self.engine.lm, f)
                 codewords = torch.cat([words, codewords[len(words) :]])
-            books.append(Codebook(codewords))
+            if kind == "told":
+                books.append(told[j])
+            else:
+                books.append(Codebook(codewords))
         return self._chosen(books)
 
     @cached_property
@@ -84,18 +97,16 @@ class Starts:
         assert found.theta is not None
         return found.theta
 
-    def _told(self, seed: int) -> list[Tensor]:
-        """Per field [K_j, D]: the centres of what is told, then of what the fields before leave
-        of it; else all fields would begin as one."""
-        center = self.told.mean(0)
+    def _of_behaviour(self, seed: int) -> list[Tensor]:
+        """Per field [K_j, D]: the same of the mean embedding of a user's behaviour."""
+        center = self.means.mean(0)
         sizes = [f.codebook_size for f in self.fields]
-        levels = ResidualCodebook.kmeans(self.told - center, sizes, seed=seed).levels
+        levels = ResidualCodebook.kmeans(self.means - center, sizes, seed=seed).levels
         return [center + book.codewords for book in levels]
 
     @cached_property
-    def told(self) -> Tensor:
-        """[U, D] fp32: soft rows that tell of all of a user's behaviour, as those do that the
-        embedded LM is pre-trained with."""
+    def means(self) -> Tensor:
+        """[U, D] fp32: mean embedding of each user's behaviour, weighed by what carries loss."""
         b, lm = self.block.behaviour, self.engine.lm
         kinds, kind = np.unique(b.ids, return_inverse=True)
         table = lm.embed(torch.from_numpy(kinds).long().to(lm.device)).double().cpu()
@@ -117,16 +128,76 @@ class Starts:
         return [Codebook(book.codewords[k]) for book, k in zip(books, best)]
 
 
+@dataclass(frozen=True)
+class ToldUsers:
+    """What U users did, and how the LM is told of it.
+
+    Attributes:
+        foldin: The LM's language.
+        events: The users' events.
+        words: The words for how events went; empty where none is told.
+    """
+
+    foldin: FoldIn
+    events: Told
+    words: tuple[str, ...] = ()
+
+    def codebooks(
+        self, fields: tuple[ProfileField, ...], layout: Layout, seed: int
+    ) -> list[Codebook]:
+        """First codewords: what the LM is told of a user who did all that a group's users did.
+
+        The groups of a single field are those of a mixture without an LM. Of several fields, the
+        first has the centres of k-means on the users' soft rows, the next those of what it leaves.
+        """
+        if len(fields) == 1:
+            return [self._groups(fields[0].codebook_size, seed)]
+        x = self.foldin.theta(self._kinds, self.events.kinds, self.events.offsets).flatten(1)
+        center, dims = x.mean(0), self.foldin.bias.shape[1]
+        sizes = [f.codebook_size for f in fields]
+        levels = ResidualCodebook.kmeans(x - center, sizes, seed=seed).levels
+        return [
+            Codebook((center + level.codewords)[:, s.start * dims : s.stop * dims].clone())
+            for level, s in zip(levels, layout.field_slices)
+        ]
+
+    @property
+    def _kinds(self) -> list[tuple[str, str]]:
+        words = self.events.words
+        return list(zip(self.events.texts, words or [""] * len(self.events.texts)))
+
+    def _groups(self, codes: int, seed: int) -> Codebook:
+        """Codewords [K, S D], and the groups' shares as prior."""
+        texts = {text: i for i, text in enumerate(dict.fromkeys(self.events.texts))}
+        text = np.asarray([texts[t] for t in self.events.texts], np.int64)
+        at, level = self.events.kinds, None
+        if self.events.words is not None:
+            word = {w: i for i, w in enumerate(self.words)}
+            level = np.asarray([word[w] for w in self.events.words], np.int64)[at]
+        told = self.events.offsets, text[at], level
+        free = FreeMixture(*told, len(texts), codes, seed, max(1, len(self.words)))
+        log_resp = torch.from_numpy(free.posterior(*told, power=1.0))
+        theta = self.foldin.theta_of_groups(self._kinds, at, self.events.offsets, log_resp)
+        book = Codebook(theta.flatten(1))
+        book.log_prior = ((log_resp.sum(0) + 1) / (log_resp.sum() + codes)).log().float()
+        return book
+
+
 def word_codewords(lm: FrozenLM, f: ProfileField) -> Tensor:
     """[words, m D] fp32: the embedding of each candidate word, in each of the field's soft rows."""
     words = torch.stack([lm.word_embedding(w) for w in f.candidates]).cpu()
     return words.repeat(1, f.num_virtual_tokens)
 
 
-def kind_of_start(config: EMConfig, f: ProfileField) -> str:
-    """Where the field's codewords start: `config.start`, or what "auto" stands for."""
+def kind_of_start(config: EMConfig, f: ProfileField, told: bool) -> str:
+    """Where the field's codewords start: `config.start`, or what "auto" stands for where the LM
+    can be told of users (`told`), and where not."""
     if config.start == "auto":
-        return "words" if f.candidates else "random"
+        return "told" if told else "words" if f.candidates else "random"
+    if config.start == "told" and not told:
+        raise ConfigError(
+            "em.start='told': this LM has not learned to read what a user did; choose 'auto'"
+        )
     if config.start == "words" and not f.candidates:
         raise ConfigError(
             f"em.start='words': field {f.name!r} has no candidate words; name some, or choose "

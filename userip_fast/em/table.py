@@ -22,6 +22,7 @@ from userip_fast.behaviour import BehaviourFormat, Source, Told
 from userip_fast.codebook import Codebook
 from userip_fast.config import Config, EMConfig
 from userip_fast.em.cache import BlockCache
+from userip_fast.em.lifts import Calibration, log_lifts
 from userip_fast.em.readings import Readings, log_likelihoods
 from userip_fast.em.scorer import log_prior, soft_tables
 from userip_fast.em.steps import Profiles, books_digest
@@ -122,12 +123,13 @@ class EventTable:
 
     Args:
         fmt: How events are told.
+        calibration: How its values are read.
 
     Attributes:
         codebooks, grid: What makes the columns.
         cache: Keeps what is read, and finds it again; None for nothing beside `values`.
         show: Whether to show progress.
-        values: [E, Z] fp32, log p(kind | codes).
+        values: [E, Z] fp32, log p(kind | codes), or its lift.
     """
 
     def __init__(
@@ -136,8 +138,10 @@ class EventTable:
         fmt: BehaviourFormat,
         codebooks: list[Codebook],
         config: EMConfig,
+        calibration: Calibration | None = None,
     ) -> None:
         self.engine, self.format, self.config = engine, fmt, config
+        self.calibration = calibration or Calibration()
         self.codebooks = codebooks
         self.cache: BlockCache | None = None
         self.show = False
@@ -145,6 +149,8 @@ class EventTable:
         self.values = torch.empty(0, len(self.grid.codes))
         self._unpaid = 0  # rows that were read, and are no user's cost yet
         self._books = books_digest(codebooks)
+        for tensor in (self.calibration.neutral, self.calibration.log_norm):
+            self._books += b"" if tensor is None else tensor.numpy().tobytes()
         self._numbering = Numbering()
         self._weight = np.zeros(0)  # [E] loss weight of a kind
         self._tokens = np.zeros(0, np.int64)  # [E] its rows in a history of its own
@@ -204,11 +210,15 @@ class EventTable:
         if self.cache is not None and (found := self.cache.get("table", key)) is not None:
             return found["values"]
         rows = readings.behaviour.pack_rows(self.engine.layout.num_soft).sum()
-        total = int(rows) * len(self.grid.codes)
+        total = int(rows) * (len(self.grid.codes) + (self.calibration.neutral is not None))
         with progress("reading events", total, "rows", self.show) as bar:
-            values = log_likelihoods(
-                self.engine, readings, self.grid.soft, self.config.pack_tokens, bar.advance
-            )
+            asked = self.engine, readings, self.grid.soft
+            tokens = self.config.pack_tokens
+            neutral, norm = self.calibration.neutral, self.calibration.log_norm
+            if neutral is None or norm is None:
+                values = log_likelihoods(*asked, tokens, bar.advance)
+            else:
+                values = (log_lifts(*asked, neutral, tokens, bar.advance) - norm).float()
         self._unpaid += total
         if self.cache is not None:
             self.cache.put("table", key, {"values": values})
@@ -231,7 +241,11 @@ class EventTable:
     def posterior(self, rows: Int64, offsets: Int64) -> tuple[Tensor, Tensor]:
         """[U, Z] log responsibilities and [U] evidence of users whose events are `rows`."""
         return profile_posterior(
-            self.values, torch.from_numpy(rows), torch.from_numpy(offsets), self.grid.log_prior
+            self.values,
+            torch.from_numpy(rows),
+            torch.from_numpy(offsets),
+            self.grid.log_prior,
+            self.calibration.weights(offsets),
         )
 
     def profiles(self, told: Told, hashes: npt.NDArray[np.uint64]) -> Profiles:
@@ -241,13 +255,14 @@ class EventTable:
         marginals = self.grid.marginals(log_resp)
         codes = torch.stack([r.argmax(1) for r in marginals], dim=1)
         at = self.grid.index(codes)
-        joint = log_resp.gather(1, at[:, None]).flatten().double() + evidence
+        each = at.numpy().repeat(np.diff(offsets))
+        nll = -_sums(self.values.numpy()[rows, each].astype(np.float64), offsets)
         own = self._tokens[rows].sum() + self.engine.layout.num_soft * len(hashes)
         cost, self._unpaid = self._unpaid / own, 0
         return Profiles(
             hashes=hashes,
             code_ids=codes,
-            nll=(self.grid.log_prior[at] - joint).float(),
+            nll=torch.from_numpy(nll).float(),
             weight=torch.from_numpy(_sums(self._weight[rows], offsets)),
             forward_equivalents=torch.full((len(hashes),), float(cost)),
             log_resp=marginals,

@@ -31,10 +31,12 @@ from userip_fast.em.checkpoints import Checkpoint, Checkpoints
 from userip_fast.em.crowd import APART_USERS, Apart, Crowd, Users
 from userip_fast.em.distributed import Processes
 from userip_fast.em.gradient import GradientEStep
+from userip_fast.em.lifts import PLAIN, Calibration
 from userip_fast.em.mixture import Mixture, is_last
 from userip_fast.em.mstep import Stats, ThetaMStep, check_codebook_sizes
 from userip_fast.em.paper import run_paper
 from userip_fast.em.posterior import PosteriorEStep
+from userip_fast.em.starts import ToldUsers
 from userip_fast.em.steps import (
     Block,
     EMState,
@@ -56,6 +58,7 @@ logger = logging.getLogger("userip_fast.em")
 T = TypeVar("T")
 
 _PROGRESS_USERS = 256
+_TOLD_USERS = 1 << 14  # whose soft rows codewords start from
 
 Log = Callable[[dict[str, Any]], None]
 """Receives one record per round, for metrics.jsonl."""
@@ -63,11 +66,12 @@ Log = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class FitResult:
-    """Codebooks, and the shared start [S, D] they were learned from; of an amortised E-step also
-    its head, and how that does on users it has not learned from."""
+    """Codebooks, and the shared start [S, D] they were learned from; how an event table is read; of
+    an amortised E-step also its head, and how that does on users it has not learned from."""
 
     codebooks: list[Codebook]
     start: Tensor
+    calibration: Calibration = PLAIN
     head: Head | None = None
     head_report: HeadReport | None = None
 
@@ -83,6 +87,7 @@ class Trainer:
 
     Attributes:
         head: What an amortised E-step answers with.
+        calibration: How an event table is read.
         swept_s, waited_s: Seconds spent in sweeps so far, and of these waiting for input.
     """
 
@@ -100,6 +105,7 @@ class Trainer:
         # published recipe, the thetas that were trained with the codebooks.
         self._estep: EStep | None = None
         self.head: Head | None = None
+        self.calibration = PLAIN
         self._trained: tuple[str, Profiles] | None = None
 
     def fit(
@@ -147,9 +153,9 @@ class Trainer:
         if em.estep != "gradient":
             books = self._fit_mixture(source, start, kept, resume, log)
             if em.estep == "posterior":
-                return FitResult(books, start)
+                return FitResult(books, start, self.calibration)
             self.head, report = self._fit_head(source, books, start)
-            return FitResult(books, start, self.head, report)
+            return FitResult(books, start, self.calibration, self.head, report)
         estep = GradientEStep(self.engine, start, em, cache=cache)
         mstep = ThetaMStep(self.config.fields, self.engine.layout.field_slices, em)
         state = EMState()
@@ -220,7 +226,8 @@ class Trainer:
                 yield run_paper(block, self.engine, fields, em, codebooks, self.show)[1]
             return
         if em.estep == "posterior" and has_table(self.config):
-            table = table or EventTable(self.engine, source.format, codebooks, em)
+            if table is None:
+                table = EventTable(self.engine, source.format, codebooks, em, self.calibration)
             table.cache, table.show = cache, self.show
             yield from self._infer_by_table(source, table, users)
             return
@@ -280,17 +287,19 @@ class Trainer:
         users: Users
         if has_table(self.config):
             count = min(em.fit_users or source.num_users, source.num_users)
-            users = Crowd(source, count, self.engine, em, fields)
+            neutral = None if source.format.words else start
+            users = Crowd(source, count, self.engine, em, fields, neutral)
         else:
             count = min(em.fit_users or APART_USERS, source.num_users)
             users = Apart(self._block(source, 0, count), self.engine, em)
-        mixture = Mixture(users, self.engine, em, fields)
+        mixture = Mixture(users, self.engine, em, fields, self._told(source, count))
         records: list[dict[str, Any]] = []
         if resume and kept is not None and (last := kept.last()):
             books, records = last.codebooks, last.records
             for record in records:
                 log(record)
             if is_last(records[-1], em):
+                self.calibration = users.calibrate(users.judge(books), books)
                 return books
         else:
             books = mixture.best_start(fields, start)
@@ -308,8 +317,17 @@ class Trainer:
                 log(record)
                 bar.advance(len(records) > 1, elbo=record["elbo"])
                 if is_last(record, em):
+                    self.calibration = users.calibrate(at.found, at.codebooks)
                     return at.codebooks
         raise AssertionError("EM goes on until its last round")
+
+    def _told(self, source: Source, users: int) -> ToldUsers | None:
+        """What the first users did, where the LM has a language to be told of it."""
+        lm = self.engine.lm
+        if lm.foldin is None or len(lm.foldin.bias) != self.engine.layout.num_soft:
+            return None
+        events = source.told(lm.tokenizer, 0, min(users, _TOLD_USERS))
+        return ToldUsers(lm.foldin, events, source.format.words)
 
     def _fit_head(
         self, source: Source, codebooks: list[Codebook], start: Tensor
@@ -521,10 +539,13 @@ class _Ticker:
 def shared_start(engine: Engine, config: Config, source: Source) -> Tensor:
     """[S, D] fp32: where all users of a field begin.
 
-    The mean embedding of the field's candidate words; without candidates, of the tokens that the
+    What the embedded LM is told of a user of whom nothing is known; else the mean embedding of the
+    field's candidate words; without candidates, of the tokens that the
     first users' behaviour is made of.
     """
     lm = engine.lm
+    if lm.foldin is not None and lm.foldin.bias.shape[0] == engine.layout.num_soft:
+        return lm.foldin.bias
     rows: list[Tensor] = []
     typical: Tensor | None = None
     for f in config.fields:

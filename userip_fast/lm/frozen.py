@@ -21,6 +21,7 @@ from torch import Tensor
 from userip_fast.config import LMConfig
 from userip_fast.errors import ConfigError, MismatchError, UnavailableError, UnsupportedError
 from userip_fast.lm import attention, stored
+from userip_fast.lm.foldin import FoldIn
 from userip_fast.lm.fuse import fuse, pays
 from userip_fast.lm.memory import Plan, budget_bytes, choose
 from userip_fast.lm.nf4 import is_linear4bit, quantize_linears
@@ -61,6 +62,7 @@ class FrozenLM:
     plan: Plan | None = None
     architecture: Architecture | None = None
     fp8_report: GateReport | None = None
+    foldin: FoldIn | None = None
 
     def __init__(
         self,
@@ -178,6 +180,7 @@ class FrozenLM:
         with told(f"LM {path!r} cannot be used"):  # its files may hold any value of any type
             lm = cls(model, tokenizer, source=str(path), quantization=quantization)
             lm.folder = stored.folder_of(path)
+            lm.foldin = None if lm.folder is None else FoldIn.load(lm.folder)
             lm.fingerprint = stored.fingerprint(lm.folder, tokenizer, again=config.verify)
         lm._settle(config, work or Workload())
         logger.info(

@@ -1,27 +1,75 @@
-"""The rival that matters most: the LM's mixture of codes, with free probabilities and no LM.
+"""The LM's mixture of codes with free probabilities in the LM's place.
 
 Every code has its own p(item | code) for choices, or p(word | item, code) for ratings, smoothed
-towards what no code tells; EM on the same users, with as many codes as all fields have combinations
-of.
+towards what no code tells; EM on the same users. It takes seconds, knows nothing of an item that it
+has not met, and is both where the LM's codewords start and the rival that they are judged by.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import scipy.sparse as sp
+from dataclasses import dataclass
 
-from userip_fast.ctr.vectors import Float64
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from userip_fast.codebook import Codebook
+from userip_fast.lm.foldin import kind_vectors
 from userip_fast.packing import Int64
+
+Float64 = npt.NDArray[np.float64]
 
 _ROUNDS = 30
 _STARTS = 3
-_DIMS, _COMMON = 16, 10.0  # singular directions of a start; common kinds weigh less
+_DIMS = 16  # singular directions of a start
 _SHRINK = (0.1, 0.3, 1.0, 3.0)
 _RATED_PRIOR = 10.0  # events of an item that say as much as what no code, or no item, tells
 _POWERS = (1.0, 0.5, 0.25, 0.1)
 
 
-class Mixture:
+@dataclass(frozen=True)
+class _Counts:
+    """Which kinds [N] of event users have, each once: user u those from `offsets[u]`."""
+
+    offsets: Int64
+    kinds: Int64
+    num_kinds: int
+
+    @property
+    def user(self) -> Int64:
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+    def some(self, users: npt.NDArray[np.bool_]) -> _Counts:
+        kept = users[self.user]
+        ends = np.cumsum(np.diff(self.offsets)[users])
+        return _Counts(np.concatenate([[0], ends]), self.kinds[kept], self.num_kinds)
+
+    def times(self, table: Float64) -> Float64:
+        """[U, K] sums over a user's kinds of `table` [E, K]."""
+        return _sums(self.kinds, table, self.offsets)
+
+    def transposed(self, resp: Float64) -> Float64:
+        """[E, K] sums over a kind's users of `resp` [U, K]."""
+        order = np.argsort(self.kinds, kind="stable")
+        ends = np.cumsum(np.bincount(self.kinds, minlength=self.num_kinds))
+        return _sums(self.user[order], resp, np.concatenate([[0], ends]))
+
+
+def _sums(rows: Int64, table: Float64, offsets: Int64) -> Float64:
+    if not len(rows):
+        return np.zeros((len(offsets) - 1, table.shape[1]))
+    found: Float64 = F.embedding_bag(
+        torch.from_numpy(rows),
+        torch.from_numpy(np.ascontiguousarray(table)),
+        torch.from_numpy(offsets),
+        mode="sum",
+        include_last_offset=True,
+    ).numpy()
+    return found
+
+
+class FreeMixture:
     """A mixture over kinds of event: an item, or an item with a word of feedback.
 
     Args:
@@ -50,22 +98,24 @@ class Mixture:
         self.items, self.codes = num_items, codes
         self.words = 1 if level is None else words
         counts = self._counts(offsets, item, level)
-        held = np.arange(counts.shape[0]) % 5 == 4
+        held = np.arange(len(offsets) - 1) % 5 == 4
         self.shrink, self.power = 1.0, 1.0
         if held.sum() >= 5 and (~held).sum() >= codes:
             place = np.arange(len(item)) - np.repeat(offsets[:-1], np.diff(offsets))
             early = place < np.repeat(np.diff(offsets) // 2, np.diff(offsets))
-            first, later = (self._some(offsets, item, level, m)[held] for m in (early, ~early))
+            first, later = (self._some(offsets, item, level, m).some(held) for m in (early, ~early))
             tells: dict[tuple[float, float], float] = {}
             for self.shrink in _SHRINK if level is None else (1.0,):
-                self._fit(counts[~held], seed)
+                self._fit(counts.some(~held), seed)
                 tells |= {(self.shrink, p): self._predicts(first, later, p) for p in _POWERS}
             self.shrink, self.power = max(tells, key=lambda way: tells[way])
         self._fit(counts, seed)
 
-    def posterior(self, offsets: Int64, item: Int64, level: Int64 | None) -> Float64:
-        """[U, K] p(code | events), the likelihood tempered by `power`."""
-        return self._posterior(self._counts(offsets, item, level), self.power)
+    def posterior(
+        self, offsets: Int64, item: Int64, level: Int64 | None, power: float | None = None
+    ) -> Float64:
+        """[U, K] p(code | events), the likelihood tempered by `power`, if not told otherwise."""
+        return self._posterior(self._counts(offsets, item, level), power or self.power)
 
     def log_affinity(self, item: Int64) -> Float64:
         """[N, K] of items under each code: log p(item | code) less the log p of no code; or the
@@ -82,52 +132,49 @@ class Mixture:
         """[N] log of `log_affinity`'s exponential, averaged by [N, K] `posterior`."""
         return np.asarray(np.log((posterior * np.exp(self.log_affinity(item))).sum(1)))
 
-    def _counts(self, offsets: Int64, item: Int64, level: Int64 | None) -> sp.csr_matrix:
+    def _counts(self, offsets: Int64, item: Int64, level: Int64 | None) -> _Counts:
         kind = item.astype(np.int64) * self.words + (0 if level is None else level)
-        shape = (len(offsets) - 1, self.items * self.words)
-        counts = sp.csr_matrix((np.ones(len(kind)), kind, offsets), shape=shape, copy=True)
-        counts.sum_duplicates()
-        counts.data[:] = 1.0  # an item bought again tells less than another one
-        return counts
+        num_kinds, users = self.items * self.words, len(offsets) - 1
+        user = np.repeat(np.arange(users), np.diff(offsets))
+        # An item bought again tells less than another one.
+        pair = np.unique(user * num_kinds + kind)
+        ends = np.cumsum(np.bincount(pair // num_kinds, minlength=users))
+        return _Counts(np.concatenate([[0], ends]), pair % num_kinds, num_kinds)
 
     def _some(
-        self, offsets: Int64, item: Int64, level: Int64 | None, kept: np.ndarray
-    ) -> sp.csr_matrix:
+        self, offsets: Int64, item: Int64, level: Int64 | None, kept: npt.NDArray[np.bool_]
+    ) -> _Counts:
         some = np.concatenate([[0], np.cumsum(kept)])[offsets]
         return self._counts(some, item[kept], None if level is None else level[kept])
 
-    def _fit(self, counts: sp.csr_matrix, seed: int) -> None:
+    def _fit(self, counts: _Counts, seed: int) -> None:
         found = []
         for start in range(_STARTS):
             resp = self._start(counts, seed * _STARTS + start)
             for _ in range(_ROUNDS):
                 self._learn(counts, resp)
                 resp = self._posterior(counts, 1.0)
-            joint = counts @ self.table + self.log_prior
+            joint = counts.times(self.table) + self.log_prior
             found.append((np.logaddexp.reduce(joint, axis=1).sum(), start, resp))
         self._learn(counts, max(found, key=lambda f: (f[0], -f[1]))[2])
 
-    def _start(self, counts: sp.csr_matrix, seed: int) -> Float64:
+    def _start(self, counts: _Counts, seed: int) -> Float64:
         """[U, K] responsibilities of clusters of the users' leading singular directions."""
-        from sklearn.cluster import KMeans
-        from sklearn.decomposition import TruncatedSVD
-        from sklearn.preprocessing import normalize
-
-        met = np.flatnonzero(np.asarray((counts > 0).sum(0)).ravel() > 1)
-        if len(met) <= self.codes or counts.shape[0] <= self.codes:
+        users = len(counts.offsets) - 1
+        if users <= self.codes or len(np.unique(counts.kinds)) <= self.codes:
             random = np.random.default_rng(seed)
-            return np.asarray(random.dirichlet(np.full(self.codes, 0.3), counts.shape[0]))
-        some = counts[:, met]
-        weighted = some @ sp.diags(1 / np.sqrt(np.asarray(some.sum(0)).ravel() + _COMMON))
-        dims = min(_DIMS, len(met) - 1, counts.shape[0] - 1)
-        x = TruncatedSVD(dims, random_state=seed).fit_transform(weighted)
-        code = KMeans(self.codes, n_init=1, random_state=seed).fit_predict(normalize(x))
-        return np.asarray(np.eye(self.codes)[code])
+            return np.asarray(random.dirichlet(np.full(self.codes, 0.3), users))
+        vectors = kind_vectors(counts.user, counts.kinds, counts.num_kinds, seed, _DIMS)
+        x = counts.times(vectors.astype(np.float64))
+        x /= np.linalg.norm(x, axis=1, keepdims=True) + 1e-12
+        told = torch.from_numpy(x).float()
+        code = Codebook.kmeans(told, self.codes, seed=seed, iterations=100).assign(told)[0]
+        return np.asarray(np.eye(self.codes)[code.numpy()])
 
-    def _learn(self, counts: sp.csr_matrix, resp: Float64) -> None:
+    def _learn(self, counts: _Counts, resp: Float64) -> None:
         """M-step: probabilities of kinds under codes, smoothed."""
         self.log_prior = np.log((resp.sum(0) + 1.0) / (len(resp) + self.codes))
-        own = np.asarray(counts.T @ resp)  # [E, K]
+        own = counts.transposed(resp)  # [E, K]
         every = own.sum(1)
         if self.words == 1:
             p = every / max(every.sum(), 1.0)
@@ -150,14 +197,14 @@ class Mixture:
         self.usual = np.log(by_item[:, -1])
         self.table = np.log(p).reshape(-1, self.codes)
 
-    def _posterior(self, counts: sp.csr_matrix, power: float) -> Float64:
-        joint = power * np.asarray(counts @ self.table) + self.log_prior
+    def _posterior(self, counts: _Counts, power: float) -> Float64:
+        joint = power * counts.times(self.table) + self.log_prior
         joint -= joint.max(1, keepdims=True)
         p = np.exp(joint)
         return np.asarray(p / p.sum(1, keepdims=True))
 
-    def _predicts(self, first: sp.csr_matrix, later: sp.csr_matrix, power: float) -> float:
+    def _predicts(self, first: _Counts, later: _Counts, power: float) -> float:
         """Log probability of later events, each on its own, by the posterior after the first."""
         resp = self._posterior(first, power)
-        who, kind = later.nonzero()
-        return float(np.log((resp[who] * np.exp(self.table[kind])).sum(1)).sum())
+        told = np.exp(self.table[later.kinds])
+        return float(np.log((resp[later.user] * told).sum(1)).sum())

@@ -1,0 +1,189 @@
+"""Choices told by text alone: lifts over what anybody would choose, and how sure they make."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_resume import read
+from test_table import CONFIG, SIZES, books_of, engine_of
+
+import userip_fast as uf
+from userip_fast.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.codebook import Codebook
+from userip_fast.config import Config, DataConfig, EMConfig
+from userip_fast.data import Catalogue
+from userip_fast.em.crowd import Crowd, Found
+from userip_fast.em.lifts import PLAIN, Calibration, log_lifts, log_norm
+from userip_fast.em.readings import Readings
+from userip_fast.em.table import EventTable, Grid
+from userip_fast.errors import FormatError
+from userip_fast.prompts import ProfileField
+
+CHOICES = DataConfig(behaviour_context="independent", negatives=0)
+FIT = Config(
+    data=replace(CHOICES, chunk_tokens=64),
+    em=EMConfig(estep="posterior", rounds=2, start="random"),
+    fields=(ProfileField("taste", "", 1, 3),),
+)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny.frozen("llama")
+
+
+def choices(users=60):
+    return replace(read(users), rating=None)
+
+
+def source_of(users=60):
+    data = choices(users)
+    fmt = BehaviourFormat.fit(CHOICES, data, 0)
+    return BehaviourSource(fmt.events(data, Catalogue.from_interactions(data)), fmt)
+
+
+def crowd_of(lm, fields=2, **settings):
+    engine = engine_of(lm, fields)
+    neutral = torch.zeros(fields, lm.hidden_size)
+    prompts = tuple(ProfileField(f"f{j}", "", 1, SIZES[j]) for j in range(fields))
+    config = replace(CONFIG, **settings)
+    return Crowd(source_of(), 60, engine, config, prompts, neutral)
+
+
+def test_choices_are_told_by_their_text(lm):
+    fmt = source_of().format
+    assert fmt.words == ()
+    assert fmt.template == "{text}"
+
+
+def test_shares_times_lifts_add_up_to_one(lm):
+    crowd = crowd_of(lm)
+    found = crowd.judge(books_of(lm, 2))
+    share = crowd.counts / crowd.counts.sum()
+    total = (share[:, None] * found.table.double().exp()).sum(0)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-5, atol=0)
+
+
+def test_what_all_codes_find_hard_cancels(lm):
+    """The lift of a text is how it differs from the same text with nothing told."""
+    crowd = crowd_of(lm, 1)
+    neutral = torch.full((1, lm.hidden_size), 0.1)
+    soft = torch.cat([neutral[None], torch.randn(2, 1, lm.hidden_size)])
+    lifts = log_lifts(crowd.engine, crowd.readings, soft, neutral, 512)
+    assert torch.equal(lifts[:, 0], torch.zeros(len(lifts)))
+    assert lifts[:, 1:].abs().max() > 0.1
+    assert float(log_norm(lifts, crowd.counts)[0]) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_gradient_is_that_of_the_normalised_likelihood(lm):
+    """A full M-step, against differences of the objective that it descends."""
+    crowd, books = crowd_of(lm), books_of(lm, 2)
+    found = crowd.judge(books)
+    stats = crowd.stats(found, books)
+    grid = Grid(books, crowd.engine)
+    observed = found.shares + _expected(crowd, found)
+    torch.manual_seed(0)
+    step = [torch.randn_like(book.codewords) for book in books]
+
+    def value(size):
+        moved = [Codebook(b.codewords + size * s) for b, s in zip(books, step)]
+        table, _ = crowd._table(Grid(moved, crowd.engine))
+        return -float((observed * table.double()).sum())
+
+    size = 3e-3
+    want = (value(size) - value(-size)) / (2 * size)
+    got = sum(float((g * s.double()).sum()) for g, s in zip(stats.gradient, step))
+    assert got == pytest.approx(want, rel=2e-2)
+    assert len(grid.codes) == 12
+
+
+def _expected(crowd: Crowd, found: Found):
+    """What `Crowd` subtracts: choices that a code lets expect, from its users' number of events."""
+    p = (found.table.double() + crowd.counts.log()[:, None]).exp() / crowd.counts.sum()
+    # shares = observed - sum(observed) * p, and p adds up to one: so shares add up to zero, and
+    # the number of a code's choices is what its users' responsibilities say.
+    assert float(found.shares.sum(0).abs().max()) < 1e-4
+    return _events_of_codes(crowd, found) * p
+
+
+def _events_of_codes(crowd: Crowd, found: Found):
+    total = torch.zeros(found.table.shape[1], dtype=torch.float64)
+    for first, told in crowd._chunks():
+        kinds, user, offsets = crowd._known(told)
+        prior = Grid(books_of(crowd.engine.lm, 2), crowd.engine).log_prior
+        log_resp, _ = uf.ops.profile_posterior(found.table, kinds, offsets, prior)
+        trains = torch.from_numpy(~crowd.judging[first : first + len(log_resp)])
+        n = torch.bincount(user, minlength=len(log_resp))
+        total += (log_resp.double().exp() * (n * trains)[:, None]).sum(0)
+    return total
+
+
+@pytest.mark.parametrize("copies", [1, 8])
+def test_events_that_say_the_same_count_less(lm, copies, monkeypatch):
+    """Users of two tastes: where their events are drawn apart, each counts whole; where each draw
+    is told again and again, later events are predicted best when it counts for less."""
+    random = np.random.default_rng(0)
+    users, n = 400, 64
+    p = random.dirichlet(np.full(20, 0.8), 2)
+    taste = random.integers(2, size=users)
+    kinds = np.concatenate(
+        [random.choice(20, n // copies, p=p[z]).repeat(copies) for z in taste]
+    ).astype(np.int64)
+    owner = np.repeat(np.arange(users), n)
+    crowd = crowd_of(lm, 1)
+    crowd.judging = np.ones(users, bool)
+    monkeypatch.setattr(crowd, "_chunks", lambda: [(0, None)])
+    known = torch.from_numpy(kinds), torch.from_numpy(owner), None
+    monkeypatch.setattr(crowd, "_known", lambda told: known)
+    books = [Codebook(torch.randn(2, lm.hidden_size))]
+    table = torch.from_numpy(np.log(p.T).copy()).float()
+    found = Found(0.0, 0.0, [], [], np.zeros(4), None, table, torch.zeros(2).double())
+    half = crowd.calibrate(found, books).half_events
+    assert half >= 100 if copies == 1 else half <= 30
+
+
+def test_weights_shrink_with_the_history():
+    offsets = np.array([0, 1, 1, 11])
+    assert PLAIN.weights(offsets) is None
+    got = Calibration(half_events=10.0).weights(offsets)
+    want = torch.tensor([10 / 11] + 10 * [0.5], dtype=torch.float32)
+    torch.testing.assert_close(got, want)
+
+
+def test_calibrations_are_kept_and_checked():
+    neutral, norm = torch.zeros(1, 4), torch.arange(6.0).double()
+    made = Calibration(neutral, norm, 30.0)
+    again = Calibration.from_state(made.state(), neutral, 6)
+    assert again.half_events == 30.0
+    assert torch.equal(again.log_norm, norm)
+    assert Calibration.from_state({}, neutral, 6).plain
+    orders = [torch.tensor([1, 0]), torch.tensor([2, 0, 1])]
+    moved = made.reordered(orders).log_norm.view(2, 3)
+    assert torch.equal(moved, norm.view(2, 3)[orders[0]][:, orders[1]])
+    for bad in ({"log_norm": norm[:5]}, {"log_norm": norm.float()}, {"half_events": norm}):
+        with pytest.raises(FormatError):
+            Calibration.from_state(bad, neutral, 6)
+
+
+def test_a_model_of_choices_profiles_and_ranks(lm, tmp_path):
+    data = choices()
+    model = uf.fit(data, lm, config=FIT)
+    assert model.calibration.log_norm is not None
+    items = data.item_keys.to_pylist()
+    p = model.profile(items[:5])
+    liked = model.affinity(p, items)
+    assert liked.shape == (len(items),)
+    prior = model.event_table().grid.log_prior.exp().float().numpy()
+    np.testing.assert_allclose(model.affinity(prior, items), 1, rtol=1e-5)
+    np.testing.assert_allclose(model.profile([]), prior, rtol=1e-5)
+    table = model.event_table()
+    plain = EventTable(table.engine, model.format, model.codebooks, model.config.em)
+    plain.read(table._numbering.number)
+    neutral, norm = model.calibration.neutral, model.calibration.log_norm
+    told = model.format.kinds(lm.tokenizer, model.layout, list(table._numbering.number))
+    lifts = log_lifts(table.engine, Readings.of(told), table.grid.soft, neutral, 512)
+    torch.testing.assert_close(table.values, (lifts - norm).float(), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(table.values, plain.values)
