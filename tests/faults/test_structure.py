@@ -139,8 +139,9 @@ def test_a_manifest_of_work_that_says_something_else_is_refused(tmp_path, change
 def test_what_is_no_code_in_a_shard_is_refused(tmp_path, code):
     fields = [{"name": "a", "codebook_size": 4, "code_names": None}]
     table = bank_table(
-        pa.array([1]), np.array([[1]]), fields=fields, model_fingerprint="m", metadata={}
-    )
+        pa.array([1]), np.array([[1]]), fields=fields, model_fingerprint="m",
+        metadata={"shard": [0, 1]},
+    )  # fmt: skip
     about = json.loads(table.schema.metadata[b"userip_fast.bank"])
     del about["sha256"]  # which no such table has
     told = {b"userip_fast.bank": json.dumps(about)}
@@ -152,6 +153,20 @@ def test_what_is_no_code_in_a_shard_is_refused(tmp_path, code):
 
 @pytest.mark.parametrize("fields", ["a", {"a": 1}, ["a"], [{"name": "a", "codebook_size": 2,
                                                             "code_names": 7}]])  # fmt: skip
+@pytest.mark.parametrize("said", [[0, 8], [1, 8], None, "0/1", [0, 1, 1]])
+def test_a_shard_that_was_made_as_another_one_is_refused(tmp_path, said):
+    fields = [{"name": "a", "codebook_size": 4, "code_names": None}]
+    about = {} if said is None else {"shard": said}
+    table = bank_table(
+        pa.array([1]), np.array([[1]]), fields=fields, model_fingerprint="m", metadata=about
+    )
+    pq.write_table(table, tmp_path / "shard-00000-of-00001.parquet")
+    shown = re.escape("/".join(map(str, said))) if said in ([0, 8], [1, 8]) else "none"
+    with pytest.raises(FormatError, match=f"shard-00000-of-00001.*says that it is shard {shown};"):
+        merge_shards(tmp_path, tmp_path / "bank")
+    assert not (tmp_path / "bank").exists()
+
+
 def test_fields_of_another_form_are_refused(fields):
     with pytest.raises(ConfigError, match="must be a"):
         check_fields(fields)
