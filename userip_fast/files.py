@@ -334,22 +334,30 @@ def write_tensors(
             raise OSError(str(e)) from e
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> dict[str, torch.Tensor]:
     """Reads a safetensors file; nothing is unpickled. A SHA-256 in it is verified.
 
+    Args:
+        metadata: What it was written with, if it is one of `write_tensors`; then it has a SHA-256.
+
     Raises:
-        FormatError: The file is missing, not valid safetensors, or altered.
+        FormatError: The file is missing, not valid safetensors, altered, or has other `metadata`.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            expected = (file.metadata() or {}).get(_SHA256)
+            about = file.metadata() or {}
     except (OSError, SafetensorError, ValueError, TypeError) as e:
         raise FormatError(f"{path}: cannot be read as safetensors ({e})") from e
-    if expected is not None and expected != _digest(tensors):
+    digest = _digest(tensors)
+    if about.get(_SHA256, digest) != digest:
         raise FormatError(f"{path}: altered since it was written (SHA-256 differs)")
+    if metadata is not None and about != {**metadata, _SHA256: digest}:
+        raise FormatError(f"{path}: its metadata must be {dict(metadata)} and a SHA-256")
     return tensors
 
 
