@@ -137,7 +137,8 @@ def test_a_manifest_of_work_that_says_something_else_is_refused(tmp_path, change
         uf.data.InteractionStream(path.parent)
 
 
-@pytest.mark.parametrize("code", [-1, 4, 2**40, 0.5, Decimal(-1), None, "x", [1]])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("code", [-1, 4, 2**40, 0.5, float("nan"), Decimal(-1), None, "x", [1]])
 def test_what_is_no_code_in_a_shard_is_refused(tmp_path, code):
     fields = [{"name": "a", "codebook_size": 4, "code_names": None}]
     table = bank_table(

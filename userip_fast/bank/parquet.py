@@ -87,6 +87,12 @@ def read_parquet(path: str | os.PathLike[str]) -> dict[str, Any]:
         if about["version"] != VERSION:
             raise FormatError(f"{path}: version {about['version']!r}, this release reads {VERSION}")
         names = [field["name"] for field in check_fields(about["fields"])]
+        for name in names:
+            if not pa.types.is_integer(table[name].type) or table[name].null_count:
+                raise FormatError(
+                    f"{path}: codes must be integers without nulls, {name!r} is "
+                    f"{table[name].type} with {table[name].null_count} nulls"
+                )
         codes = [table[name].to_numpy() for name in names]
         p_names = [f"{name}_probability" for name in names]
         has_p = p_names[0] in table.column_names
