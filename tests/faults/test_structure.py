@@ -154,6 +154,20 @@ def test_what_is_no_code_in_a_shard_is_refused(tmp_path, code):
         merge_shards(tmp_path, tmp_path / "bank")
 
 
+@pytest.mark.filterwarnings("error")
+def test_codes_of_several_types_and_beyond_them_are_refused(tmp_path):
+    fields = [{"name": n, "codebook_size": 4, "code_names": None} for n in "ab"]
+    table = bank_table(
+        pa.array([1]), np.array([[1, 2]]), fields=fields, model_fingerprint="m",
+        metadata={"shard": [0, 1]},
+    )  # fmt: skip
+    for column, code in ((1, pa.array([2**63], pa.uint64())), (2, pa.array([-1], pa.int64()))):
+        table = table.set_column(column, "ab"[column - 1], code)
+    pq.write_table(table, tmp_path / "shard-00000-of-00001.parquet")
+    with pytest.raises(FormatError, match="shard-00000"):
+        merge_shards(tmp_path, tmp_path / "bank")
+
+
 @pytest.mark.parametrize("said", [[0, 8], [1, 8], None, "0/1", [0, 1, 1]])
 def test_a_shard_that_was_made_as_another_one_is_refused(tmp_path, said):
     fields = [{"name": "a", "codebook_size": 4, "code_names": None}]

@@ -93,7 +93,7 @@ def read_parquet(path: str | os.PathLike[str]) -> dict[str, Any]:
                     f"{path}: codes must be integers without nulls, {name!r} is "
                     f"{table[name].type} with {table[name].null_count} nulls"
                 )
-        codes = [table[name].to_numpy() for name in names]
+        codes = [table[name].cast(pa.uint32()).to_numpy() for name in names]
         p_names = [f"{name}_probability" for name in names]
         has_p = p_names[0] in table.column_names
         p = np.stack([table[n].to_numpy() for n in p_names], 1) if has_p else None
