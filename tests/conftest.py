@@ -38,6 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 COMPONENTS = {
     "Redis": "redis",
     "Ray": r"\bray\b",
+    "Feast": "feast",
     "GPU": "cuda device",
     "CUDA compiler": "nvcc",
     "data sets beside the checkout": "data sets beside this checkout",
