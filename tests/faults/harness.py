@@ -925,7 +925,7 @@ def main() -> None:
     if args.quick:
         args.kills, args.others = QUICK
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # of a child at work
         result = run(Path(folder), wanted=args.kills, others=args.others, seed=args.seed)
     for name, count in sorted(result["counts"].items()):
         print(f"{count:6}  {name}")
