@@ -1,7 +1,7 @@
 """Kills, damage, full disks, missing shards, a Redis that goes away, two at once: nothing is lost,
 and nothing is wrong.
 
-    python tests/faults/harness.py                 # 240 kills and all other faults; minutes
+    python tests/faults/harness.py                 # 250 kills and all other faults; minutes
     python tests/faults/harness.py --quick         # what the test suite runs
 
 One parent loads a tiny model and forks a child per attempt, so that an attempt costs a fraction of
@@ -917,7 +917,7 @@ def run(folder: Path, *, wanted: int, others: int, seed: int = 0) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=240)
+    parser.add_argument("--kills", type=int, default=250)
     parser.add_argument("--others", type=int, default=120, help="scale of the other faults")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
