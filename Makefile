@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints.txt)
 NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test lint bench sanitize gpu-check clean distclean
+.PHONY: help demo test ray lint bench sanitize gpu-check clean distclean
 help:
 	@sed -n '2,9s/^# //p' Makefile
 
@@ -26,6 +26,12 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+# For `make test` to test Ray too, where it can be had; CI asks for it.
+ray: .venv/.installed
+	$(PIP) install $(CONSTRAINTS) $$($(BIN)/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["ray"])') \
+	  || echo "Ray cannot be installed here: what needs it is skipped"
 
 bench: .venv/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -12,6 +12,10 @@ users, pages warm, one thread, stores in turn. `dense_rows` is for ids that are 
 the codes gathered, no look-up at all. Last line: JSON; `ratios.batch_lookup` is the bank over the
 better of LMDB and Redis, `ratios.batch_lookup_inprocess` over the best store in memory, of the best
 calls: other load on the machine only ever adds, and to long calls more than to short ones.
+
+`--before CHECKOUT` also times the look-ups of another checkout (say of a commit before a change,
+its extension built by `python setup.py build_ext --inplace`) in turn with ours, each in a process
+of its own on a bank that it has written: batches, single users, opening, and the first batch after.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from _before import answer, in_turn
 
 from userip_fast import _extension as extension
 from userip_fast.bank import FeatureBank
@@ -249,8 +254,38 @@ def run(users: int, kind: str, batch: int, repeats: int, folder: Path) -> dict[s
     }
 
 
-def commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+def answer_questions(users: int, kind: str, batch: int, folder: Path) -> None:
+    """Our side of `--before`, with whatever package this process has."""
+    keys, codes = make_users(users, kind)
+    path = folder / "bank"
+    FeatureBank.write(path, keys, codes, fields=FIELDS, model_fingerprint="benchmark")
+    bank = FeatureBank.open(path)
+    check("bank", bank.lookup, keys, codes)
+    draw = np.random.default_rng(3)
+
+    def some(size: int) -> pa.Array:
+        return keys.take(pa.array(draw.integers(0, users, size)))
+
+    def calls(size: int, times: int) -> list[float]:
+        batches = [some(size) for _ in range(times)]
+        return [timed(lambda b=b: bank.lookup(b))[0] for b in batches]
+
+    def first(_: int) -> list[float]:
+        opened, asked = FeatureBank.open(path), some(batch)
+        return [timed(lambda: opened.lookup(asked))[0]]
+
+    answer(
+        {
+            "batch": lambda _: calls(batch, 20),
+            "single": lambda _: calls(1, 200),
+            "open": lambda _: [timed(lambda: FeatureBank.open(path))[0]],
+            "first_batch": first,
+        }
+    )
+
+
+def commit(checkout: Path = Path(__file__).parent) -> str | None:
+    git = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
     if shutil.which("git") is None:
         return None
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
@@ -289,12 +324,30 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=400, help="batches timed per store")
     parser.add_argument("--quick", action="store_true", help="200,000 users")
+    parser.add_argument("--before", type=Path, help="another checkout, its extension built")
+    parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
         args.users = 200_000
+    if args.answer:
+        answer_questions(args.users, args.keys, args.batch, args.answer)
+        return
+    more = {}
+    if args.before:
+        sizes = ["--users", str(args.users), "--keys", args.keys, "--batch", str(args.batch)]
+        rounds = {"batch": args.repeats // 2, "single": args.repeats // 10, "open": 20}
+        turns = in_turn(__file__, args.before, sizes, {**rounds, "first_batch": 20})
+        more["before_and_after"] = {"commit_before": commit(args.before), **turns}
+        for kind, t in turns.items():
+            print(
+                f"{kind:11} before: best {t['before']['best_us']:.1f} us, p50 "
+                f"{t['before']['p50_us']:.1f}; after: {t['after']['best_us']:.1f}, "
+                f"{t['after']['p50_us']:.1f}; over before: {t['best_over_before']:.3f}, "
+                f"{t['p50_over_before']:.3f}"
+            )
     with tempfile.TemporaryDirectory() as folder:
         result = run(args.users, args.keys, args.batch, args.repeats, Path(folder))
-    print(json.dumps(result))
+    print(json.dumps(result | more))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -36,6 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 COMPONENTS = {
     "Redis": "redis",
     "Ray": r"\bray\b",
+    "Feast": "feast",
     "GPU": "cuda device",
     "CUDA compiler": "nvcc",
     "data sets beside the checkout": "data sets beside this checkout",
@@ -96,7 +99,23 @@ def _leaves_the_process_as_it_was() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Public data sets and models kept beside the checkout; tests that want them skip without."""
-    path = Path(__file__).resolve().parents[2] / "shared"
-    if not path.is_dir():
-        pytest.skip("no `shared` folder with data sets beside this checkout")
+    path = find_shared(Path(__file__).resolve().parents[1])
+    if path is None:
+        pytest.skip(
+            "no `shared` folder with data sets beside this checkout or what it was cloned from, "
+            "and USERIP_FAST_TEST_DATA names none"
+        )
     return path
+
+
+def find_shared(checkout: Path) -> Path | None:
+    """$USERIP_FAST_TEST_DATA, or `shared` beside the checkout or the folder it was cloned from."""
+    if named := os.environ.get("USERIP_FAST_TEST_DATA"):
+        return Path(named)
+    beside = [checkout.parent / "shared"]
+    if git := shutil.which("git"):
+        command = [git, "-C", str(checkout), "config", "remote.origin.url"]
+        origin = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        if origin.removeprefix("file://").startswith("/"):
+            beside.append(Path(origin.removeprefix("file://")).parent / "shared")
+    return next((path for path in beside if path.is_dir()), None)

@@ -1,5 +1,6 @@
 """What is replaced, with which permissions, and what is refused."""
 
+import errno
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from userip_fast.files import (
     atomic_dir,
     atomic_file,
     lock_file,
+    one_writer,
     open_regular,
     read_json,
     read_json_bytes,
@@ -202,6 +204,40 @@ def test_a_lock_is_no_link(tmp_path):
     with pytest.raises(StorageError, match="LOCK: cannot be written"):
         lock_file(tmp_path / "LOCK", 0.0, "")
     assert os.listdir(tmp_path) == ["LOCK"]
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.raises(StorageError, match=r"LOCK: cannot be locked .*No locks .*; choose"):
+        lock_file(tmp_path / "LOCK", 0.0, "")
+
+
+def test_one_at_a_time_makes_a_file_and_sweeps_what_was_killed(tmp_path):
+    target = tmp_path / "made"
+    for name in (".made.0123.tmp", ".made.0123.old", ".made2.0123.tmp", ".x.0123.tmp"):
+        (tmp_path / name).mkdir()
+    made = []
+
+    def make():
+        with one_writer(target, "another"):
+            if not target.exists():
+                made.append(1)
+                time.sleep(0.05)
+                target.touch()
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [1]
+    assert sorted(os.listdir(tmp_path)) == [".made2.0123.tmp", ".x.0123.tmp", "made"]
+    with pytest.raises(ZeroDivisionError), one_writer(target, "another"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "made.LOCK").exists()
 
 
 def test_a_lock_whose_file_its_holder_removes_is_handed_on(tmp_path):

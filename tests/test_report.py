@@ -1,11 +1,15 @@
 """report.html stands alone, escapes what it is given, and is the same for the same run."""
 
+import json
 import sys
+import warnings
 from html.parser import HTMLParser
 
 import pytest
 
-from userip_fast.report import write_report
+from userip_fast import pictures
+from userip_fast.errors import FormatError
+from userip_fast.report import report_run, write_report
 
 METRICS = {
     "data": {
@@ -101,6 +105,23 @@ def test_a_failed_write_leaves_the_old_page(tmp_path):
         write_report(tmp_path / "report.html", METRICS, RECORDS, {"genre": [{"code": 1}]})
     assert (tmp_path / "report.html").read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_numbers_beyond_what_can_be_drawn_are_refused(tmp_path):
+    pytest.importorskip("matplotlib")
+    told = [{"round": 0, "nll_per_weight": 1e308}, {"round": 1, "nll_per_weight": -1e308}]
+    (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, told)))
+    with pytest.raises(FormatError, match="does not hold what was written"):
+        report_run(tmp_path)
+
+
+def test_words_of_any_script_are_drawn_without_a_word(tmp_path):
+    pytest.importorskip("matplotlib")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = pictures.usage("味\x1b[2J\u202e", [3, 1])
+    assert "味\\u001b[2J\\u202e" in drawn
 
 
 def test_nothing_to_show_is_still_a_page(tmp_path):

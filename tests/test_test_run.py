@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import find_shared
 
 ROOT = Path(__file__).resolve().parents[1]
 SUMMARY = "=== 3 passed, 1 skipped in 2.10s (0:00:02) ==="
@@ -91,9 +92,28 @@ def test_the_last_lines_name_what_was_not_tested(tmp_path: Path, reason: str, na
     assert "1 passed, 1 skipped" in closing
 
 
+def test_data_sets_are_found_beside_a_checkout_and_what_it_was_cloned_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("USERIP_FAST_TEST_DATA", raising=False)
+    origin, clone = tmp_path / "a" / "ours", tmp_path / "b" / "clone"
+    origin.mkdir(parents=True)
+    for command in (["init", "-q", origin], ["clone", "-q", origin, clone]):
+        subprocess.run(["git", *map(str, command)], check=True, capture_output=True)
+    assert find_shared(clone) is None
+    (tmp_path / "a" / "shared").mkdir()
+    assert find_shared(clone) == find_shared(origin) == tmp_path / "a" / "shared"
+    (tmp_path / "b" / "shared").mkdir()
+    assert find_shared(clone) == tmp_path / "b" / "shared"
+    monkeypatch.setenv("USERIP_FAST_TEST_DATA", str(tmp_path))
+    assert find_shared(clone) == tmp_path
+
+
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs redis-server")
 def test_ci_starts_a_redis_and_stops_it(tmp_path: Path) -> None:
-    done = ci_run(tmp_path, f"test:\n\t@echo '{SUMMARY}' $$USERIP_FAST_TEST_REDIS_URL\nlint:\n", {})
+    done = ci_run(
+        tmp_path, f"test:\n\t@echo '{SUMMARY}' $$USERIP_FAST_TEST_REDIS_URL\nray lint:\n", {}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (port,) = re.findall(r"redis://127\.0\.0\.1:(\d+)/0$", done.stdout, re.MULTILINE)
     with socket.socket() as s:
@@ -106,7 +126,7 @@ def test_ci_goes_on_where_no_redis_can_be_had(tmp_path: Path) -> None:
     wanted = "bash cat dirname echo env grep id make mktemp rm seq sh sleep tee"
     for name in wanted.split():
         (tools / name).symlink_to(str(shutil.which(name)))
-    makefile = f"test:\n\t@echo '{SUMMARY}'\nlint:\n"
+    makefile = f"test:\n\t@echo '{SUMMARY}'\nray lint:\n"
     done = ci_run(tmp_path, makefile, {"PATH": str(tools)})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "none can be installed here" in done.stdout
@@ -141,7 +161,7 @@ def test_ci_believes_pytest_s_closing_line_alone(
     tmp_path: Path, lines: str, code: int, passes: bool
 ) -> None:
     (tmp_path / "out").write_text(lines)
-    makefile = f"test:\n\t@cat out; exit {code}\nlint:\n\t@true\n"
+    makefile = f"test:\n\t@cat out; exit {code}\nray lint:\n\t@true\n"
     done = ci_run(tmp_path, makefile, {"USERIP_FAST_TEST_REDIS_URL": ""})
     assert lines in done.stdout
     assert (done.returncode == 0) is passes

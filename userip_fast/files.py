@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -194,7 +195,9 @@ def _exchange(a: Path, b: Path) -> bool:
     )
 
 
-def lock_file(path: Path, timeout_s: float, refusal: str) -> BinaryIO:
+def lock_file(
+    path: Path, timeout_s: float, refusal: str, holder: str = "another process"
+) -> BinaryIO:
     """Opens a file, made with its folder if need be, and locks it until it is closed.
 
     The lock holds against all processes of this machine (flock), and a kill releases it. The file
@@ -203,9 +206,10 @@ def lock_file(path: Path, timeout_s: float, refusal: str) -> BinaryIO:
     Args:
         timeout_s: How long to wait for another holder, which is told; may be infinite.
         refusal: The message after that.
+        holder: Who holds it, in the word about waiting.
 
     Raises:
-        StorageError: The file cannot be made.
+        StorageError: The file cannot be made or locked.
         UnavailableError: Another process holds the lock for longer than `timeout_s`.
     """
     deadline, told = time.monotonic() + timeout_s, False
@@ -228,16 +232,46 @@ def lock_file(path: Path, timeout_s: float, refusal: str) -> BinaryIO:
                 lock.close()
                 raise UnavailableError(refusal) from None
             if not told:
-                logger.warning("%s is held by another process; waiting for it to end", path)
+                logger.warning("%s is held by %s; waiting for it to end", path, holder)
             told = True
             time.sleep(0.05)
+        except OSError as e:
+            lock.close()
+            raise StorageError(
+                f"{path}: cannot be locked ({e}); choose a folder on a file system that has locks"
+            ) from e
         lock.close()
 
 
-def sweep_leftovers(folder: Path) -> None:
-    """Removes what killed writers left in `folder`. Nobody may be writing there."""
+@contextmanager
+def one_writer(target: Path, holder: str) -> Iterator[None]:
+    """Lets one process of this machine at a time make `target`; the others wait, with a word.
+
+    What a killed one left is removed. After a wait `target` may be there: look before making it.
+
+    Args:
+        holder: Who another one is, for that word.
+
+    Raises:
+        StorageError: Nothing can be written beside `target`.
+    """
+    path = target.with_name(f"{target.name}.LOCK")
+    with lock_file(path, math.inf, "", holder):
+        try:
+            with storage_errors(target):
+                sweep_leftovers(target.parent, f"{target.name}.")
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def sweep_leftovers(folder: Path, start: str = "") -> None:
+    """Removes what killed writers of names that begin with `start` left in `folder`.
+
+    Nobody may be writing them.
+    """
     for entry in folder.glob(".*"):
-        if entry.suffix in (".tmp", ".old"):
+        if entry.suffix in (".tmp", ".old") and entry.name.startswith(f".{start}"):
             remove(entry)
 
 
@@ -300,22 +334,30 @@ def write_tensors(
             raise OSError(str(e)) from e
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> dict[str, torch.Tensor]:
     """Reads a safetensors file; nothing is unpickled. A SHA-256 in it is verified.
 
+    Args:
+        metadata: What it was written with, if it is one of `write_tensors`; then it has a SHA-256.
+
     Raises:
-        FormatError: The file is missing, not valid safetensors, or altered.
+        FormatError: The file is missing, not valid safetensors, altered, or has other `metadata`.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            expected = (file.metadata() or {}).get(_SHA256)
+            about = file.metadata() or {}
     except (OSError, SafetensorError, ValueError, TypeError) as e:
         raise FormatError(f"{path}: cannot be read as safetensors ({e})") from e
-    if expected is not None and expected != _digest(tensors):
+    digest = _digest(tensors)
+    if about.get(_SHA256, digest) != digest:
         raise FormatError(f"{path}: altered since it was written (SHA-256 differs)")
+    if metadata is not None and about != {**metadata, _SHA256: digest}:
+        raise FormatError(f"{path}: its metadata must be {dict(metadata)} and a SHA-256")
     return tensors
 
 

@@ -187,7 +187,8 @@ class Model:
         # Beside the bank and on the same disk; found again by the next run, gone once it is done.
         cache = DiskCache(Path(f"{out}.part"), self.block_key(trainer))
         with self.bank_writer(out, update) as writer:
-            sweep_leftovers(cache.folder / "profiles")  # under the bank's lock
+            for scope in cache.folder.glob("*"):  # under the bank's lock
+                sweep_leftovers(scope)
             done, totals, told = 0, np.zeros(4), Reach()
             for profiles in trainer.infer(
                 source, self.codebooks, self.start, cache=cache, table=table

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from userip_fast.visible import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,12 +33,13 @@ def svg(draw: Draw, width: float = 4.6, height: float = 2.8) -> str:
     style |= {f"axes.spines.{side}": False for side in ("top", "right")}
     style |= {f"axes.{part}color": INK for part in ("edge", "label", "title")}
     style |= {f"{part}.color": INK for part in ("text", "xtick", "ytick")}
-    with mpl.rc_context(style):
+    with mpl.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # letters are drawn by who shows them
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot())
         text = StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    found = text.getvalue()
+    found = visible(text.getvalue())  # no control characters from a word
     return found[found.index("<svg") :]  # without the XML prologue
 
 

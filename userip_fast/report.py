@@ -84,7 +84,7 @@ def report_run(run: str | os.PathLike[str]) -> Path:
     metrics = read_json(root / "metrics.json")
     try:
         write_report(root / "report.html", metrics, records, cards, more)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
         raise FormatError(
             f"{root}: a file of the run does not hold what was written ({type(e).__name__}: {e})"
         ) from e

@@ -107,6 +107,15 @@ def infer_shard(
     return path
 
 
+def _said(about: dict[str, Any]) -> str:
+    """ "3/8" of a shard's metadata; "none" of a file that is no shard."""
+    match about.get("shard"):
+        case [int(index), int(count)]:
+            return f"{index}/{count}"
+        case _:
+            return "none"
+
+
 def merge_shards(folder: str | Path, bank: str | Path, update: bool = False) -> FeatureBank:
     """One bank of all shards in `folder`.
 
@@ -115,7 +124,7 @@ def merge_shards(folder: str | Path, bank: str | Path, update: bool = False) -> 
 
     Raises:
         DataError: Shards are missing, or there are shards of more than one partition.
-        FormatError: A shard is damaged.
+        FormatError: A shard is damaged, or was made as another one than its name says.
         MismatchError: Shards were made by different models or from different data.
     """
     folder = Path(folder)
@@ -139,6 +148,11 @@ def merge_shards(folder: str | Path, bank: str | Path, update: bool = False) -> 
         for index in range(count):
             shard = read_parquet(shards[index, count])
             about = shard["metadata"]
+            if about.get("shard") != [index, count]:
+                raise FormatError(
+                    f"{shards[index, count]}: says that it is shard {_said(about)}; a shard must "
+                    "keep its name, so name it as it was, or infer this one"
+                )
             if first is None:
                 first = shard
                 writer = BankWriter(

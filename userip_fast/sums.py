@@ -75,6 +75,8 @@ def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_seal(path: Path, manifest: Mapping[str, Any]) -> None:
     """Raises FormatError where a manifest is not what was sealed. One of before has no seal."""
+    if not isinstance(manifest, Mapping):
+        raise FormatError(f"{path}: must be an object, is {type(manifest).__name__}")
     if _SEAL in manifest and sealed(manifest) != manifest:
         raise FormatError(f"{path}: altered since it was saved (SHA-256 differs)")
 

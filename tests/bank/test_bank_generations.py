@@ -19,6 +19,7 @@ import pytest
 
 from userip_fast.bank import BankWriter, FeatureBank
 from userip_fast.errors import DataError, FormatError, MismatchError, UnavailableError
+from userip_fast.files import remove
 
 FIELDS = [{"name": "f", "codebook_size": 10, "code_names": None}]
 SETTINGS = {"fields": FIELDS, "model_fingerprint": "m"}
@@ -32,6 +33,26 @@ def write(path, keys, code, **kwargs):
 
 def generations(path):
     return sorted(p.name for p in path.iterdir() if p.name.startswith("gen-"))
+
+
+def test_a_generation_goes_at_once(tmp_path, monkeypatch):
+    """Whoever was handed it is told so, also while its files are being removed."""
+    keys = np.arange(5)
+    sent = pickle.dumps(write(tmp_path / "b", keys, 0))
+    write(tmp_path / "b", keys, 1)
+    real, halves = remove, []
+
+    def half(entry):
+        (entry / "manifest.json").unlink()
+        halves.append(entry)
+        with pytest.raises(FormatError, match=r"gen-000001: is gone.*open the bank again"):
+            pickle.loads(sent)
+        real(entry)
+
+    monkeypatch.setattr("userip_fast.bank.generations.remove", half)
+    write(tmp_path / "b", keys, 2)
+    assert len(halves) == 1
+    assert sorted(os.listdir(tmp_path / "b")) == ["CURRENT", "LOCK", "gen-000002", "gen-000003"]
 
 
 def test_blocks_in_any_order_make_the_same_files(tmp_path):

@@ -206,6 +206,29 @@ def test_the_last_checkpoint_that_can_be_read_is_taken(tmp_path, caplog):
     assert "round-0003 is passed over" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace('"round": 2', '"round": 3'),
+        lambda text: text.replace('"nll": 1.5', '"nll": 1.25'),
+        lambda text: text.replace('"codes": false', '"codes": 0'),
+        lambda text: "[]",
+        lambda text: '"sha256"',
+    ],
+)
+def test_a_checkpoint_whose_state_was_altered_is_passed_over(tmp_path, caplog, change):
+    kept = Checkpoints(tmp_path, "run")
+    for r in (1, 2):
+        kept.save(Checkpoint(r, [Codebook(torch.rand(3, 4))], None, [{"nll": 1.5}]))
+    file = tmp_path / "round-0002" / "state.json"
+    whole = file.read_text()
+    assert kept.last().round == 2
+    file.write_text(change(whole))
+    assert file.read_text() != whole
+    assert kept.last().round == 1
+    assert f"passed over: {file}" in caplog.text
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_waits_for_the_block_and_a_second_one_does_not(stop):
     # A shell that runs the tests in the background has SIGINT ignored.

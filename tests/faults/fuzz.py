@@ -5,7 +5,8 @@
 
 A quarter is drawn by Hypothesis: valid files that are mutated byte by byte, and values of any kind
 where text is parsed. The others have structure, and sums that fit (`structured.py`); of these the
-share that gets past the first check is printed. Inputs go to forked workers with a limit on address
+share that gets past the first check is printed, and so is the share of the lines of functions that
+they ran in the modules that read (`AREAS`). Inputs go to forked workers with a limit on address
 space and an alarm for each input, so a crash, a hang or a flood of memory names its input. The last
 line is JSON with the counts; any other outcome than success or an error of `userip_fast.errors`
 ends in a traceback.
@@ -35,6 +36,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+import lines
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -57,6 +59,7 @@ from userip_fast.files import read_json, read_tensors, sha256_file, write_tensor
 from userip_fast.flags import settings_of
 from userip_fast.shards import parse_shard
 
+AREAS = ("data", "bank", "files.py", "model.py", "config.py", "flags.py")
 SECONDS = 10  # per input
 MEMORY = 2 << 30  # beyond what the worker starts with
 
@@ -238,7 +241,14 @@ def _names() -> list[str]:
 Plain = dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], None]]]
 
 
-def worker(folder: Path, plain: Plain, name: str, inputs: int, seed_: int) -> Counter[str]:
+def files_of(area: str) -> list[Path]:
+    path = Path(uf.__file__).parent / area
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def worker(
+    folder: Path, plain: Plain, name: str, inputs: int, seed_: int, ran: lines.Lines
+) -> Counter[str]:
     """Feeds `inputs` values to a target; `folder/note` always holds the value at hand."""
     counts: Counter[str] = Counter(read=0, refused=0)
     logging.disable(logging.WARNING)  # what is passed over is told, input by input
@@ -259,7 +269,8 @@ def worker(folder: Path, plain: Plain, name: str, inputs: int, seed_: int) -> Co
         note.write_text(told, errors="backslashreplace")
         signal.alarm(SECONDS)
         try:
-            job(value)
+            with ran.traced():
+                job(value)
             counts["read"] += 1
             if signed:
                 counts["past"] += 1
@@ -297,8 +308,10 @@ def shares(inputs: int, plain: list[str]) -> dict[str, int]:
     }
 
 
-def run(folder: Path, inputs: int, seed_: int = 0) -> dict[str, Any]:
+def run(folder: Path, inputs: int, seed_: int = 0) -> tuple[dict[str, Any], dict[str, set[int]]]:
+    """What became of all inputs, and which lines of which file they ran."""
     torch.set_num_threads(1)
+    ran = lines.Lines(file for area in AREAS for file in files_of(area))
     tiny.frozen("llama")  # imports what workers would each import for themselves
     plain = Targets(folder / "plain" / "data").all()
     total: dict[str, dict[str, int]] = {}
@@ -309,8 +322,10 @@ def run(folder: Path, inputs: int, seed_: int = 0) -> dict[str, Any]:
         if pid == 0:
             code = 1
             try:
-                counts = worker(here, plain, name, count, seed_)
+                counts = worker(here, plain, name, count, seed_, ran)
                 (here / "counts.json").write_text(json.dumps(counts))
+                own = {file: sorted(x) for file, x in ran.run.items()}
+                (here / "lines.json").write_text(json.dumps(own))
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -321,31 +336,46 @@ def run(folder: Path, inputs: int, seed_: int = 0) -> dict[str, Any]:
             value = (here / "note").read_text() if (here / "note").exists() else "none yet"
             raise SystemExit(f"{name}: worker ended with status {status} on input {value}")
         total[name] = json.loads((here / "counts.json").read_text())
+        for file, own in json.loads((here / "lines.json").read_text()).items():
+            ran.run[file].update(own)
         shutil.rmtree(here)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
     done = {n: c["read"] + c["refused"] for n, c in total.items()}
     past = sum(total[n].get("past", 0) for n in structured.TARGETS)
     share = past / sum(done[n] for n in structured.TARGETS)
-    return {
+    result = {
         "inputs": sum(done.values()),
         "past_first_check": round(share, 3),
+        "covered": {area: covered(ran.run, area) for area in AREAS},
         "targets": total,
         "peak_rss_mib": peak,
     }
+    return result, ran.run
+
+
+def covered(ran: dict[str, set[int]], area: str) -> float:
+    """Share of the lines of functions in `area` that were run."""
+    there = {str(file): lines.lines_in(file) for file in files_of(area)}
+    return round(sum(len(x & ran[f]) for f, x in there.items()) / sum(map(len, there.values())), 3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--missed", action="store_true", help="list lines that no input ran")
     args = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        result = run(Path(folder), args.inputs, args.seed)
+        result, ran = run(Path(folder), args.inputs, args.seed)
+    for file, own in ran.items() if args.missed else ():
+        print(file, *sorted(lines.lines_in(Path(file)) - own))
     for name, counts in result["targets"].items():
         past = f"{counts['past']:6} past the first check" if "past" in counts else " " * 27
         print(f"{counts['refused']:6} refused {counts['read']:6} read {past}  {name}")
     print(f"{result['past_first_check']:.0%} of the inputs of structure got past the first check")
+    told = ", ".join(f"{area} {share:.0%}" for area, share in result["covered"].items())
+    print(f"lines of functions that were run: {told}")
     print(json.dumps({**result, "seconds": round(time.monotonic() - started)}))
 
 

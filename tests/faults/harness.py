@@ -1,7 +1,7 @@
 """Kills, damage, full disks, missing shards, a Redis that goes away, two at once: nothing is lost,
 and nothing is wrong.
 
-    python tests/faults/harness.py                 # 240 kills and all other faults; minutes
+    python tests/faults/harness.py                 # 250 kills and all other faults; minutes
     python tests/faults/harness.py --quick         # what the test suite runs
 
 One parent loads a tiny model and forks a child per attempt, so that an attempt costs a fraction of
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -29,6 +30,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import structured
 import tiny
 import torch
 
@@ -46,7 +49,7 @@ import userip_fast as uf
 import userip_fast.model
 from userip_fast import shards
 from userip_fast.bank.index import HashIndex
-from userip_fast.config import Config, DataConfig, EMConfig
+from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
 from userip_fast.errors import (
     ConfigError,
     DataError,
@@ -66,6 +69,12 @@ CONFIG = Config(
     em=EMConfig(steps=1, rounds=3, lr=0.2, block_users=9, codebook_update="ema", kmeans_restarts=2),
     fields=(uf.ProfileField("taste", "The user's taste is", 1, 4), uf.ProfileField("b", "b", 1, 3)),
 )
+SMALL_LM = replace(
+    CONFIG,
+    data=DataConfig(max_tokens=60),
+    lm=LMConfig(embedded_hidden=16, embedded_heads=2, embedded_layers=1, embedded_tokens=4_000,
+                embedded_vocab=320),
+)  # fmt: skip
 CHANGES = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
 QUICK = 10, 6  # kills, scale of the other faults
 Counts = Counter[str]
@@ -102,10 +111,10 @@ class World:
         self.new = codes(folder / "bank")
         self.old = {user: (3, 2) for user in self.new}
 
-    def _load(self, run: Path) -> Any:
+    def _load(self, run: Path, lm: Any = None) -> Any:
         load = uf.model.FrozenLM.load
         try:  # the LM is in memory, not on disk
-            uf.model.FrozenLM.load = lambda *args, **kwargs: self.lm
+            uf.model.FrozenLM.load = lambda *args, **kwargs: lm or self.lm
             return uf.Model.load(run / "model")
         finally:
             uf.model.FrozenLM.load = load
@@ -449,8 +458,8 @@ def damaged_banks(folder: Path, rounds: int, draw: random.Random, counts: Counts
 def damaged_folders(
     world: World, folder: Path, rounds: int, draw: random.Random, counts: Counts
 ) -> None:
-    """Flipped bits and truncated files of models, the cache of embedded LMs, `WORK` and shards:
-    none is served; it is refused by name, or made again.
+    """Flipped bits and truncated files of models, event tables, finished blocks, the cache of
+    embedded LMs, `WORK` and shards: none is served; it is refused by name, or made again.
     """
     bank = folder / "bank"
     assert attempt(lambda: world.all_shards(bank), None, 0.0) == 0
@@ -480,6 +489,22 @@ def damaged_folders(
         embedded.check_embedded(cache)
         return True
 
+    independent = structured.made_model(folder / "independent")
+    table = folder / "independent" / "model" / "events.parquet"
+
+    def tabled() -> bool:
+        loaded = world._load(folder / "independent", independent.lm)
+        return bool(torch.equal(loaded.event_table().values, independent.event_table().values))
+
+    finds = structured.finished_blocks(independent, folder / "blocks")
+    wanted = {name: find() for name, find in finds.items()}
+
+    def blocks() -> bool:  # what is damaged is made again, with a word
+        with heard("passed over and computed again") as words:
+            same = all(torch.equal(find(), wanted[name]) for name, find in finds.items())
+        counts["blocks: words about it"] += len(words)
+        return same
+
     middle = bank.with_suffix(".shards") / f"shard-00001-of-{SHARDS:05d}.parquet"
     kinds: dict[str, tuple[list[Path], Callable[[], bool]]] = {
         "model": (files_of(world.folder / "whole" / "model"), model),
@@ -487,6 +512,8 @@ def damaged_folders(
         "shards": (files_of(bank.with_suffix(".shards")), merged),
         "shards, inferred again": ([middle], inferred_again),
         "cache": (files_of(cache), cached),
+        "event table": ([table], tabled),
+        "blocks": (files_of(folder / "blocks"), blocks),
     }
     for name, (files, right) in kinds.items():
         assert right(), name
@@ -511,6 +538,25 @@ def damaged_folders(
             for file, kept in saved.items():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(kept)
+
+
+@contextmanager
+def heard(text: str) -> Iterator[list[str]]:
+    """Collects the warnings with `text` and keeps them off the terminal."""
+    words: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if text not in record.getMessage():
+            return True
+        words.append(record.getMessage())
+        return False
+
+    logger = logging.getLogger("userip_fast.em")
+    logger.addFilter(keep)
+    try:
+        yield words
+    finally:
+        logger.removeFilter(keep)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -639,7 +685,7 @@ def lookup_pickled(bank: bytes, keys: np.ndarray) -> np.ndarray:
 
 
 def two_at_once(world: World, folder: Path, rounds: int, counts: Counts) -> None:
-    """Two processes on one bank, one `WORK` and one run folder."""
+    """Two processes on one bank, one `WORK`, one run folder and one cache of embedded LMs."""
     folder.mkdir(parents=True)
     bank = folder / "bank"
     uf.FeatureBank.write(bank, [0], [[0, 0]], fields=FIELDS, model_fingerprint="m")
@@ -675,6 +721,37 @@ def two_at_once(world: World, folder: Path, rounds: int, counts: Counts) -> None
     together(lambda: world.fit(run), second)
     assert contents(run) == world.whole, "other bytes after a second fit was refused"
     counts["two at once: second fit refused"] += 1
+
+    trained = folder / "trained"
+
+    def note(*_: Any) -> Any:
+        with trained.open("a") as file:
+            file.write(".")
+        return ...
+
+    def train() -> None:
+        os.environ["USERIP_FAST_CACHE"] = str(folder / "cache")
+        with patched(embedded, "_train", note):
+            uf.fit(structured.read_log(), config=SMALL_LM)
+
+    def until_it_trains() -> None:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                train()
+            finally:
+                os._exit(0)
+        while not trained.exists():
+            time.sleep(0.005)
+        os.kill(pid, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), "it ended before it was killed"
+
+    until_it_trains()
+    together(train, train)
+    assert trained.read_text() == "..", "one LM was not trained once, after a kill"
+    (entry,) = (folder / "cache" / "lm").iterdir()
+    embedded.check_embedded(entry)
+    counts["two at once: embedded LM trained once"] += 1
 
 
 def together(*jobs: Callable[[], None]) -> None:
@@ -840,7 +917,7 @@ def run(folder: Path, *, wanted: int, others: int, seed: int = 0) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=240)
+    parser.add_argument("--kills", type=int, default=250)
     parser.add_argument("--others", type=int, default=120, help="scale of the other faults")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
@@ -848,7 +925,7 @@ def main() -> None:
     if args.quick:
         args.kills, args.others = QUICK
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # of a child at work
         result = run(Path(folder), wanted=args.kills, others=args.others, seed=args.seed)
     for name, count in sorted(result["counts"].items()):
         print(f"{count:6}  {name}")

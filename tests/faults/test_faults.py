@@ -20,12 +20,16 @@ def test_nothing_is_lost_and_nothing_is_wrong(tmp_path):
         damaged = result["counts"][f"bank: {kind}"]
         assert damaged > 8
         assert result["counts"][f"bank: {kind}, refused"] > 0.8 * damaged
-    for name in ("model", "cache", "WORK", "shards", "shards, inferred again"):
+    kinds = "model", "cache", "WORK", "shards", "shards, inferred again", "event table", "blocks"
+    for name in kinds:
         for kind in ("bits flipped", "truncated"):
             assert result["counts"][f"{name}: {kind}"] >= 2
-    for name in ("model", "cache"):
+    blocks = sum(result["counts"][f"blocks: {kind}"] for kind in ("bits flipped", "truncated"))
+    assert result["counts"]["blocks: words about it"] == blocks
+    for name in ("model", "cache", "event table"):
         assert result["counts"][f"{name}: truncated, refused"] >= 2
     assert result["counts"]["generations: opened"] > 3
     assert result["counts"]["two at once: second fit refused"] == 1
+    assert result["counts"]["two at once: embedded LM trained once"] == 1
     if result["skipped"]:
         pytest.skip(f"all but these passed: {result['skipped']}")

@@ -1,6 +1,7 @@
 """What is well formed, signed and wrong is refused by name, or made again: found by the fuzz."""
 
 import json
+import re
 import shutil
 from decimal import Decimal
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import structured
 import tiny
+import torch
 
 import userip_fast as uf
 from userip_fast.bank.layout import check_fields
@@ -135,12 +137,14 @@ def test_a_manifest_of_work_that_says_something_else_is_refused(tmp_path, change
         uf.data.InteractionStream(path.parent)
 
 
-@pytest.mark.parametrize("code", [-1, 4, 2**40, 0.5, Decimal(-1), None, "x", [1]])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("code", [-1, 4, 2**40, 0.5, float("nan"), Decimal(-1), None, "x", [1]])
 def test_what_is_no_code_in_a_shard_is_refused(tmp_path, code):
     fields = [{"name": "a", "codebook_size": 4, "code_names": None}]
     table = bank_table(
-        pa.array([1]), np.array([[1]]), fields=fields, model_fingerprint="m", metadata={}
-    )
+        pa.array([1]), np.array([[1]]), fields=fields, model_fingerprint="m",
+        metadata={"shard": [0, 1]},
+    )  # fmt: skip
     about = json.loads(table.schema.metadata[b"userip_fast.bank"])
     del about["sha256"]  # which no such table has
     told = {b"userip_fast.bank": json.dumps(about)}
@@ -148,6 +152,34 @@ def test_what_is_no_code_in_a_shard_is_refused(tmp_path, code):
     pq.write_table(table, tmp_path / "shard-00000-of-00001.parquet")
     with pytest.raises((FormatError, DataError), match=r"shard-00000|code_ids"):
         merge_shards(tmp_path, tmp_path / "bank")
+
+
+@pytest.mark.filterwarnings("error")
+def test_codes_of_several_types_and_beyond_them_are_refused(tmp_path):
+    fields = [{"name": n, "codebook_size": 4, "code_names": None} for n in "ab"]
+    table = bank_table(
+        pa.array([1]), np.array([[1, 2]]), fields=fields, model_fingerprint="m",
+        metadata={"shard": [0, 1]},
+    )  # fmt: skip
+    for column, code in ((1, pa.array([2**63], pa.uint64())), (2, pa.array([-1], pa.int64()))):
+        table = table.set_column(column, "ab"[column - 1], code)
+    pq.write_table(table, tmp_path / "shard-00000-of-00001.parquet")
+    with pytest.raises(FormatError, match="shard-00000"):
+        merge_shards(tmp_path, tmp_path / "bank")
+
+
+@pytest.mark.parametrize("said", [[0, 8], [1, 8], None, "0/1", [0, 1, 1]])
+def test_a_shard_that_was_made_as_another_one_is_refused(tmp_path, said):
+    fields = [{"name": "a", "codebook_size": 4, "code_names": None}]
+    about = {} if said is None else {"shard": said}
+    table = bank_table(
+        pa.array([1]), np.array([[1]]), fields=fields, model_fingerprint="m", metadata=about
+    )
+    pq.write_table(table, tmp_path / "shard-00000-of-00001.parquet")
+    shown = re.escape("/".join(map(str, said))) if said in ([0, 8], [1, 8]) else "none"
+    with pytest.raises(FormatError, match=f"shard-00000-of-00001.*says that it is shard {shown};"):
+        merge_shards(tmp_path, tmp_path / "bank")
+    assert not (tmp_path / "bank").exists()
 
 
 @pytest.mark.parametrize("fields", ["a", {"a": 1}, ["a"], [{"name": "a", "codebook_size": 2,
@@ -175,8 +207,35 @@ def test_text_as_views_reads_as_other_text():
     assert read.item_text.equals(uf.read_interactions(log, items).item_text)
 
 
-def test_a_finished_block_of_another_form_is_computed_again(made, tmp_path, caplog):
+def test_a_finished_block_of_another_form_is_computed_again(tmp_path, caplog):
     job = structured.block_cache(tmp_path)
-    for i in range(12):
+    for i in range(40):
         job(Random(i))
-    assert "passed over and computed again: profiles" in caplog.text
+    for scope in ("profiles", "table", "descents"):
+        assert f"passed over and computed again: {scope}" in caplog.text
+
+
+DAMAGE = {
+    "flipped": lambda data: data[:-3] + bytes([data[-3] ^ 4]) + data[-2:],
+    "truncated": lambda data: data[: len(data) // 2],
+    "emptied": lambda data: b"",
+    "without its sum": lambda data: data.replace(b"sha256", b"sha257"),
+    "of another entry": lambda data: re.sub(rb'("entry":"\w+ )\w{8}', rb"\g<1>01234567", data),
+}
+
+
+@pytest.mark.parametrize("scope", ["table", "descents"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_block_is_made_again_with_a_word(made, tmp_path, caplog, scope, damage):
+    find = structured.finished_blocks(made[0], tmp_path)[scope]
+    want = find()
+    (file,) = (tmp_path / scope).iterdir()
+    whole = file.read_bytes()
+    assert torch.equal(find(), want)
+    assert not caplog.records
+    file.write_bytes(DAMAGE[damage](whole))
+    assert torch.equal(find(), want)
+    assert f"a finished block is passed over and computed again: {file}: " in caplog.text
+    caplog.clear()
+    assert torch.equal(find(), want)
+    assert not caplog.records

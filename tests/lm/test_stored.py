@@ -4,17 +4,23 @@ import json
 import logging
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import small_log
 import tiny
 import torch
 
 import userip_fast as uf
+from userip_fast.api import load_lm
+from userip_fast.behaviour import BehaviourFormat, BehaviourSource
 from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
+from userip_fast.data import Catalogue
 from userip_fast.errors import FormatError, MismatchError
-from userip_fast.lm import FrozenLM, stored
+from userip_fast.lm import FrozenLM, embedded, stored
 from userip_fast.sums import cache_folder, kept_sum, sealed
 
 LM = LMConfig(embedded_hidden=16, embedded_heads=2, embedded_layers=1, embedded_tokens=4_000,
@@ -70,6 +76,66 @@ def test_a_damaged_cached_lm_is_trained_again_with_a_word(tmp_path, caplog, name
     caplog.clear()
     uf.fit(read(), config=CONFIG)
     assert not caplog.records
+
+
+def wait_for(there, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_of_two_that_want_the_same_lm_one_trains_it(monkeypatch, caplog):
+    trained, real = [], embedded._train
+
+    def train(*args):
+        trained.append(1)
+        wait_for(lambda: "trains the same LM" in caplog.text)
+        return real(*args)
+
+    monkeypatch.setattr(embedded, "_train", train)
+    with ThreadPoolExecutor(2) as pool, caplog.at_level(logging.WARNING):
+        first = pool.submit(uf.fit, read(), config=CONFIG)
+        wait_for(lambda: trained)
+        second = pool.submit(uf.fit, read(), config=CONFIG)
+        assert first.result(120).fingerprint == second.result(120).fingerprint
+    assert len(trained) == 1
+    assert "LOCK is held by another process, which trains the same LM; waiting" in caplog.text
+    assert len(list((cache_folder() / "lm").iterdir())) == 1
+    caplog.clear()
+    monkeypatch.setattr(embedded, "one_writer", None)  # what is there needs no lock
+    uf.fit(read(), config=CONFIG)
+    assert not caplog.records
+
+
+def test_what_a_killed_training_left_is_removed():
+    entries = cache_folder() / "lm"
+    uf.fit(read(), config=CONFIG)
+    (entry,) = entries.iterdir()
+    shutil.rmtree(entry)
+    for name in (f".{entry.name}.0123.tmp", ".other.0123.tmp"):
+        (entries / name).mkdir()
+    (entries / f"{entry.name}.LOCK").touch()
+    uf.fit(read(), config=CONFIG)
+    assert sorted(p.name for p in entries.iterdir()) == [".other.0123.tmp", entry.name]
+
+
+def test_each_way_to_fill_the_soft_rows_has_an_lm_of_its_own():
+    data = read()
+    fmt = BehaviourFormat.fit(CONFIG.data, data, 0)
+    source = BehaviourSource(fmt.events(data, Catalogue.from_interactions(data)), fmt)
+
+    def lm(word):
+        def slots(tokenizer):
+            (word_id,) = tokenizer.encode(word)
+            return np.full((data.num_users, 1), word_id)
+
+        return load_lm(source, CONFIG, slot_ids=word and slots)
+
+    a, b, none = lm("a"), lm("b"), lm(None)
+    assert len({a.fingerprint, b.fingerprint, none.fingerprint}) == 3
+    assert lm("a").source == a.source
+    assert len(list((cache_folder() / "lm").iterdir())) == 3
 
 
 @pytest.mark.parametrize("damage", ["flipped", "removed", "all removed"])

@@ -51,7 +51,8 @@ class FeatureBank:
         self._generation = generation
         self._reserved = np.array([f["codebook_size"] for f in generation.fields], np.int64)
         self._codes = generation.codes
-        self._integers = generation.key_type == "int64"
+        # Of keys; None: an empty bank has no type yet. Kept, as a single look-up feels every call.
+        self._kind = generation.key_type if len(generation.codes) else None
 
     @classmethod
     def write(
@@ -336,7 +337,7 @@ class FeatureBank:
 
     def _as_numbers(self, values: Any) -> NDArray[np.int64] | None:
         """`values` where they need no look at each: what a single look-up costs is mostly that."""
-        if self._integers and len(self._codes):
+        if self._kind == "int64":
             if type(values) is int and -(2**63) <= values < 2**63:
                 return np.array((values,), np.int64)
             if isinstance(values, np.ndarray) and values.dtype == np.int64 and values.ndim == 1:
@@ -347,7 +348,7 @@ class FeatureBank:
         return None
 
     def _as_keys(self, name: str, values: Any) -> pa.Array:
-        return keys_of_type(name, values, self.key_type if len(self) else None, str(self.path))
+        return keys_of_type(name, values, self._kind, self.path)
 
     def _identity(self) -> tuple[Any, ...]:
         return self.model_fingerprint, self.fields, self.metadata, self.key_type

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,9 +95,12 @@ def _sweep(path: Path) -> None:
             kept = {current, max((n for n in generations if n < current), default=current)}
         except FormatError:  # whichever it was
             kept = set(generations)
-    old = [entry for number, entry in generations.items() if number not in kept]
-    for entry in [*old, *(e for e in entries if _LEFTOVER.fullmatch(e.name))]:
+    for entry in (e for e in entries if _LEFTOVER.fullmatch(e.name)):
         remove(entry)
+    for entry in (e for number, e in generations.items() if number not in kept):
+        hidden = entry.with_name(f".{entry.name}.{secrets.token_hex(4)}.old")
+        os.rename(entry, hidden)  # it goes at once: no reader finds half of it
+        remove(hidden)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def as_keys(name: str, values: Any) -> pa.Array:
     return keys
 
 
-def keys_of_type(name: str, values: Any, kind: str | None, where: str) -> pa.Array:
+def keys_of_type(name: str, values: Any, kind: str | None, where: object) -> pa.Array:
     """`values` as keys of a bank with keys of `kind`; None: the bank is empty and has no type yet.
 
     Raises:

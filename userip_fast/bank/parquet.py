@@ -87,7 +87,13 @@ def read_parquet(path: str | os.PathLike[str]) -> dict[str, Any]:
         if about["version"] != VERSION:
             raise FormatError(f"{path}: version {about['version']!r}, this release reads {VERSION}")
         names = [field["name"] for field in check_fields(about["fields"])]
-        codes = [table[name].to_numpy() for name in names]
+        for name in names:
+            if not pa.types.is_integer(table[name].type) or table[name].null_count:
+                raise FormatError(
+                    f"{path}: codes must be integers without nulls, {name!r} is "
+                    f"{table[name].type} with {table[name].null_count} nulls"
+                )
+        codes = [table[name].cast(pa.uint32()).to_numpy() for name in names]
         p_names = [f"{name}_probability" for name in names]
         has_p = p_names[0] in table.column_names
         p = np.stack([table[n].to_numpy() for n in p_names], 1) if has_p else None

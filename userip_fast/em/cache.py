@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from userip_fast.errors import FormatError
@@ -57,7 +59,7 @@ class MemoryCache:
 class DiskCache:
     """One checksummed file per entry, fsynced before `put` returns.
 
-    A file that is torn or altered is passed over with a warning, and made anew.
+    A file that is torn, altered or another entry's is passed over with a warning, and made anew.
 
     Args:
         folder: Gets a sub-folder per scope.
@@ -67,22 +69,24 @@ class DiskCache:
     def __init__(self, folder: Path, run_key: bytes) -> None:
         self.folder, self.run_key = folder, run_key
 
-    def _path(self, scope: str, key: bytes) -> Path:
-        name = hashlib.sha256(self.run_key + key).hexdigest()[:32]
-        return self.folder / scope / f"{name}.safetensors"
+    def _path(self, scope: str, key: bytes) -> tuple[Path, dict[str, str]]:
+        """The file of an entry, and what it says of itself."""
+        digest = hashlib.sha256(self.run_key + key).hexdigest()
+        return self.folder / scope / f"{digest[:32]}.safetensors", {"entry": f"{scope} {digest}"}
 
     def get(self, scope: str, key: bytes) -> Tensors | None:
-        path = self._path(scope, key)
+        path, about = self._path(scope, key)
         if not path.exists():
             return None
         try:
-            return read_tensors(path)
+            return read_tensors(path, about)
         except FormatError as e:
-            logger.warning("a finished block is passed over and computed again: %s", e)
+            passed_over(e)
             return None
 
     def put(self, scope: str, key: bytes, tensors: Tensors) -> None:
-        write_tensors(self._path(scope, key), tensors)
+        path, about = self._path(scope, key)
+        write_tensors(path, tensors, about)
 
     def drop(self, scope: str) -> None:
         shutil.rmtree(self.folder / scope, ignore_errors=True)
@@ -90,6 +94,25 @@ class DiskCache:
     def clear(self) -> None:
         """Removes everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def found_like(
+    cache: BlockCache, scope: str, key: bytes, shapes: Mapping[str, tuple[int, ...]]
+) -> Tensors | None:
+    """An entry, if it is fp32 tensors of these names and shapes; another one is passed over."""
+    found = cache.get(scope, key)
+    if found is None:
+        return None
+    have = {name: (x.dtype, tuple(x.shape)) for name, x in found.items()}
+    want = {name: (torch.float32, shape) for name, shape in shapes.items()}
+    if have == want:
+        return found
+    passed_over(f"{scope}: must be {want}, is {have}")
+    return None
+
+
+def passed_over(why: object) -> None:
+    logger.warning("a finished block is passed over and computed again: %s", why)
 
 
 def _size(tensors: Tensors) -> int:

@@ -21,6 +21,7 @@ from userip_fast.files import (
     write_json,
     write_tensors,
 )
+from userip_fast.sums import check_seal, sealed
 
 logger = logging.getLogger("userip_fast.em")
 
@@ -76,7 +77,7 @@ class Checkpoints:
                 "codes": at.codes is not None,
                 "records": at.records,
             }
-            write_json(tmp / "state.json", state)
+            write_json(tmp / "state.json", sealed(state))
         for old in self._found()[:-2]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -89,6 +90,7 @@ class Checkpoints:
         for path in reversed(self._found()):
             try:
                 state = read_json(path / "state.json")
+                check_seal(path / "state.json", state)
                 run = state["run"]
                 found = Checkpoint(
                     int(state["round"]),

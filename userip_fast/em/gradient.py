@@ -15,7 +15,7 @@ from torch import Tensor
 
 from userip_fast.codebook import Codebook
 from userip_fast.config import EMConfig
-from userip_fast.em.cache import BlockCache, MemoryCache
+from userip_fast.em.cache import BlockCache, MemoryCache, found_like
 from userip_fast.em.steps import Block, EMState, Profiles
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import sparse_adam
@@ -70,11 +70,12 @@ class GradientEStep:
 
     def _from_start(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         key = block.digest()  # the same users may come again with another history
-        found = self.cache.get("descents", key)
+        start = self.start.cpu().expand(block.behaviour.num_users, -1, -1)
+        users = start.shape[:1]
+        like = {"theta": tuple(start.shape), "nll": tuple(users), "cost": tuple(users)}
+        found = found_like(self.cache, "descents", key, like)
         if found is None:
-            start = self.start.cpu().expand(block.behaviour.num_users, -1, -1)
-            names = ("theta", "nll", "cost")
-            found = dict(zip(names, self._descend(block, start, self.config.steps, None)))
+            found = dict(zip(like, self._descend(block, start, self.config.steps, None)))
             self.cache.put("descents", key, found)
         return found["theta"], found["nll"], found["cost"]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from userip_fast.behaviour import BehaviourFormat, Source, Told
 from userip_fast.codebook import Codebook
 from userip_fast.config import Config, EMConfig
-from userip_fast.em.cache import BlockCache
+from userip_fast.em.cache import BlockCache, found_like
 from userip_fast.em.lifts import Calibration, log_lifts
 from userip_fast.em.readings import Readings, log_likelihoods
 from userip_fast.em.scorer import log_prior, soft_tables
@@ -207,7 +207,8 @@ class EventTable:
 
     def _scored(self, readings: Readings, content: bytes) -> Tensor:
         key = hashlib.sha256(self._books + content).digest()
-        if self.cache is not None and (found := self.cache.get("table", key)) is not None:
+        like = {"values": (readings.num_kinds, len(self.grid.codes))}
+        if self.cache is not None and (found := found_like(self.cache, "table", key, like)):
             return found["values"]
         rows = readings.behaviour.pack_rows(self.engine.layout.num_soft).sum()
         total = int(rows) * (len(self.grid.codes) + (self.calibration.neutral is not None))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from userip_fast.behaviour import Source, Told
 from userip_fast.codebook import Codebook, UsageStats
 from userip_fast.config import Config
 from userip_fast.em.amortised import AmortisedEStep, Head, HeadReport, features, train_head
-from userip_fast.em.cache import BlockCache, DiskCache, MemoryCache
+from userip_fast.em.cache import BlockCache, DiskCache, MemoryCache, passed_over
 from userip_fast.em.checkpoints import Checkpoint, Checkpoints
 from userip_fast.em.crowd import APART_USERS, Apart, Crowd, Users
 from userip_fast.em.distributed import Processes
@@ -52,8 +51,6 @@ from userip_fast.lm.engine import Engine
 from userip_fast.lm.memory import is_out_of_memory, smaller_pack
 from userip_fast.prefetch import Prefetch
 from userip_fast.progress import Progress, progress
-
-logger = logging.getLogger("userip_fast.em")
 
 T = TypeVar("T")
 
@@ -486,7 +483,7 @@ def _run(
         try:
             return Profiles.from_tensors(found, block.hashes, [len(b) for b in codebooks or ()])
         except FormatError as e:
-            logger.warning("a finished block is passed over and computed again: %s", e)
+            passed_over(e)
     profiles = _run_anew(estep, block, codebooks, state)
     kept = {k: v for k, v in profiles.to_tensors().items() if k != "theta"}
     cache.put("profiles", key, kept)

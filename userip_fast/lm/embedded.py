@@ -25,7 +25,7 @@ from torch import Tensor
 
 from userip_fast.config import LMConfig
 from userip_fast.errors import FormatError
-from userip_fast.files import atomic_dir, read_json, write_json
+from userip_fast.files import atomic_dir, one_writer, read_json, write_json
 from userip_fast.lm.foldin import FoldIn, fold_in, kind_vectors
 from userip_fast.packing import Behaviour, Int64
 from userip_fast.progress import progress
@@ -80,6 +80,8 @@ def embedded_lm(
 ) -> Path:
     """Folder of the embedded LM for these users, trained unless it is in the cache, undamaged.
 
+    Of processes that want the same one, one trains it; the others wait for it.
+
     Args:
         texts: Event texts as they are tokenised (with separator), for the tokenizer.
         template: The profile fields.
@@ -87,35 +89,54 @@ def embedded_lm(
         config: Sizes and number of training tokens.
         content_key: Digest of the training users' behaviour; with config and template it names the
             cache entry.
-        slot_ids: Fills the soft rows; None tells there of each user's own behaviour.
+        slot_ids: Fills the soft rows, and is part of the entry's name; None tells there of each
+            user's own behaviour.
         seed: Of weights and batches.
         show: Whether to show progress.
     """
     sizes = {k: v for k, v in vars(config).items() if k.startswith("embedded_")}
     prompts = [(f.prompt, f.num_virtual_tokens, f.candidates) for f in template.fields]
-    key = json.dumps([_RECIPE, sizes, prompts, content_key, seed], sort_keys=True)
+    of_entry: list[Any] = [_RECIPE, sizes, prompts, content_key, seed]
+    tokenizer, slots = None, None
+    if slot_ids is not None:  # which a tokenizer alone can tell
+        tokenizer = _train_tokenizer(texts, template, config.embedded_vocab)
+        slots = slot_ids(tokenizer)
+        of_entry.append([slots.shape, hashlib.sha256(slots.astype("<i8").tobytes()).hexdigest()])
+    key = json.dumps(of_entry, sort_keys=True)
     folder = cache_folder() / "lm" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    if folder.exists():
-        try:
-            check_embedded(folder)
-            return folder
-        except FormatError as e:
-            logger.warning("cached LM: %s; it is trained again", e)
-    tokenizer = _train_tokenizer(texts, template, config.embedded_vocab)
-    layout = template.layout(tokenizer)
-    behaviour, told = behaviour_of(tokenizer, layout)
-    slots = slot_ids(tokenizer) if slot_ids else None
-    model, language, curve = _train(tokenizer, layout, behaviour, told, slots, config, seed, show)
-    _warn(curve["nll"])
-    with atomic_dir(folder) as tmp:
-        model.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
-        if language is not None:
-            language.save(tmp)
-        write_json(tmp / "training.json", curve)
-        about = {"format": _FORMAT, "version": _VERSION, "files": folder_sums(tmp)}
-        write_json(tmp / MANIFEST, sealed(about))
+    if _usable(folder, logger.debug):
+        return folder
+    with one_writer(folder, "another process, which trains the same LM"):
+        if _usable(folder, logger.warning):
+            return folder  # the other one has trained it
+        tokenizer = tokenizer or _train_tokenizer(texts, template, config.embedded_vocab)
+        layout = template.layout(tokenizer)
+        behaviour, told = behaviour_of(tokenizer, layout)
+        model, foldin, training = _train(
+            tokenizer, layout, behaviour, told, slots, config, seed, show
+        )
+        _warn(training["nll"])
+        with atomic_dir(folder) as tmp:
+            model.save_pretrained(tmp)
+            tokenizer.save_pretrained(tmp)
+            if foldin is not None:
+                foldin.save(tmp)
+            write_json(tmp / "training.json", training)
+            about = {"format": _FORMAT, "version": _VERSION, "files": folder_sums(tmp)}
+            write_json(tmp / MANIFEST, sealed(about))
     return folder
+
+
+def _usable(folder: Path, tell: Callable[..., None]) -> bool:
+    """Whether the entry is there and undamaged; what is damaged is told."""
+    if not folder.exists():
+        return False
+    try:
+        check_embedded(folder)
+    except FormatError as e:
+        tell("cached LM: %s; it is trained again", e)
+        return False
+    return True
 
 
 def _warn(nll: dict[str, float] | None) -> None:
