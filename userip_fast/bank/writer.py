@@ -27,7 +27,6 @@ from userip_fast.bank.layout import (
     write_generation,
 )
 from userip_fast.bank.spool import Spool, Users
-from userip_fast.data.arrow import to_numpy
 from userip_fast.errors import ConfigError, MismatchError
 from userip_fast.keys import hash_keys, shard_of
 
@@ -171,8 +170,9 @@ class BankWriter:
             if others is not None:
                 first, row = row, _first_row(others, stop)
                 kept = _users(others, first, row)
-                stays = ~to_numpy(pc.is_in(kept.keys, value_set=users.keys))
-                users = Users.concat([users, kept.take(np.flatnonzero(stays))]).in_hash_order()
+                stays = pc.invert(pc.is_in(kept.keys, value_set=users.keys))
+                rows = np.flatnonzero(stays.to_numpy(zero_copy_only=False))
+                users = Users.concat([users, kept.take(rows)]).in_hash_order()
             yield users
 
     def _check_others(self, current: Generation) -> None:
