@@ -9,8 +9,9 @@ On disk a model is a folder that is whole or absent:
     head.safetensors        of an amortised E-step
     catalogue.parquet       training items with counts, to sample negatives from
     codes.json              code cards: words and typical items
-    events.parquet          the event table as far as it was read, where there is one of some size
+    tokenizer/              of a model with an event table: the LM's, to do without the LM
     lm/                     the embedded LM, where that is the one
+    events/                 the event table, which may grow and is not in the manifest
 
 Nothing is unpickled on loading; checksums, shapes and the LM's fingerprint are verified.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,7 +42,7 @@ from userip_fast.bank import BankWriter, FeatureBank
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource
 from userip_fast.behaviour_stream import StreamSource
 from userip_fast.codebook import Codebook
-from userip_fast.config import Config
+from userip_fast.config import Config, LMConfig
 from userip_fast.data import Catalogue, Interactions, InteractionStream
 from userip_fast.em.amortised import Head
 from userip_fast.em.cache import DiskCache
@@ -64,18 +66,20 @@ from userip_fast.files import (
     write_json,
     write_tensors,
 )
+from userip_fast.late import Late
 from userip_fast.lm import FrozenLM, make_engine, stored
-from userip_fast.lm.engine import check_positions
+from userip_fast.lm.engine import Engine, check_positions
 from userip_fast.lm.trace import Workload
 from userip_fast.packing import Int64
 from userip_fast.prompts import Layout, PromptTemplate
 from userip_fast.reach import Reach
+from userip_fast.segments import Part, Segments
 from userip_fast.sums import MANIFEST, check_seal, check_sums, folder_sums, sealed
 
 logger = logging.getLogger("userip_fast")
 
 _FORMAT, _VERSION = "userip_fast.model", 1
-_TABLE_BYTES = 1 << 28  # of an event table that is saved with a model
+_EVENTS, _LM, _TOKENIZER = "events", "lm", "tokenizer"  # sub-folders
 _FILES = (
     "config.json",
     "codebooks.safetensors",
@@ -108,9 +112,7 @@ class Model:
     trainer: Trainer | None = None
     head: Head | None = None
     _table: EventTable | None = field(default=None, init=False, repr=False, compare=False)
-    _saved: tuple[Path, list[Codebook]] | None = field(
-        default=None, init=False, repr=False, compare=False
-    )
+    _home: Path | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def template(self) -> PromptTemplate:
@@ -150,7 +152,9 @@ class Model:
             data: Histories; only what is in them is used.
             out: Bank folder; an existing bank gets a new generation with exactly these users. None
                 returns the ids instead of writing them. Finished blocks wait in `OUT.part`, where a
-                run that goes on after an interrupt or a kill finds them.
+                run that goes on after an interrupt or a kill finds them. Items that a loaded model
+                reads into its event table are kept in its folder, or in `OUT.events` where that is
+                read-only.
             max_users: Only the first so many users in hash order.
             on_bad: "error" or "skip" for users whose history truncates to nothing; None takes the
                 model's setting.
@@ -175,14 +179,20 @@ class Model:
             data = data.head_users(max_users)
         source = self.source(data, on_bad)
         trainer = self.ready_trainer(show)
-        table = self.event_table() if self.has_table else None
+        table = None
+        if self.has_table:
+            table = self.event_table(None if out is None else Path(f"{out}.events"))
+            self._tell_changed(data)
         if out is None:
             found = trainer.infer(source, self.codebooks, self.start, table=table)
             return np.concatenate([_codes(p.code_ids) for p in found])
         # Beside the bank and on the same disk; found again by the next run, gone once it is done.
-        cache = DiskCache(Path(f"{out}.part"), self.block_key(trainer))
+        cache = None
+        if table is None or table.store is None:
+            cache = DiskCache(Path(f"{out}.part"), self.block_key(trainer))
         with self.bank_writer(out, update) as writer:
-            sweep_leftovers(cache.folder / "profiles")  # under the bank's lock
+            if cache is not None:
+                sweep_leftovers(cache.folder / "profiles")  # under the bank's lock
             done, totals, told = 0, np.zeros(4), Reach()
             for profiles in trainer.infer(
                 source, self.codebooks, self.start, cache=cache, table=table
@@ -195,7 +205,8 @@ class Model:
                 told += source.reach(self.lm.tokenizer, done, done + users)
                 done += users
                 totals += profiles_total(profiles)
-        cache.clear()
+        if cache is not None:
+            cache.clear()
         _, nll, weight, cost = totals.tolist()
         log(
             {
@@ -292,8 +303,11 @@ class Model:
         """Whether the model works from an event table; see `userip_fast.em.table.has_table`."""
         return has_table(self.config)
 
-    def event_table(self) -> EventTable:
+    def event_table(self, beside: Path | None = None) -> EventTable:
         """What the LM says of events, as far as it was asked; it grows as more is asked.
+
+        Args:
+            beside: Where a loaded model keeps what it reads if its own folder cannot be written.
 
         Raises:
             ConfigError: The model has none.
@@ -305,13 +319,40 @@ class Model:
             )
         if self._table is None or self._table.codebooks is not self.codebooks:
             engine = self.ready_trainer().engine
-            table = EventTable(engine, self.format, self.codebooks, self.config.em)
-            if self._saved is not None and self._saved[1] is self.codebooks:
-                with _of_file(self._saved[0]):
-                    table.restore(_read_table(self._saved[0]))
-            self._table = table
-        self._table.cache, self._table.show = None, False
-        return self._table
+            self._table = EventTable(engine, self.format, self.codebooks, self.config.em)
+            self._table.store = self._segments(self._table, None)
+        table = self._table
+        if beside is not None and table.store is not None and table.store.writes is None:
+            table.store = self._segments(table, beside)
+        table.cache, table.show = None, False
+        return table
+
+    def _segments(self, table: EventTable, beside: Path | None) -> Segments | None:
+        """Where a loaded model finds what was read, and keeps what it reads."""
+        if self._home is None:
+            return None
+        own = self._home / _EVENTS
+        writable = os.access(own if own.exists() else self._home, os.W_OK)
+        return Segments(
+            [own] if beside is None else [own, beside],
+            self.fingerprint,
+            len(table.words),
+            len(table.grid.codes),
+            writes=own if writable else beside,
+        )
+
+    def _tell_changed(self, data: Data) -> None:
+        """Says in the log which items are told in another text than at fit: they are new ones."""
+        known = self.catalogue.text_of
+        told = zip(data.item_keys.to_pylist(), data.item_text.to_pylist())
+        changed = [key for key, text in told if known.get(key, text) != text]
+        if changed:
+            logger.warning(
+                "%d items are told in another text than when the model was fitted, so that they "
+                "are new to it: %s",
+                len(changed),
+                ", ".join(map(repr, changed[:10])),
+            )
 
     def _texts_of(self, items: Sequence[Any], texts: Mapping[Any, str] | None) -> list[str]:
         known = self.catalogue.text_of
@@ -400,12 +441,14 @@ class Model:
             write_json(tmp / "codes.json", self.cards)
             if self.has_table:
                 table = self.event_table()
-                if table.values.nbytes <= _TABLE_BYTES:
-                    pq.write_table(table.to_arrow(), tmp / "events.parquet", compression="zstd")
-                else:
-                    logger.info("an event table of %d bytes is not saved", table.values.nbytes)
+                if table.parts:
+                    words, codes = len(table.words), len(table.grid.codes)
+                    into = tmp / _EVENTS
+                    kept = Segments([into], self.fingerprint, words, codes, writes=into)
+                    kept.add(Part.concat(table.parts))
+                stored.keep_tokenizer(self.lm.tokenizer, tmp / _TOKENIZER)
             if self.lm.embedded:
-                self._copy_lm(tmp / "lm")
+                self._copy_lm(tmp / _LM)
             about = {
                 "format": _FORMAT,
                 "version": _VERSION,
@@ -419,7 +462,7 @@ class Model:
                     "hidden_size": self.lm.hidden_size,
                 },
                 "behaviour": self.format.to_dict(),
-                "files": folder_sums(tmp),
+                "files": folder_sums(tmp, but=[_EVENTS]),
             }
             write_json(tmp / MANIFEST, sealed(about))
 
@@ -469,7 +512,11 @@ class Model:
         check_seal(root / MANIFEST, manifest)
         try:
             about = manifest["lm"]
-            check_sums(root, manifest["files"], [*_FILES, *_LM_FILES * bool(about["embedded"])])
+            files = manifest["files"]
+            needed = [*_FILES, *_LM_FILES * bool(about["embedded"])]
+            # A model with a table may never need its LM, which is then checked when it is opened.
+            late = f"{_TOKENIZER}/tokenizer_config.json" in files and not verify
+            check_sums(root, files, needed, but=[_EVENTS, *[_LM] * late])
             with _of_file(root / "config.json"):
                 config = Config.from_dict(read_json(root / "config.json"))
             codebooks = load_codebooks(root / "codebooks.safetensors", len(config.fields))
@@ -490,7 +537,7 @@ class Model:
                         f"{root}: codebook of field {f.name!r} is {tuple(book.codewords.shape)}, "
                         f"its template says {want}"
                     )
-            source = root / "lm" if about["embedded"] else Path(lm or about["source"])
+            source = root / _LM if about["embedded"] else Path(lm or about["source"])
             lm_config = replace(
                 config.lm,
                 quantization=about["quantization"]
@@ -499,29 +546,27 @@ class Model:
                 device=device or config.lm.device,
                 verify=verify or config.lm.verify,
             )
-            model_lm = FrozenLM.load(str(source), lm_config, Workload.of(config))
-            model_lm.embedded = bool(about["embedded"])
+
+            def opened() -> FrozenLM:
+                if late:
+                    check_sums(root, files, needed, but=[_EVENTS])
+                return _open_lm(root, about, source, lm_config, Workload.of(config))
+
+            model_lm: Any
+            if late:
+                model_lm = Late(
+                    opened,
+                    tokenizer=stored.kept_tokenizer(root / _TOKENIZER),
+                    fingerprint=str(about["fingerprint"]),
+                    embedded=bool(about["embedded"]),
+                    source=str(source),
+                    quantization=str(about["quantization"]),
+                    hidden_size=int(about["hidden_size"]),
+                )
+            else:
+                model_lm = opened()
         except (KeyError, TypeError) as e:
             raise FormatError(f"{root}: the manifest lacks or garbles {e}") from e
-        expected = str(about["fingerprint"])
-        if not model_lm.is_known_as(expected):
-            raise MismatchError(
-                f"{root}: the LM at {source} is not the one the codebooks were learned with "
-                f"(fingerprint {model_lm.fingerprint[:12]}, expected {expected[:12]})"
-            )
-        if not expected.startswith(stored.FULL):
-            logger.warning(
-                "%s: saved when one row of each tensor was all that the LM was known by; that "
-                "much of it is the same. A new fit has it known by every byte",
-                root,
-            )
-            # The model's own fingerprint follows from it, and banks and checkpoints from that.
-            model_lm.fingerprint = expected
-        if model_lm.hidden_size != about["hidden_size"]:
-            raise MismatchError(
-                f"{root}: the LM has hidden size {model_lm.hidden_size}, the codebooks "
-                f"{about['hidden_size']}"
-            )
         model = cls(
             config,
             fmt,
@@ -532,9 +577,35 @@ class Model:
             _cards(read_json(root / "codes.json"), root / "codes.json"),
             head=head,
         )
-        if "events.parquet" in manifest["files"]:
-            model._saved = root / "events.parquet", codebooks
+        model._home = root
         return model
+
+
+def _open_lm(
+    root: Path, about: Mapping[str, Any], source: Path, config: LMConfig, work: Workload
+) -> FrozenLM:
+    """The LM at `source`, if it is the one that the manifest of the model in `root` is `about`."""
+    lm = FrozenLM.load(str(source), config, work)
+    lm.embedded = bool(about["embedded"])
+    expected = str(about["fingerprint"])
+    if not lm.is_known_as(expected):
+        raise MismatchError(
+            f"{root}: the LM at {source} is not the one the codebooks were learned with "
+            f"(fingerprint {lm.fingerprint[:12]}, expected {expected[:12]})"
+        )
+    if not expected.startswith(stored.FULL):
+        logger.warning(
+            "%s: saved when one row of each tensor was all that the LM was known by; that "
+            "much of it is the same. A new fit has it known by every byte",
+            root,
+        )
+        # The model's own fingerprint follows from it, and banks and checkpoints from that.
+        lm.fingerprint = expected
+    if lm.hidden_size != about["hidden_size"]:
+        raise MismatchError(
+            f"{root}: the LM has hidden size {lm.hidden_size}, the codebooks {about['hidden_size']}"
+        )
+    return lm
 
 
 @contextmanager
@@ -631,8 +702,17 @@ def _check_truncated(
 
 
 def make_trainer(config: Config, lm: FrozenLM, show: bool) -> Trainer:
-    """The EM loop for a loaded LM: prompts checked against its context, packs cut to its memory."""
+    """The EM loop for a loaded LM: prompts checked against its context, packs cut to its memory.
+    For one that is opened later, all of that is done then."""
     layout = PromptTemplate(config.fields).layout(lm.tokenizer)
+    if isinstance(lm, Late) and not lm.is_made:
+
+        def engine() -> Engine:
+            lm.made()
+            return make_trainer(config, lm, show).engine
+
+        later: Any = Late(engine, lm=lm, layout=layout)
+        return Trainer(later, config, show)
     check_positions(lm, layout, min(config.data.max_tokens, config.data.chunk_tokens))
     if lm.plan is not None:
         tokens = min(config.em.pack_tokens, lm.plan.pack_tokens)
