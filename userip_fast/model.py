@@ -71,6 +71,7 @@ from userip_fast.lm import FrozenLM, make_engine, stored
 from userip_fast.lm.engine import Engine, check_positions
 from userip_fast.lm.trace import Workload
 from userip_fast.packing import Int64
+from userip_fast.profiles import SAMPLING_POWER, Profile, Ranking, likings
 from userip_fast.prompts import Layout, PromptTemplate
 from userip_fast.reach import Reach
 from userip_fast.segments import Part, Segments
@@ -113,6 +114,9 @@ class Model:
     head: Head | None = None
     _table: EventTable | None = field(default=None, init=False, repr=False, compare=False)
     _home: Path | None = field(default=None, init=False, repr=False, compare=False)
+    _ranking: tuple[EventTable, Ranking] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     @property
     def template(self) -> PromptTemplate:
@@ -284,19 +288,95 @@ class Model:
             ConfigError: The model has no event table, or tells no reactions.
             DataError: An item has no known text.
         """
-        words = self.format.words
-        if not words or self.format.feedback_weight <= 0:
+        self._check_reactions("affinity")
+        values = self._values(self._texts_of(items, texts))
+        likes = likings(values, self.format.best_word, self.format.feedback_weight)
+        return np.asarray(np.asarray(probabilities, np.float32) @ likes.T, np.float32)
+
+    def open_profile(
+        self,
+        items: Sequence[Any] = (),
+        reactions: Sequence[Any] | None = None,
+        texts: Mapping[Any, str] | None = None,
+    ) -> Profile:
+        """A user's profile that takes more events, each in time that only depends on the codes.
+
+        Args:
+            items, reactions: What it begins with, as in `profile`.
+            texts: Of items that the training data lacks, now or later.
+
+        Raises:
+            ConfigError: The model has no event table.
+            DataError: As in `profile`; of a later event when it is added.
+        """
+        table = self.event_table()
+
+        def tell(item: Any, reaction: Any) -> npt.NDArray[np.float32]:
+            kind = self._texts_of([item], texts)[0], self._word(reaction)
+            return table.values[int(table.rows([kind])[0])].numpy()
+
+        profile = Profile(table.grid.log_prior.numpy(), table.grid.sizes, tell)
+        told = [None] * len(items) if reactions is None else reactions
+        if len(items) != len(told):
+            raise DataError(f"a user has {len(items)} items and {len(told)} reactions")
+        for item, reaction in zip(items, told):
+            profile.add(item, reaction)
+        return profile
+
+    def top_items(
+        self, probabilities: npt.NDArray[np.floating[Any]], n: int
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
+        """The best items of the catalogue for users, best first.
+
+        Where the model was fitted on ratings, by `affinity`. On a log of choices by the probability
+        that an item is the one of the catalogue that is chosen next: "chosen" is as against items
+        sampled by popularity, so its odds are put back on how often an item is sampled. The scores
+        of all items are kept in memory, 4 Z bytes an item.
+
+        Args:
+            probabilities: [Z] or [U, Z], as `profile` gives them.
+            n: How many, at most those of the catalogue.
+
+        Returns:
+            Keys [n] or [U, n], int64 or strings, and their scores, float32; ties in the catalogue's
+            order.
+
+        Raises:
+            ConfigError: The model has no event table, or tells no reactions.
+            DataError: Probabilities of another shape, or `n` below 1.
+        """
+        self._check_reactions("top_items")
+        table = self.event_table()
+        if self._ranking is None or self._ranking[0] is not table:
+            texts = self.catalogue.item_text.to_pylist()
+            table.rows([(text, table.words[0]) for text in texts])  # read together
+            self._ranking = (
+                table,
+                Ranking(
+                    self.catalogue.item_keys.to_numpy(zero_copy_only=False),
+                    lambda a, b: self._values(texts[a:b]),
+                    len(table.grid.codes),
+                    self.format.best_word,
+                    self.format.feedback_weight,
+                    self.catalogue.counts**SAMPLING_POWER if self.format.negatives else None,
+                ),
+            )
+        return self._ranking[1].top(probabilities, n)
+
+    def _values(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """[n, W, Z] log p(text, word | codes)."""
+        table = self.event_table()
+        rows = table.rows([(text, word) for text in texts for word in table.words])
+        return (
+            table.values[torch.from_numpy(rows)].numpy().reshape(len(texts), len(table.words), -1)
+        )
+
+    def _check_reactions(self, what: str) -> None:
+        if not self.format.words or self.format.feedback_weight <= 0:
             raise ConfigError(
-                "affinity: the model puts no loss on reactions; fit with ratings or negatives, and "
+                f"{what}: the model puts no loss on reactions; fit with ratings or negatives, and "
                 "data.loss=feedback or all"
             )
-        table = self.event_table()
-        rows = table.rows([(t, w) for t in self._texts_of(items, texts) for w in words])
-        scores = table.values[torch.from_numpy(rows)].view(len(items), len(words), -1)
-        # Whatever loss is on the text is the same for all words.
-        likes = (scores / self.format.feedback_weight).softmax(1)[:, self.format.best_word]
-        found = np.asarray(probabilities, np.float32) @ likes.numpy().T
-        return np.asarray(found, np.float32)
 
     @property
     def has_table(self) -> bool:
