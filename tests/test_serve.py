@@ -1,4 +1,4 @@
-"""Serving answers as the model does, without torch; profiles grow; the best items of a catalogue."""
+"""Serving answers as the model does, without torch; profiles grow; items are ranked."""
 
 import json
 import shutil
