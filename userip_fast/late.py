@@ -19,7 +19,7 @@ class Late:
         self.__dict__.update(known)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what copying and pickling look for must not make anything
+        if name.startswith("_"):  # what copying and pickling look for must not make anything
             raise AttributeError(name)
         return getattr(self.made(), name)
 

@@ -428,8 +428,8 @@ class Model:
         changed = [key for key, text in told if known.get(key, text) != text]
         if changed:
             logger.warning(
-                "%d items are told in another text than when the model was fitted, so that they "
-                "are new to it: %s",
+                "told in another text than when the model was fitted, and so new to it: %d of the "
+                "items, the first being %s",
                 len(changed),
                 ", ".join(map(repr, changed[:10])),
             )
@@ -521,6 +521,7 @@ class Model:
             write_json(tmp / "codes.json", self.cards)
             if self.has_table:
                 table = self.event_table()
+                table.find()
                 if table.parts:
                     words, codes = len(table.words), len(table.grid.codes)
                     into = tmp / _EVENTS

@@ -166,16 +166,21 @@ class EventTable:
     def read(self, kinds: Iterable[Kind]) -> None:
         """Has the LM read the texts of `kinds` that it has not read; in an order of their own."""
         wanted = {text for text, _ in kinds}
-        if self.store is not None and self._unread(wanted):
-            self._take(self.store.new())
+        if self._unread(wanted):
+            self.find()
         if not self._unread(wanted):
             return
         if self.store is None:
             self._read(self._unread(wanted))
             return
         with self.store.alone():  # others may have read the same meanwhile
-            self._take(self.store.new())
+            self.find()
             self._read(self._unread(wanted))
+
+    def find(self) -> None:
+        """Takes in what has been kept in the store since the last time."""
+        if self.store is not None:
+            self._take(self.store.new())
 
     def _unread(self, texts: Iterable[str]) -> list[str]:
         number, word = self._numbering.number, self.words[0]
