@@ -71,7 +71,8 @@ def diagnose(lm: FrozenLM, *, users: int = 8, seed: int = 0) -> list[Check]:
 
     Returns:
         For both behaviour contexts: NLL and theta gradient against the oracle, one user at a time
-        against the pack, and four kinds of leak that must be exactly zero (in mixtures of experts, rounding).
+        against the pack, and four kinds of leak that must be exactly zero (in mixtures of experts,
+        rounding).
 
     Raises:
         MismatchError: The LM's context is too short for the prompts.
