@@ -570,12 +570,15 @@ class Model:
     ) -> Model:
         """Reads a model folder.
 
+        The LM of a model with an event table is opened, and checked, when something is asked that
+        the table does not know; it need not be there until then.
+
         Args:
             lm: Where an external LM lies now, if not where it was at fit.
             device: Overrides the device of the config.
-            verify: Whether to read every byte of an external LM again, instead of trusting sums
-                that are kept by file identity, size and times. The model folder is read in any
-                case.
+            verify: Whether to open the LM at once and read every byte of an external one again,
+                instead of trusting sums that are kept by file identity, size and times. The model
+                folder is read in any case.
 
         Raises:
             FormatError: A file is missing, torn or altered, not in the manifest, or of another

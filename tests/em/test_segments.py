@@ -15,19 +15,23 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
 from test_resume import read
 from test_table import WHOLE
+from typer.testing import CliRunner
 
 import userip_fast as uf
+from userip_fast import cli
 from userip_fast.config import LMConfig
 from userip_fast.errors import FormatError, MismatchError, UnsupportedError
 from userip_fast.late import Late
 from userip_fast.lm import FrozenLM, stored
 from userip_fast.ops import profile_posterior
 from userip_fast.segments import Part, Segments
+from userip_fast.shards import infer_shard, merge_shards
 
 TEXTS = ["a", "b", "c"]
 
@@ -271,6 +275,48 @@ def test_known_items_need_no_lm(saved, own, tmp_path, monkeypatch):
     assert loaded.affinity(loaded.profile([]), [0, 1]).shape == (2,)
     whole = uf.FeatureBank.open(saved[0] / "run" / "bank")
     assert np.array_equal(bank.codes(), whole.codes())
+
+
+def test_streams_shards_and_the_command_need_no_lm_either(own, tmp_path, monkeypatch):
+    model, lm = own
+    want = uf.Model.load(model, lm=str(lm)).infer(read(60))
+    shutil.rmtree(lm)
+    monkeypatch.setattr(FrozenLM, "load", None)
+    data = read(60)
+    user, item, rating = data.user_keys, data.item_keys.to_pylist(), data.rating
+    log = pa.table(
+        {
+            "user_id": np.repeat(user.to_numpy(), np.diff(data.offsets)),
+            "item_id": np.asarray(item)[data.item_index],
+            "rating": rating,
+        }
+    )
+    pq.write_table(log, tmp_path / "log.parquet")
+    items = pa.table({"item_id": range(len(tiny.TEXTS)), "title": tiny.TEXTS})
+    pq.write_table(items, tmp_path / "items.parquet")
+    paths = str(tmp_path / "log.parquet"), str(tmp_path / "items.parquet")
+    stream = uf.stream_interactions(*paths, work=tmp_path / "work", rating="rating")
+    bank = uf.Model.load(model, lm=str(lm)).infer(stream, tmp_path / "streamed")
+    assert np.array_equal(bank.lookup(user), want)
+    for i in range(2):
+        infer_shard(uf.Model.load(model, lm=str(lm)), data, i, 2, tmp_path / "shards")
+    merged = merge_shards(tmp_path / "shards", tmp_path / "merged")
+    assert np.array_equal(merged.lookup(user), want)
+    command = [
+        "infer",
+        "--model",
+        str(model),
+        "--interactions",
+        paths[0],
+        "--items",
+        paths[1],
+        "--rating",
+        "rating",
+    ]
+    done = CliRunner().invoke(cli.app, [*command, "--out", str(tmp_path / "bank")])
+    assert done.exit_code == 0, done.output
+    assert "not opened" in done.output
+    assert np.array_equal(uf.FeatureBank.open(tmp_path / "bank").lookup(user), want)
 
 
 def test_a_model_is_saved_again_with_its_table(own, tmp_path, monkeypatch):
