@@ -84,7 +84,8 @@ class Server:
         self._best = 0 if behaviour["negatives"] else len(self.words) - 1
         self._weight = float(behaviour["feedback_weight"])
         self._chosen = bool(behaviour["negatives"])
-        row = {text: i for i, text in enumerate(table.texts.to_pylist())}
+        texts_there = table.texts.to_pylist()
+        row = {texts_there[i]: i for i in reversed(range(len(texts_there)))}  # the first counts
         told = zip(catalogue["item"].to_pylist(), catalogue["text"].to_pylist())
         self._row = {key: row[text] for key, text in told if text in row}
         self._row |= {key: row[text] for key, text in (texts or {}).items() if text in row}
@@ -276,6 +277,7 @@ class Server:
         if len(items) != len(reactions):
             raise DataError(f"a user has {len(items)} items and {len(reactions)} reactions")
         words, row, word_of = len(self.words), self._row, self._word_of
+        # Below 0 where the item is unknown; what is told of it is looked at all the same.
         at = [
             row[i] * words + word_of(r) if i in row else -1 - word_of(r)
             for i, r in zip(items, reactions)
