@@ -15,17 +15,26 @@ embedded LM that has hardly been trained. `infer` has users a second of `Model.i
 when the LM reads the kinds and when it has (`again`); `ratios.infer` is `again` over the E-step
 that reads users in blocks (`em.posterior=ascent`, the same answer with one field).
 `lm_tokens_per_round` are the rows that the LM reads for an E-step and a full M-step of U and 10 U
-users, `profile_one_us` the time of `Model.profile` for one user.
+users, `model_profile_one_us` the time of `Model.profile` for one user of 30 events.
+
+Serving, in processes of their own, the best of ten: `serve_import_s` is what `import
+userip_fast.serve` takes by the clock (`serve_import_cpu_s`: of processor time), `serve_open_s`
+opening model, table and bank, `profile_one_us` a profile of 30 events and `add_one_us` one more of
+them, `serve_resident_mib` all that is in memory then; `bare_resident_mib` is Python's own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,14 +165,75 @@ def end_to_end(users: int) -> dict[str, Any]:
     items, ratings = list(range(EVENTS)), [5] * EVENTS
     model.profile(items, ratings)
     each = compare({"one": lambda: [model.profile(items, ratings) for _ in range(100)]}, "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(f"{folder}/model")
+        model.infer(log, f"{folder}/bank")
+        served = serving(folder)
     result = {
         "infer": rate,
         "ratio": round(rate["again"] / rate["blocks"], 1),
         "lm_tokens_per_round": tokens,
-        "profile_one_us": round(each["one"]["best_ms"] * 10, 1),
+        "model_profile_one_us": round(each["one"]["best_ms"] * 10, 1),
+        **served,
     }
     print(result)
     return result
+
+
+SERVE = """
+import json, sys, time
+
+
+def resident_mib():
+    line = next(x for x in open("/proc/self/status") if x.startswith("VmRSS"))
+    return round(int(line.split()[1]) / 1024, 1)
+
+
+def best(run, times, each):
+    found = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        for _ in range(each):
+            run()
+        found.append((time.perf_counter() - begin) / each)
+    return round(min(found) * 1e6, 1)
+
+
+bare, wall, cpu = resident_mib(), time.perf_counter(), time.process_time()
+import userip_fast.serve
+
+wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+begin = time.perf_counter()
+server = userip_fast.serve.Server.open(sys.argv[1] + "/model", bank=sys.argv[1] + "/bank")
+opened = time.perf_counter() - begin
+items, ratings = list(range(int(sys.argv[2]))), [5] * int(sys.argv[2])
+server.lookup([0, 1])
+one = best(lambda: server.profile(items, ratings), 20, 500)
+profile = server.open_profile(items, ratings)
+add = best(lambda: profile.add(3, 5), 20, 500)
+assert not {"torch", "transformers"} & sys.modules.keys()
+print(json.dumps([wall, cpu, opened, one, add, resident_mib(), bare]))
+"""
+
+
+def serving(folder: str) -> dict[str, Any]:
+    """What a process that serves the model and bank in `folder` takes; the best of ten."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(uf.__file__).parents[1])}
+    command = [sys.executable, "-c", SERVE, folder, str(EVENTS)]
+    runs = [
+        json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+        for _ in range(10)
+    ]
+    wall, cpu, opened, one, add, resident, bare = (min(x) for x in zip(*runs))
+    return {
+        "serve_import_s": round(wall, 3),
+        "serve_import_cpu_s": round(cpu, 3),
+        "serve_open_s": round(opened, 3),
+        "profile_one_us": one,
+        "add_one_us": add,
+        "serve_resident_mib": resident,
+        "bare_resident_mib": bare,
+    }
 
 
 @pytest.mark.parametrize("name", list(CONTENDERS))

@@ -41,6 +41,22 @@ def test_package_imports_nothing_heavy() -> None:
     assert heavy.split() == []
 
 
+def test_a_bank_is_written_and_read_without_torch(tmp_path: Path) -> None:
+    out = run(
+        f"""
+import sys
+from userip_fast.bank import FeatureBank
+
+fields = [{{"name": "taste", "codebook_size": 9}}]
+bank = FeatureBank.write({str(tmp_path / "bank")!r}, [3, 5], [[1], [8]], fields=fields,
+                         model_fingerprint="m")
+assert bank.update([7], [[2]]).lookup([5, 7]).tolist() == [[8], [2]]
+print(*{{"torch", "transformers"}} & sys.modules.keys())
+"""
+    )
+    assert out.split() == []
+
+
 def test_ops_run_without_optional_parts() -> None:
     out = run(
         BLOCK_OPTIONAL
@@ -88,6 +104,24 @@ def test_a_built_extension_loads() -> None:
         pytest.skip("userip_fast._C is not built in this checkout")
     out = run("from userip_fast import _extension as e; print(e.why_not(), bool(e.load()))")
     assert out.split() == ["None", "True"]
+
+
+def test_the_extension_and_torch_share_their_threads() -> None:
+    out = run(
+        """
+import ctypes
+from userip_fast import _extension
+alone = _extension.load()
+import torch
+torch.set_num_threads(3)
+maps = open("/proc/self/maps").read().split()
+found = {name for name in maps if "libgomp" in name}
+print(len(found), ctypes.CDLL(found.pop()).omp_get_max_threads() if found and alone else "none")
+"""
+    )
+    if out.split()[1] == "none":
+        pytest.skip("userip_fast._C is not built in this checkout")
+    assert out.split() == ["1", "3"]
 
 
 def test_kernels_of_a_bare_checkout() -> None:

@@ -12,8 +12,8 @@ from types import ModuleType
 def _load() -> tuple[ModuleType | None, str | None]:
     if os.environ.get("USERIP_FAST_NO_EXTENSION") == "1":
         return None, "USERIP_FAST_NO_EXTENSION=1"
-    # torch first: its OpenMP runtime is then ours too, and torch.set_num_threads rules both.
-    import_module("torch")
+    # Nothing of it is torch's. Both ask for an OpenMP runtime by one name, so that they share the
+    # one that is there first, and torch.set_num_threads rules both in either order.
     try:
         return import_module("userip_fast._C"), None
     except (ImportError, OSError) as e:

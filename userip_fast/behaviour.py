@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from userip_fast.config import DataConfig, build
 from userip_fast.data import Catalogue, Events, FeedbackScale, Interactions, Negatives, make_events
-from userip_fast.data.feedback import NEGATIVE_WORDS
 from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError, shown
 from userip_fast.keys import hash_keys
 from userip_fast.packing import Behaviour, Int64, build_behaviour, told_events
+from userip_fast.profiles import NEGATIVE_WORDS
 from userip_fast.prompts import Layout, TokenTable, tokenize_events
 from userip_fast.reach import Reach
 from userip_fast.text_tokens import text_tokenizer

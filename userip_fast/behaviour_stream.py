@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource, Told
 from userip_fast.data import Catalogue, Events, InteractionStream
-from userip_fast.data.feedback import NEGATIVE_WORDS
 from userip_fast.keys import hash_keys
 from userip_fast.packing import Behaviour, Int64
+from userip_fast.profiles import NEGATIVE_WORDS
 from userip_fast.prompts import Layout, TokenTable, tokenize_events
 from userip_fast.reach import Reach
 

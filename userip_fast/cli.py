@@ -114,7 +114,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 bank_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
-app.add_typer(bank_app, name="bank", help="Look into a feature bank.")
+app.add_typer(bank_app, name="bank", help="Look into a feature bank, and keep it.")
 
 
 def main() -> None:
@@ -756,6 +756,35 @@ def merge(
     from userip_fast.shards import merge_shards
 
     _say(f"{bank}: {len(merge_shards(shards, bank, update)):,} users")
+
+
+@bank_app.command()
+def remove(
+    bank: Annotated[Path, typer.Argument(help="Bank folder.")],
+    users: Annotated[
+        list[str] | None, typer.Argument(help="User keys; after -- where one begins with -")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="File of further user keys, one a line.")
+    ] = None,
+    on_unknown: Annotated[
+        str, typer.Option(help="Users who are not in the bank: 'error' or 'skip'.")
+    ] = "error",
+) -> None:
+    """Remove users from a bank: its next generation is without them."""
+    from userip_fast.bank import FeatureBank
+
+    keys = list(users or [])
+    if file is not None:
+        try:
+            keys += file.read_text(encoding="utf-8").splitlines()
+        except ValueError as e:
+            _die(f"--file {file}: is not UTF-8 text ({e})", 2)
+    if not keys:
+        _die("name users to remove, or a --file of them", 2)
+    opened = FeatureBank.open(bank)
+    left = opened.remove(opened.coerce_keys(keys), on_unknown)
+    _say(f"{bank}: {len(opened) - len(left):,} users removed, {len(left):,} left")
 
 
 @bank_app.command()

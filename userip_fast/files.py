@@ -25,11 +25,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from userip_fast.errors import FormatError, StorageError, UnavailableError
+
+if TYPE_CHECKING:  # the feature bank and serving, which are no users of tensors, do without
+    import torch
 
 logger = logging.getLogger("userip_fast")
 
@@ -372,6 +373,8 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def tensor_bytes(x: torch.Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, without a copy where it is contiguous."""
+    import torch
+
     x = x.detach().contiguous()
     # A dimension of one value is contiguous whatever its stride, which `view` does not accept.
     return x.as_strided((x.numel(),), (1,)).view(torch.uint8).numpy().data

@@ -9,8 +9,9 @@ On disk a model is a folder that is whole or absent:
     head.safetensors        of an amortised E-step
     catalogue.parquet       training items with counts, to sample negatives from
     codes.json              code cards: words and typical items
-    events.parquet          the event table as far as it was read, where there is one of some size
+    tokenizer/              of a model with an event table: the LM's, to do without the LM
     lm/                     the embedded LM, where that is the one
+    events/                 the event table, which may grow and is not in the manifest
 
 Nothing is unpickled on loading; checksums, shapes and the LM's fingerprint are verified.
 """
@@ -21,6 +22,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,7 +43,7 @@ from userip_fast.bank import BankWriter, FeatureBank
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource
 from userip_fast.behaviour_stream import StreamSource
 from userip_fast.codebook import Codebook
-from userip_fast.config import Config
+from userip_fast.config import Config, LMConfig
 from userip_fast.data import Catalogue, Interactions, InteractionStream
 from userip_fast.em.amortised import Head
 from userip_fast.em.cache import DiskCache
@@ -66,18 +68,21 @@ from userip_fast.files import (
     write_json,
     write_tensors,
 )
+from userip_fast.late import Late
 from userip_fast.lm import FrozenLM, make_engine, stored
-from userip_fast.lm.engine import check_positions
+from userip_fast.lm.engine import Engine, check_positions
 from userip_fast.lm.trace import Workload
 from userip_fast.packing import Int64
+from userip_fast.profiles import SAMPLING_POWER, Profile, Ranking, likings
 from userip_fast.prompts import Layout, PromptTemplate
 from userip_fast.reach import Reach
+from userip_fast.segments import Part, Segments
 from userip_fast.sums import MANIFEST, check_seal, check_sums, folder_sums, sealed
 
 logger = logging.getLogger("userip_fast")
 
 _FORMAT, _VERSION = "userip_fast.model", 1
-_TABLE_BYTES = 1 << 28  # of an event table that is saved with a model
+_EVENTS, _LM, _TOKENIZER = "events", "lm", "tokenizer"  # sub-folders
 _FILES = (
     "config.json",
     "codebooks.safetensors",
@@ -111,7 +116,8 @@ class Model:
     head: Head | None = None
     calibration: Calibration = PLAIN
     _table: EventTable | None = field(default=None, init=False, repr=False, compare=False)
-    _saved: tuple[Path, list[Codebook]] | None = field(
+    _home: Path | None = field(default=None, init=False, repr=False, compare=False)
+    _ranking: tuple[EventTable, Ranking] | None = field(
         default=None, init=False, repr=False, compare=False
     )
 
@@ -155,7 +161,9 @@ class Model:
             data: Histories; only what is in them is used.
             out: Bank folder; an existing bank gets a new generation with exactly these users. None
                 returns the ids instead of writing them. Finished blocks wait in `OUT.part`, where a
-                run that goes on after an interrupt or a kill finds them.
+                run that goes on after an interrupt or a kill finds them. Items that a loaded model
+                reads into its event table are kept in its folder, or in `OUT.events` where that is
+                read-only.
             max_users: Only the first so many users in hash order.
             on_bad: "error" or "skip" for users whose history truncates to nothing; None takes the
                 model's setting.
@@ -180,15 +188,20 @@ class Model:
             data = data.head_users(max_users)
         source = self.source(data, on_bad)
         trainer = self.ready_trainer(show)
-        table = self.event_table() if self.has_table else None
+        table = None
+        if self.has_table:
+            table = self.event_table(None if out is None else Path(f"{out}.events"))
+            self._tell_changed(data)
         if out is None:
             found = trainer.infer(source, self.codebooks, self.start, table=table)
             return np.concatenate([_codes(p.code_ids) for p in found])
         # Beside the bank and on the same disk; found again by the next run, gone once it is done.
-        cache = DiskCache(Path(f"{out}.part"), self.block_key(trainer))
+        cache = None
+        if table is None or table.store is None:
+            cache = DiskCache(Path(f"{out}.part"), self.block_key(trainer))
         with self.bank_writer(out, update) as writer:
-            for scope in cache.folder.glob("*"):  # under the bank's lock
-                sweep_leftovers(scope)
+            if cache is not None:
+                sweep_leftovers(cache.folder / "profiles")  # under the bank's lock
             done, totals, told = 0, np.zeros(4), Reach()
             for profiles in trainer.infer(
                 source, self.codebooks, self.start, cache=cache, table=table
@@ -201,7 +214,8 @@ class Model:
                 told += source.reach(self.lm.tokenizer, done, done + users)
                 done += users
                 totals += profiles_total(profiles)
-        cache.clear()
+        if cache is not None:
+            cache.clear()
         _, nll, weight, cost = totals.tolist()
         log(
             {
@@ -280,32 +294,106 @@ class Model:
             ConfigError: The model has no event table, or tells no reactions.
             DataError: An item has no known text.
         """
-        words = self.format.words
+        self._check_reactions("affinity")
+        values = self._values(self._texts_of(items, texts))
+        likes = likings(values, self.format.best_word, self.format.feedback_weight)
+        return np.asarray(np.asarray(probabilities, np.float32) @ likes.T, np.float32)
+
+    def open_profile(
+        self,
+        items: Sequence[Any] = (),
+        reactions: Sequence[Any] | None = None,
+        texts: Mapping[Any, str] | None = None,
+    ) -> Profile:
+        """A user's profile that takes more events, each in time that only depends on the codes.
+
+        Args:
+            items, reactions: What it begins with, as in `profile`.
+            texts: Of items that the training data lacks, now or later.
+
+        Raises:
+            ConfigError: The model has no event table.
+            DataError: As in `profile`; of a later event when it is added.
+        """
         table = self.event_table()
-        if self.calibration.neutral is not None:
-            rows = table.rows([(t, "") for t in self._texts_of(items, texts)])
-            lifts = table.values[torch.from_numpy(rows)].double()
-            lifts = (lifts - (lifts + table.grid.log_prior).logsumexp(1, keepdim=True)).exp()
-            return np.asarray(np.asarray(probabilities, np.float32) @ lifts.float().numpy().T)
-        if not words or self.format.feedback_weight <= 0:
+
+        def tell(item: Any, reaction: Any) -> npt.NDArray[np.float32]:
+            kind = self._texts_of([item], texts)[0], self._word(reaction)
+            return table.values[int(table.rows([kind])[0])].numpy()
+
+        profile = Profile(table.grid.log_prior.numpy(), table.grid.sizes, tell)
+        told = [None] * len(items) if reactions is None else reactions
+        if len(items) != len(told):
+            raise DataError(f"a user has {len(items)} items and {len(told)} reactions")
+        for item, reaction in zip(items, told):
+            profile.add(item, reaction)
+        return profile
+
+    def top_items(
+        self, probabilities: npt.NDArray[np.floating[Any]], n: int
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
+        """The best items of the catalogue for users, best first.
+
+        Where the model was fitted on ratings, by `affinity`. On a log of choices by the probability
+        that an item is the one of the catalogue that is chosen next: "chosen" is as against items
+        sampled by popularity, so its odds are put back on how often an item is sampled. The scores
+        of all items are kept in memory, 4 Z bytes an item.
+
+        Args:
+            probabilities: [Z] or [U, Z], as `profile` gives them.
+            n: How many, at most those of the catalogue.
+
+        Returns:
+            Keys [n] or [U, n], int64 or strings, and their scores, float32; ties in the catalogue's
+            order.
+
+        Raises:
+            ConfigError: The model has no event table, or tells no reactions.
+            DataError: Probabilities of another shape, or `n` below 1.
+        """
+        self._check_reactions("top_items")
+        table = self.event_table()
+        if self._ranking is None or self._ranking[0] is not table:
+            texts = self.catalogue.item_text.to_pylist()
+            table.rows([(text, table.words[0]) for text in texts])  # read together
+            self._ranking = (
+                table,
+                Ranking(
+                    self.catalogue.item_keys.to_numpy(zero_copy_only=False),
+                    lambda a, b: self._values(texts[a:b]),
+                    len(table.grid.codes),
+                    self.format.best_word,
+                    self.format.feedback_weight,
+                    self.catalogue.counts**SAMPLING_POWER if self.format.negatives else None,
+                ),
+            )
+        return self._ranking[1].top(probabilities, n)
+
+    def _values(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """[n, W, Z] log p(text, word | codes)."""
+        table = self.event_table()
+        rows = table.rows([(text, word) for text in texts for word in table.words])
+        return (
+            table.values[torch.from_numpy(rows)].numpy().reshape(len(texts), len(table.words), -1)
+        )
+
+    def _check_reactions(self, what: str) -> None:
+        if not self.format.words or self.format.feedback_weight <= 0:
             raise ConfigError(
-                "affinity: the model puts no loss on reactions; fit with ratings or negatives, and "
+                f"{what}: the model puts no loss on reactions; fit with ratings or negatives, and "
                 "data.loss=feedback or all"
             )
-        rows = table.rows([(t, w) for t in self._texts_of(items, texts) for w in words])
-        scores = table.values[torch.from_numpy(rows)].view(len(items), len(words), -1)
-        # Whatever loss is on the text is the same for all words.
-        likes = (scores / self.format.feedback_weight).softmax(1)[:, self.format.best_word]
-        found = np.asarray(probabilities, np.float32) @ likes.numpy().T
-        return np.asarray(found, np.float32)
 
     @property
     def has_table(self) -> bool:
         """Whether the model works from an event table; see `userip_fast.em.table.has_table`."""
         return has_table(self.config)
 
-    def event_table(self) -> EventTable:
+    def event_table(self, beside: Path | None = None) -> EventTable:
         """What the LM says of events, as far as it was asked; it grows as more is asked.
+
+        Args:
+            beside: Where a loaded model keeps what it reads if its own folder cannot be written.
 
         Raises:
             ConfigError: The model has none.
@@ -317,14 +405,42 @@ class Model:
             )
         if self._table is None or self._table.codebooks is not self.codebooks:
             engine = self.ready_trainer().engine
-            em = self.config.em
-            table = EventTable(engine, self.format, self.codebooks, em, self.calibration)
-            if self._saved is not None and self._saved[1] is self.codebooks:
-                with _of_file(self._saved[0]):
-                    table.restore(_read_table(self._saved[0]))
-            self._table = table
-        self._table.cache, self._table.show = None, False
-        return self._table
+            self._table = EventTable(
+                engine, self.format, self.codebooks, self.config.em, self.calibration
+            )
+            self._table.store = self._segments(self._table, None)
+        table = self._table
+        if beside is not None and table.store is not None and table.store.writes is None:
+            table.store = self._segments(table, beside)
+        table.cache, table.show = None, False
+        return table
+
+    def _segments(self, table: EventTable, beside: Path | None) -> Segments | None:
+        """Where a loaded model finds what was read, and keeps what it reads."""
+        if self._home is None:
+            return None
+        own = self._home / _EVENTS
+        writable = os.access(own if own.exists() else self._home, os.W_OK)
+        return Segments(
+            [own] if beside is None else [own, beside],
+            self.fingerprint,
+            len(table.words),
+            len(table.grid.codes),
+            writes=own if writable else beside,
+        )
+
+    def _tell_changed(self, data: Data) -> None:
+        """Says in the log which items are told in another text than at fit: they are new ones."""
+        known = self.catalogue.text_of
+        told = zip(data.item_keys.to_pylist(), data.item_text.to_pylist())
+        changed = [key for key, text in told if known.get(key, text) != text]
+        if changed:
+            logger.warning(
+                "told in another text than when the model was fitted, and so new to it: %d of the "
+                "items, the first being %s",
+                len(changed),
+                ", ".join(map(repr, changed[:10])),
+            )
 
     def _texts_of(self, items: Sequence[Any], texts: Mapping[Any, str] | None) -> list[str]:
         known = self.catalogue.text_of
@@ -414,12 +530,15 @@ class Model:
             write_json(tmp / "codes.json", self.cards)
             if self.has_table:
                 table = self.event_table()
-                if table.values.nbytes <= _TABLE_BYTES:
-                    pq.write_table(table.to_arrow(), tmp / "events.parquet", compression="zstd")
-                else:
-                    logger.info("an event table of %d bytes is not saved", table.values.nbytes)
+                table.find()
+                if table.parts:
+                    words, codes = len(table.words), len(table.grid.codes)
+                    into = tmp / _EVENTS
+                    kept = Segments([into], self.fingerprint, words, codes, writes=into)
+                    kept.add(Part.concat(table.parts))
+                stored.keep_tokenizer(self.lm.tokenizer, tmp / _TOKENIZER)
             if self.lm.embedded:
-                self._copy_lm(tmp / "lm")
+                self._copy_lm(tmp / _LM)
             about = {
                 "format": _FORMAT,
                 "version": _VERSION,
@@ -433,7 +552,7 @@ class Model:
                     "hidden_size": self.lm.hidden_size,
                 },
                 "behaviour": self.format.to_dict(),
-                "files": folder_sums(tmp),
+                "files": folder_sums(tmp, but=[_EVENTS]),
             }
             write_json(tmp / MANIFEST, sealed(about))
 
@@ -460,12 +579,15 @@ class Model:
     ) -> Model:
         """Reads a model folder.
 
+        The LM of a model with an event table is opened, and checked, when something is asked that
+        the table does not know; it need not be there until then.
+
         Args:
             lm: Where an external LM lies now, if not where it was at fit.
             device: Overrides the device of the config.
-            verify: Whether to read every byte of an external LM again, instead of trusting sums
-                that are kept by file identity, size and times. The model folder is read in any
-                case.
+            verify: Whether to open the LM at once and read every byte of an external one again,
+                instead of trusting sums that are kept by file identity, size and times. The model
+                folder is read in any case.
 
         Raises:
             FormatError: A file is missing, torn or altered, not in the manifest, or of another
@@ -483,7 +605,11 @@ class Model:
         check_seal(root / MANIFEST, manifest)
         try:
             about = manifest["lm"]
-            check_sums(root, manifest["files"], [*_FILES, *_LM_FILES * bool(about["embedded"])])
+            files = manifest["files"]
+            needed = [*_FILES, *_LM_FILES * bool(about["embedded"])]
+            # A model with a table may never need its LM, which is then checked when it is opened.
+            late = f"{_TOKENIZER}/tokenizer_config.json" in files and not verify
+            check_sums(root, files, needed, but=[_EVENTS, *[_LM] * late])
             with _of_file(root / "config.json"):
                 config = Config.from_dict(read_json(root / "config.json"))
             codebooks = load_codebooks(root / "codebooks.safetensors", len(config.fields))
@@ -508,7 +634,7 @@ class Model:
                         f"{root}: codebook of field {f.name!r} is {tuple(book.codewords.shape)}, "
                         f"its template says {want}"
                     )
-            source = root / "lm" if about["embedded"] else Path(lm or about["source"])
+            source = root / _LM if about["embedded"] else Path(lm or about["source"])
             lm_config = replace(
                 config.lm,
                 quantization=about["quantization"]
@@ -517,29 +643,27 @@ class Model:
                 device=device or config.lm.device,
                 verify=verify or config.lm.verify,
             )
-            model_lm = FrozenLM.load(str(source), lm_config, Workload.of(config))
-            model_lm.embedded = bool(about["embedded"])
+
+            def opened() -> FrozenLM:
+                if late:
+                    check_sums(root, files, needed, but=[_EVENTS])
+                return _open_lm(root, about, source, lm_config, Workload.of(config))
+
+            model_lm: Any
+            if late:
+                model_lm = Late(
+                    opened,
+                    tokenizer=stored.kept_tokenizer(root / _TOKENIZER),
+                    fingerprint=str(about["fingerprint"]),
+                    embedded=bool(about["embedded"]),
+                    source=str(source),
+                    quantization=str(about["quantization"]),
+                    hidden_size=int(about["hidden_size"]),
+                )
+            else:
+                model_lm = opened()
         except (KeyError, TypeError) as e:
             raise FormatError(f"{root}: the manifest lacks or garbles {e}") from e
-        expected = str(about["fingerprint"])
-        if not model_lm.is_known_as(expected):
-            raise MismatchError(
-                f"{root}: the LM at {source} is not the one the codebooks were learned with "
-                f"(fingerprint {model_lm.fingerprint[:12]}, expected {expected[:12]})"
-            )
-        if not expected.startswith(stored.FULL):
-            logger.warning(
-                "%s: saved when one row of each tensor was all that the LM was known by; that "
-                "much of it is the same. A new fit has it known by every byte",
-                root,
-            )
-            # The model's own fingerprint follows from it, and banks and checkpoints from that.
-            model_lm.fingerprint = expected
-        if model_lm.hidden_size != about["hidden_size"]:
-            raise MismatchError(
-                f"{root}: the LM has hidden size {model_lm.hidden_size}, the codebooks "
-                f"{about['hidden_size']}"
-            )
         model = cls(
             config,
             fmt,
@@ -551,9 +675,35 @@ class Model:
             head=head,
             calibration=calibration,
         )
-        if "events.parquet" in manifest["files"]:
-            model._saved = root / "events.parquet", codebooks
+        model._home = root
         return model
+
+
+def _open_lm(
+    root: Path, about: Mapping[str, Any], source: Path, config: LMConfig, work: Workload
+) -> FrozenLM:
+    """The LM at `source`, if it is the one that the manifest of the model in `root` is `about`."""
+    lm = FrozenLM.load(str(source), config, work)
+    lm.embedded = bool(about["embedded"])
+    expected = str(about["fingerprint"])
+    if not lm.is_known_as(expected):
+        raise MismatchError(
+            f"{root}: the LM at {source} is not the one the codebooks were learned with "
+            f"(fingerprint {lm.fingerprint[:12]}, expected {expected[:12]})"
+        )
+    if not expected.startswith(stored.FULL):
+        logger.warning(
+            "%s: saved when one row of each tensor was all that the LM was known by; that "
+            "much of it is the same. A new fit has it known by every byte",
+            root,
+        )
+        # The model's own fingerprint follows from it, and banks and checkpoints from that.
+        lm.fingerprint = expected
+    if lm.hidden_size != about["hidden_size"]:
+        raise MismatchError(
+            f"{root}: the LM has hidden size {lm.hidden_size}, the codebooks {about['hidden_size']}"
+        )
+    return lm
 
 
 @contextmanager
@@ -650,8 +800,17 @@ def _check_truncated(
 
 
 def make_trainer(config: Config, lm: FrozenLM, show: bool) -> Trainer:
-    """The EM loop for a loaded LM: prompts checked against its context, packs cut to its memory."""
+    """The EM loop for a loaded LM: prompts checked against its context, packs cut to its memory.
+    For one that is opened later, all of that is done then."""
     layout = PromptTemplate(config.fields).layout(lm.tokenizer)
+    if isinstance(lm, Late) and not lm.is_made:
+
+        def engine() -> Engine:
+            lm.made()
+            return make_trainer(config, lm, show).engine
+
+        later: Any = Late(engine, lm=lm, layout=layout)
+        return Trainer(later, config, show)
     check_positions(lm, layout, config.data.token_limits[1])
     if lm.plan is not None:
         tokens = min(config.em.pack_tokens, lm.plan.pack_tokens)

@@ -83,11 +83,13 @@ def infer_shard(
     except FormatError:
         pass  # not there, or damaged
     users = source.users_between(*hash_range(index, count))
-    cache = DiskCache(path.with_suffix(".part"), model.block_key(trainer))
+    events = model.event_table(Path(f"{out}.events")) if model.has_table else None
+    cache = None
+    if events is None or events.store is None:
+        cache = DiskCache(path.with_suffix(".part"), model.block_key(trainer))
     codes, keys, at = [], [source.keys_of(users[0], users[0])], users[0]
-    table = model.event_table() if model.has_table else None
     for profiles in trainer.infer(
-        source, model.codebooks, model.start, users=users, cache=cache, table=table
+        source, model.codebooks, model.start, users=users, cache=cache, table=events
     ):
         assert profiles.code_ids is not None
         stop = at + len(profiles.nll)
@@ -103,7 +105,8 @@ def infer_shard(
     )
     with atomic_file(path) as tmp:
         pq.write_table(table, tmp, compression="zstd")
-    cache.clear()
+    if cache is not None:
+        cache.clear()
     return path
 
 

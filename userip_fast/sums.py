@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "userip_fast"
 
 
-def folder_sums(root: Path) -> dict[str, str]:
-    """Relative name -> SHA-256 of every file below `root`, its manifest left out.
+def folder_sums(root: Path, but: Sequence[str] = ()) -> dict[str, str]:
+    """Relative name -> SHA-256 of every file below `root`, its manifest and the sub-folders `but`
+    left out.
 
     Raises:
         FormatError: There is a link or a device, which no sum can answer for.
     """
-    return {name: sha256_file(root / name) for name in _names(root)}
+    return {name: sha256_file(root / name) for name in _names(root, but)}
 
 
-def check_sums(root: Path, sums: Any, needed: Iterable[str] = ()) -> None:
+def check_sums(root: Path, sums: Any, needed: Iterable[str] = (), but: Sequence[str] = ()) -> None:
     """Checks that `root` holds what its manifest lists, as it was written, and nothing else.
 
     Args:
         root: A folder with a manifest.
         sums: What the manifest lists: relative name -> SHA-256.
         needed: Names that it must list.
+        but: Sub-folders that are not looked at.
 
     Raises:
         FormatError: A file is missing, altered, not listed, outside the folder or a link.
@@ -58,10 +60,12 @@ def check_sums(root: Path, sums: Any, needed: Iterable[str] = ()) -> None:
     for name in sums:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise FormatError(f"{root / MANIFEST}: names a file outside the folder, {name!r}")
-    names = set(_names(root))
+    names = set(_names(root, but))
     if extra := sorted(names - set(sums)):
         raise FormatError(f"{root / extra[0]}: is not in the manifest; remove it if it is not ours")
     for name, digest in sums.items():
+        if Path(name).parts[:1] in {(folder,) for folder in but}:
+            continue
         if name not in names or sha256_file(root / name) != digest:
             raise FormatError(f"{root / name}: missing or altered since it was saved")
 
@@ -81,8 +85,10 @@ def check_seal(path: Path, manifest: Mapping[str, Any]) -> None:
         raise FormatError(f"{path}: altered since it was saved (SHA-256 differs)")
 
 
-def _names(root: Path) -> Iterator[str]:
+def _names(root: Path, but: Sequence[str]) -> Iterator[str]:
     for path in sorted(root.rglob("*")):
+        if path.relative_to(root).parts[0] in but:
+            continue
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise FormatError(f"{path}: is a link or a device; only files are read here")
         name = path.relative_to(root).as_posix()

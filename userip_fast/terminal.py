@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.segment import Segment
 from rich.table import Table
 
+from userip_fast.late import Late
 from userip_fast.visible import visible
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def print_results(
         "rows dropped": f"{dropped.rows_bad:,} bad{f' ({why})' if why else ''}, "
         f"{dropped.rows_filtered:,} filtered",
         "users too short": f"{dropped.short_users:,} (below {dropped.min_history} events)",
-        "LM": f"{'embedded' if lm.embedded else lm.source}, {lm.quantization}, on {lm.device}",
+        "LM": f"{'embedded' if lm.embedded else lm.source}, {lm.quantization}, "
+        + ("not opened" if isinstance(lm, Late) and not lm.is_made else f"on {lm.device}"),
         "speed": f"{len(bank) / seconds:,.1f} users/s, {seconds:,.1f} s",
         "NLL": f"{nll:.4f} nats per loss weight",
     }

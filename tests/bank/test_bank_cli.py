@@ -93,3 +93,21 @@ def test_an_export_replaces_no_link(bank, tmp_path):
     (tmp_path / "x.csv").symlink_to("mine")
     assert "is a symbolic link" in userip("bank", "export", bank.path, tmp_path / "x.csv", code=2)
     assert (tmp_path / "mine").read_text() == "x"
+
+
+def test_users_are_removed_by_key_and_by_file(bank, tmp_path):
+    (tmp_path / "gone").write_text("x\na\n", encoding="utf-8")
+    fields = [{"name": "f", "codebook_size": 3}]
+    keys = ["a", "b", "x", "y"]
+    FeatureBank.write(
+        tmp_path / "c", keys, np.zeros((4, 1), int), fields=fields, model_fingerprint="m"
+    )
+    told = userip("bank", "remove", tmp_path / "c", "b", "--file", tmp_path / "gone")
+    assert "3 users removed, 1 left" in told
+    assert FeatureBank.open(tmp_path / "c", verify=True).keys().to_pylist() == ["y"]
+    assert "are not in the bank" in userip("bank", "remove", tmp_path / "c", "b", code=2)
+    told = userip("bank", "remove", tmp_path / "c", "b", "--on-unknown", "skip")
+    assert "0 users removed, 1 left" in told
+    userip("bank", "remove", bank.path, EVIL[0])
+    (tmp_path / "gone").write_bytes(b"\xff")
+    userip("bank", "remove", tmp_path / "c", "--file", tmp_path / "gone", code=2)

@@ -18,7 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from userip_fast.bank import BankWriter, FeatureBank
-from userip_fast.errors import DataError, FormatError, MismatchError, UnavailableError
+from userip_fast.errors import (
+    ConfigError,
+    DataError,
+    FormatError,
+    MismatchError,
+    UnavailableError,
+)
 from userip_fast.files import remove
 
 FIELDS = [{"name": "f", "codebook_size": 10, "code_names": None}]
@@ -439,3 +445,57 @@ def test_foreign_paths_are_left_alone(tmp_path):
     assert file.read_text() == "mine"
     (tmp_path / "empty").mkdir()
     assert len(write(tmp_path / "empty", [1], 1)) == 1
+
+
+@pytest.mark.parametrize("strings", [False, True])
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("waiting", [100, 10**6])
+def test_who_is_removed_is_gone(tmp_path, monkeypatch, strings, probabilities, waiting):
+    monkeypatch.setattr("userip_fast.bank.spool.WAITING_USERS", waiting)
+    rng = np.random.default_rng(0)
+    keys = [f"user {i}" for i in range(700)] if strings else list(range(700))
+    codes, p = rng.integers(0, 10, (700, 1)), rng.random((700, 1)).astype(np.float32)
+    if not probabilities:
+        p = None
+    old = FeatureBank.write(tmp_path / "a", keys, codes, probabilities=p, **SETTINGS)
+    gone = rng.permutation(700)[:300]
+    left = np.setdiff1d(np.arange(700), gone)
+    names = [keys[i] for i in gone]
+    new = old.remove([*names, names[0]])
+    new.verify()
+    assert len(new) == 400
+    assert (new.rows(names) == -1).all()
+    assert (new.lookup([keys[i] for i in left]) == codes[left]).all()
+    assert (old.lookup(keys) == codes).all()  # an open reader stays as it was
+    want = FeatureBank.write(
+        tmp_path / "b", [keys[i] for i in left], codes[left],
+        probabilities=None if p is None else p[left], **SETTINGS,
+    )  # fmt: skip
+    assert new.digest == want.digest
+    nobody = new.remove(new.keys())
+    nobody.verify()
+    assert (len(nobody), nobody.key_type) == (0, old.key_type)
+    assert len(nobody.update(keys[:2], codes[:2], None if p is None else p[:2])) == 2
+
+
+def test_what_cannot_be_removed(tmp_path):
+    bank = write(tmp_path / "a", [1, 2, 3], 4)
+    with pytest.raises(DataError, match=r"2 of 3 are not in the bank .*: 7, 8; on_unknown='skip'"):
+        bank.remove([1, 7, 8])
+    assert len(FeatureBank.open(tmp_path / "a")) == 3
+    assert len(bank.remove([1, 7, 8], on_unknown="skip")) == 2
+    with pytest.raises(DataError, match="1 of 1"):  # the bank as it is now
+        bank.remove([1])
+    with pytest.raises(MismatchError, match="has int64 keys, these are string"):
+        bank.remove(["1"])
+    with pytest.raises(ConfigError, match="on_unknown='code'"):
+        bank.remove([1], on_unknown="code")
+    writer = BankWriter(tmp_path / "a", **SETTINGS, keep_others=True)
+    writer.remove(["x"])
+    with pytest.raises(MismatchError, match="int64 keys after string keys"):
+        writer.remove([1])
+    with pytest.raises(MismatchError, match="string keys, the bank"):
+        writer.close()
+    write(tmp_path / "a", [1], 4, model_fingerprint="other")
+    with pytest.raises(MismatchError, match="rewritten with another model"):
+        bank.remove([1])

@@ -46,6 +46,7 @@ import tiny
 import torch
 
 import userip_fast as uf
+import userip_fast.em.table
 import userip_fast.model
 from userip_fast import shards
 from userip_fast.bank.index import HashIndex
@@ -75,6 +76,11 @@ SMALL_LM = replace(
     lm=LMConfig(embedded_hidden=16, embedded_heads=2, embedded_layers=1, embedded_tokens=4_000,
                 embedded_vocab=320),
 )  # fmt: skip
+TABLE_CONFIG = Config(
+    data=DataConfig(rating="rating", max_tokens=60, behaviour_context="independent"),
+    em=EMConfig(estep="posterior", posterior="exact", rounds=2, lr=0.2),
+    fields=CONFIG.fields,
+)
 CHANGES = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
 QUICK = 10, 6  # kills, scale of the other faults
 Counts = Counter[str]
@@ -288,6 +294,60 @@ def kills(world: World, folder: Path, wanted: int, draw: random.Random, counts: 
             assert codes(bank) == world.new, f"{name}: other codes after kills"
         shutil.rmtree(here)
         chain += 1
+
+
+def event_tables(
+    world: World, folder: Path, rounds: int, draw: random.Random, counts: Counts
+) -> None:
+    """Inference of items that a model has not read, killed while it adds them to the event table;
+    and damaged segments. The table ends as that of a run that nothing happened to.
+    """
+    root = folder / "model"
+    log = pq.read_table(world.folder / "log.parquet")
+    known, new = (
+        uf.read_interactions(
+            log, pa.table({"item_id": range(len(titles)), "title": titles}), rating="rating"
+        )
+        for titles in (tiny.TEXTS, [f"{text}, mended" for text in tiny.TEXTS])
+    )
+
+    def load(root: Path) -> Any:  # in a child: what is late finds the LM in memory, too
+        userip_fast.em.table._TEXTS = 1  # a segment for each text
+        uf.model.FrozenLM.load = lambda *args, **kwargs: world.lm
+        return uf.Model.load(root)
+
+    def infer(root: Path, bank: Path) -> None:
+        load(root).infer(new, bank, probabilities=True)
+
+    def names(root: Path) -> list[str]:
+        for path in (found := sorted((root / "events").rglob("*.arrow"))):
+            assert sha256_file(path) in path.name, f"{path}: is not whole"
+        return [path.name for path in found]
+
+    world._child(lambda: uf.fit(known, world.lm, config=TABLE_CONFIG).save(root))
+    whole = folder / "whole"
+    shutil.copytree(root, whole)
+    world._child(lambda: infer(whole, folder / "bank"))
+    assert len(names(whole)) == len(names(root)) + len(tiny.TEXTS)
+    want = uf.FeatureBank.open(folder / "bank", verify=True).digest
+    for i in range(rounds):
+        copy, bank = folder / f"killed{i}", folder / f"bank{i}"
+        shutil.copytree(root, copy)
+        kill_until_done(
+            lambda copy=copy, bank=bank: infer(copy, bank), lambda copy=copy: names(copy) and None,
+            draw, counts, "event table", longest_s=0.6,
+        )  # fmt: skip
+        assert names(copy) == names(whole), "event table: other segments after kills"
+        assert uf.FeatureBank.open(bank, verify=True).digest == want, "other codes after kills"
+        added = set(names(copy)) - set(names(root))
+        (victim,) = (copy / "events").rglob(draw.choice(sorted(added)))
+        damage(victim, draw)
+        assert attempt(lambda copy=copy, bank=bank: infer(copy, bank), None, 0.0) == 0
+        opened = uf.FeatureBank.open(bank, verify=True)
+        assert opened.digest == want, "other codes from a damaged event table"
+        assert len(names(copy)) == len(names(whole)), "a damaged segment was left"
+        counts["event table: damaged segments made again"] += 1
+        shutil.rmtree(copy)
 
 
 def damage(path: Path, draw: random.Random) -> None:
@@ -896,6 +956,7 @@ def run(folder: Path, *, wanted: int, others: int, seed: int = 0) -> dict[str, A
     draw = random.Random(seed)
     world = World(folder / "world")
     kills(world, folder / "kills", wanted, draw, counts)
+    event_tables(world, folder / "events", max(2, wanted // 20), draw, counts)
     torn_files(world, folder / "torn", others, draw, counts)
     missing_shards(world, folder / "shards", draw, counts)
     damaged_banks(folder / "damaged", 5 * others, draw, counts)

@@ -269,7 +269,8 @@ def model(folder: Path) -> Job:
             else:
                 write_tensors(path, changed_tensors(read_tensors(path), draw))
             if path.name != MANIFEST:
-                about = {**json.loads(whole[root / MANIFEST]), "files": folder_sums(root)}
+                files_now = folder_sums(root, ["events"])
+                about = {**json.loads(whole[root / MANIFEST]), "files": files_now}
             else:
                 about = json.loads(path.read_text())
             if isinstance(about, dict):

@@ -15,6 +15,8 @@ def test_nothing_is_lost_and_nothing_is_wrong(tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["counts"]["kills"] >= 10
     assert result["counts"]["damage refused"] >= 1
+    assert result["counts"]["event table: runs that ended"] >= 2
+    assert result["counts"]["event table: damaged segments made again"] >= 2
     assert result["counts"]["missing shards refused"] == 3
     for kind in ("bits flipped", "truncated"):
         damaged = result["counts"][f"bank: {kind}"]

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from userip_fast.bank.index import (
     as_keys,
     bad_on_unknown,
     keys_of_type,
+    name_some,
     unknown_users,
 )
 from userip_fast.bank.layout import PAGE_SUMS, VERSION, Field, Generation
 from userip_fast.bank.parquet import read_parquet, write_csv, write_parquet
 from userip_fast.bank.writer import LOCK_TIMEOUT_S, BankWriter
-from userip_fast.errors import ConfigError, FormatError, MismatchError, shown
+from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError, shown
 
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 
@@ -198,6 +200,48 @@ class FeatureBank:
                 probabilities are missing, or not wanted.
         """
         keys = self._as_keys("user_keys", user_keys)
+        with self._next(lock_timeout_s) as writer:
+            writer.append(keys, code_ids, probabilities)
+        return FeatureBank.open(self.path)
+
+    def remove(
+        self,
+        user_keys: Any,
+        on_unknown: str = "error",
+        *,
+        lock_timeout_s: float = LOCK_TIMEOUT_S,
+    ) -> FeatureBank:
+        """Writes the next generation without some users, and opens it.
+
+        As with any writer open readers stay as they are, and the generation before, which has them
+        still, is on disk until the one after this.
+
+        Args:
+            user_keys: [n] keys of the bank's type; they may repeat.
+            on_unknown: "error", or "skip" for users who are not in the bank.
+
+        Raises:
+            DataError: Users are not in the bank and `on_unknown` is "error"; nothing is written.
+            ConfigError: Another `on_unknown`.
+            MismatchError: See `update`.
+        """
+        if on_unknown not in ("error", "skip"):
+            raise ConfigError(f"on_unknown={on_unknown!r}: must be 'error' or 'skip'")
+        keys = self._as_keys("user_keys", user_keys)
+        with self._next(lock_timeout_s) as writer:
+            rows = FeatureBank.open(self.path).rows(keys)
+            if on_unknown == "error" and (rows < 0).any():
+                unknown = keys.filter(pa.array(rows < 0))
+                raise DataError(
+                    f"user_keys: {len(unknown)} of {len(keys)} are not in the bank {self.path}: "
+                    f"{name_some(unknown)}; on_unknown='skip' passes them over"
+                )
+            writer.remove(keys)
+        return FeatureBank.open(self.path)
+
+    @contextmanager
+    def _next(self, lock_timeout_s: float) -> Iterator[BankWriter]:
+        """A writer of a bank that is still of this model, and keeps its users."""
         with BankWriter(
             self.path,
             fields=self.fields,
@@ -211,8 +255,7 @@ class FeatureBank:
                     f"{self.path}: was rewritten with another model, fields, key type or metadata "
                     "since it was opened; open it again"
                 )
-            writer.append(keys, code_ids, probabilities)
-        return FeatureBank.open(self.path)
+            yield writer
 
     def verify(self) -> None:
         """Reads the whole bank: SHA-256 of every file, order of the keys, ranges of the codes.

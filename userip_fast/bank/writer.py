@@ -27,7 +27,6 @@ from userip_fast.bank.layout import (
     write_generation,
 )
 from userip_fast.bank.spool import Spool, Users
-from userip_fast.data.arrow import to_numpy
 from userip_fast.errors import ConfigError, MismatchError
 from userip_fast.keys import hash_keys, shard_of
 
@@ -82,6 +81,7 @@ class BankWriter:
         self._metadata = check_metadata(metadata)
         self._keep_others = keep_others
         self._spool = Spool(self.path)
+        self._gone = as_keys("user_keys", [])
         self._open = ExitStack()
         self._open.enter_context(write_lock(self.path, lock_timeout_s))
         self._open.callback(self._spool.clear)
@@ -117,6 +117,26 @@ class BankWriter:
             if (p is None) != (before.probabilities is None):
                 raise MismatchError("probabilities: give them with every block or with none")
         self._spool.add(Users(keys, hash_keys(keys), codes, p))
+
+    def remove(self, user_keys: Any) -> None:
+        """Leaves users of the current generation out; with `keep_others`, which has them otherwise.
+        Those who are not in it, or are appended, are no matter.
+
+        Args:
+            user_keys: [n] keys.
+
+        Raises:
+            MismatchError: Keys of another type than those before.
+        """
+        if self._closed:
+            raise ValueError(f"{self.path}: the writer is closed")
+        keys = as_keys("user_keys", user_keys)
+        if len(keys) and len(self._gone) and keys.type != self._gone.type:
+            raise MismatchError(
+                f"user_keys: {key_type(keys)} keys after {key_type(self._gone)} keys"
+            )
+        if len(keys):
+            self._gone = pa.concat_arrays([self._gone, keys]) if len(self._gone) else keys
 
     def close(self) -> None:
         """Publishes the generation. Does nothing on a writer that is closed.
@@ -171,8 +191,12 @@ class BankWriter:
             if others is not None:
                 first, row = row, _first_row(others, stop)
                 kept = _users(others, first, row)
-                stays = ~to_numpy(pc.is_in(kept.keys, value_set=users.keys))
-                users = Users.concat([users, kept.take(np.flatnonzero(stays))]).in_hash_order()
+                left_out = users.keys
+                if len(self._gone):
+                    left_out = pa.concat_arrays([users.keys, self._gone])
+                stays = pc.invert(pc.is_in(kept.keys, value_set=left_out))
+                rows = np.flatnonzero(stays.to_numpy(zero_copy_only=False))
+                users = Users.concat([users, kept.take(rows)]).in_hash_order()
             yield users
 
     def _check_others(self, current: Generation) -> None:
@@ -182,6 +206,11 @@ class BankWriter:
                 f"{self.path}: holds codes of model {current.model_fingerprint[:12]}, these are "
                 f"of {self._fingerprint[:12]}; only codes of one model and its fields can be added "
                 "to one another. Write all users, or choose another path"
+            )
+        if len(current.index) and len(self._gone) and key_type(self._gone) != current.key_type:
+            raise MismatchError(
+                f"user_keys: {key_type(self._gone)} keys, the bank {self.path} has "
+                f"{current.key_type}"
             )
         appended = self._spool.first
         if appended is None or len(current.index) == 0:

@@ -19,12 +19,12 @@ from userip_fast.data.arrow import combine, to_numpy
 from userip_fast.data.interactions import Interactions
 from userip_fast.errors import DataError, MismatchError
 from userip_fast.keys import canonical_keys, hash_keys, key_order, mix64, seeded
+from userip_fast.profiles import NEGATIVE_WORDS, SAMPLING_POWER
 
 if TYPE_CHECKING:
     from userip_fast.data.stream import InteractionStream
 
 RATING_WORDS = ("disliked", "okay", "liked")
-NEGATIVE_WORDS = ("chosen", "passed over")
 _MAX_CUT_POINTS = 1024  # more distinct ratings than this are first thinned to their quantiles
 _MAX_DRAWS = 16  # random draws before a negative is drawn exactly among the items left
 
@@ -214,14 +214,14 @@ class Negatives:
     Attributes:
         catalogue: The items to sample from.
         n: Negatives of each event.
-        power: Of an item's count; 0.75 as in word2vec (Mikolov et al., 2013).
+        power: Of an item's count.
         seed: Of the draws.
         words: For the item chosen, and for those passed over.
     """
 
     catalogue: Catalogue
     n: int = 1
-    power: float = 0.75
+    power: float = SAMPLING_POWER
     seed: int = 0
     words: tuple[str, str] = NEGATIVE_WORDS
 

@@ -11,10 +11,10 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -26,17 +26,18 @@ from userip_fast.em.lifts import Calibration, log_lifts
 from userip_fast.em.readings import Readings, log_likelihoods
 from userip_fast.em.scorer import log_prior, soft_tables
 from userip_fast.em.steps import Profiles, books_digest
-from userip_fast.errors import FormatError
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import profile_posterior
-from userip_fast.packing import Int64
-from userip_fast.progress import progress
+from userip_fast.packing import Behaviour, Int64
+from userip_fast.progress import Progress, progress
+from userip_fast.segments import Part, Segments
 
 Kind = tuple[str, str]
 """An item's text, and the word for how it went ("" where none is told)."""
 
 _AUTO_LIMIT = 256
 _SURVEY_USERS = 1 << 16
+_TEXTS = 1 << 12  # read before they are kept: what a kill may cost
 
 
 def has_table(config: Config) -> bool:
@@ -56,18 +57,22 @@ class Grid:
 
     Attributes:
         codes: [Z, J] int64.
-        soft: [Z, S, D] fp32, their soft rows on the LM's device.
         log_prior: [Z] fp64.
     """
 
     def __init__(self, codebooks: list[Codebook], engine: Engine) -> None:
+        self._codebooks, self._engine = codebooks, engine
         self.sizes = [len(book) for book in codebooks]
         ranges = [torch.arange(k) for k in self.sizes]
         self.codes = torch.cartesian_prod(*ranges).view(-1, len(ranges))
-        tables = soft_tables([book.codewords for book in codebooks], engine)
-        self.soft = torch.cat([t[k.to(t.device)] for t, k in zip(tables, self.codes.T)], dim=1)
         priors = [log_prior(book) for book in codebooks]
         self.log_prior = torch.stack([p[k] for p, k in zip(priors, self.codes.T)]).sum(0)
+
+    @cached_property
+    def soft(self) -> Tensor:
+        """[Z, S, D] fp32, their soft rows on the LM's device."""
+        tables = soft_tables([book.codewords for book in self._codebooks], self._engine)
+        return torch.cat([t[k.to(t.device)] for t, k in zip(tables, self.codes.T)], dim=1)
 
     def marginals(self, log_resp: Tensor) -> list[Tensor]:
         """Per field [U, K_j] from [U, Z]."""
@@ -121,14 +126,20 @@ def survey(source: Source, tokenizer: object, first: int, last: int) -> Counter[
 class EventTable:
     """See the module.
 
+    A text is read under all words and codes at once, and its values are used as they are kept, to
+    16 bits (`userip_fast.segments`): who finds them on disk finds the same profiles to the bit.
+
     Args:
         fmt: How events are told.
         calibration: How its values are read.
 
     Attributes:
         codebooks, grid: What makes the columns.
-        cache: Keeps what is read, and finds it again; None for nothing beside `values`.
+        words: [W] for how an event went; "" alone where none is told.
+        store: Where what is read is kept, and found again; None for in memory.
+        cache: The same for the time of one run; used where there is no store.
         show: Whether to show progress.
+        parts: What is there, as it is kept.
         values: [E, Z] fp32, log p(kind | codes), or its lift.
     """
 
@@ -143,9 +154,12 @@ class EventTable:
         self.engine, self.format, self.config = engine, fmt, config
         self.calibration = calibration or Calibration()
         self.codebooks = codebooks
+        self.words = fmt.words or ("",)
+        self.store: Segments | None = None
         self.cache: BlockCache | None = None
         self.show = False
         self.grid = Grid(codebooks, engine)
+        self.parts: list[Part] = []
         self.values = torch.empty(0, len(self.grid.codes))
         self._unpaid = 0  # rows that were read, and are no user's cost yet
         self._books = books_digest(codebooks)
@@ -156,73 +170,88 @@ class EventTable:
         self._tokens = np.zeros(0, np.int64)  # [E] its rows in a history of its own
 
     def read(self, kinds: Iterable[Kind]) -> None:
-        """Has the LM read those of `kinds` that it has not read; in an order of their own."""
-        new = sorted(set(kinds) - self._numbering.number.keys())
-        if not new:
+        """Has the LM read the texts of `kinds` that it has not read; in an order of their own."""
+        wanted = {text for text, _ in kinds}
+        if self._unread(wanted):
+            self.find()
+        if not self._unread(wanted):
             return
-        told = self.format.kinds(self.engine.lm.tokenizer, self.engine.layout, new)
-        values = self._scored(Readings.of(told), told.ids.tobytes() + told.offsets.tobytes())
-        self._numbering.add(new)
-        self.values = torch.cat([self.values, values])
-        self._weight = np.concatenate([self._weight, told.total_weight])
-        self._tokens = np.concatenate([self._tokens, told.lengths])
+        if self.store is None:
+            self._read(self._unread(wanted))
+            return
+        with self.store.alone():  # others may have read the same meanwhile
+            self.find()
+            self._read(self._unread(wanted))
 
-    def to_arrow(self) -> pa.Table:
-        """Everything that was read: text, word, weight, tokens and values [Z] of each kind."""
-        kinds = list(self._numbering.number)
-        values = pa.array(self.values.numpy().ravel())
-        return pa.table(
-            {
-                "text": pa.array([text for text, _ in kinds], pa.string()),
-                "word": pa.array([word for _, word in kinds], pa.string()),
-                "weight": self._weight,
-                "tokens": self._tokens,
-                "values": pa.FixedSizeListArray.from_arrays(values, len(self.grid.codes)),
-            }
-        )
+    def find(self) -> None:
+        """Takes in what has been kept in the store since the last time."""
+        if self.store is not None:
+            self._take(self.store.new())
 
-    def restore(self, table: pa.Table) -> None:
-        """The inverse of `to_arrow`, for a table of which nothing was read yet.
+    def _unread(self, texts: Iterable[str]) -> list[str]:
+        number, word = self._numbering.number, self.words[0]
+        return sorted(text for text in texts if (text, word) not in number)
 
-        Raises:
-            FormatError: `table` has other columns, is one of other codes, or lacks values.
-        """
-        wanted = self.to_arrow().schema
-        if not table.schema.equals(wanted):
-            raise FormatError(
-                f"an event table of {len(self.grid.codes)} combinations of codes has columns "
-                f"{dict(zip(wanted.names, map(str, wanted.types)))}, this one "
-                f"{dict(zip(table.schema.names, map(str, table.schema.types)))}"
-            )
-        values = table["values"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        weight, tokens = table["weight"].to_numpy(), table["tokens"].to_numpy()
-        kinds = list(zip(table["text"].to_pylist(), table["word"].to_pylist()))
-        if any(column.null_count for column in table.columns) or len(set(kinds)) < len(kinds):
-            raise FormatError("an event table has every kind of event once, and no nulls")
-        if not (np.isfinite(values).all() and np.isfinite(weight).all() and (tokens > 0).all()):
-            raise FormatError("an event table has finite values and weights, and tokens")
-        self._numbering.add(kinds)
-        self._weight, self._tokens = weight, tokens
-        self.values = torch.from_numpy(values.copy()).view(len(table), len(self.grid.codes))
-
-    def _scored(self, readings: Readings, content: bytes) -> Tensor:
-        key = hashlib.sha256(self._books + content).digest()
-        like = {"values": (readings.num_kinds, len(self.grid.codes))}
-        if self.cache is not None and (found := found_like(self.cache, "table", key, like)):
-            return found["values"]
-        rows = readings.behaviour.pack_rows(self.engine.layout.num_soft).sum()
-        total = int(rows) * (len(self.grid.codes) + (self.calibration.neutral is not None))
+    def _read(self, texts: list[str]) -> None:
+        words = len(self.words)
+        kinds = [(text, word) for text in texts for word in self.words]
+        told = self.format.kinds(self.engine.lm.tokenizer, self.engine.layout, kinds)
+        groups = []
+        for a in range(0, len(texts), _TEXTS):
+            some = texts[a : a + _TEXTS]
+            own = told.select(np.arange(a * words, (a + len(some)) * words))
+            groups.append((some, own, Readings.of(own)))
+        soft, codes = self.engine.layout.num_soft, len(self.grid.codes)
+        total = (codes + (self.calibration.neutral is not None)) * sum(int(r.behaviour.pack_rows(soft).sum()) for _, _, r in groups)
         with progress("reading events", total, "rows", self.show) as bar:
-            asked = self.engine, readings, self.grid.soft
-            tokens = self.config.pack_tokens
-            neutral, norm = self.calibration.neutral, self.calibration.log_norm
-            if neutral is None or norm is None:
-                values = log_likelihoods(*asked, tokens, bar.advance)
-            else:
-                values = (log_lifts(*asked, neutral, tokens, bar.advance) - norm).float()
-        self._unpaid += total
-        if self.cache is not None:
-            self.cache.put("table", key, {"values": values})
+            for some, own, readings in groups:
+                shape = len(some), words
+                part = Part.of(
+                    some,
+                    own.lengths.reshape(shape),
+                    own.total_weight.reshape(shape),
+                    self._scored(readings, own, bar).numpy().reshape(*shape, codes),
+                )
+                if self.store is not None:
+                    self.store.add(part)
+                self._take([part])
+
+    def _take(self, parts: Iterable[Part]) -> None:
+        """Adds to the table what it lacks."""
+        number, values, weight, tokens = self._numbering.number, [], [], []
+        for part in parts:
+            there = [(t, self.words[0]) in number for t in part.texts.to_pylist()]
+            if any(there):
+                part = part.take(np.flatnonzero(~np.asarray(there)).tolist())
+            texts = part.texts.to_pylist()
+            self._numbering.add((text, word) for text in texts for word in self.words)
+            self.parts.append(part)
+            values.append(torch.from_numpy(part.values()).flatten(0, 1))
+            weight.append(part.weight.ravel())
+            tokens.append(part.tokens.ravel().astype(np.int64))
+        if values:
+            self.values = torch.cat([self.values, *values])
+            self._weight = np.concatenate([self._weight, *weight])
+            self._tokens = np.concatenate([self._tokens, *tokens])
+
+    def _scored(self, readings: Readings, told: Behaviour, bar: Progress) -> Tensor:
+        content = told.ids.tobytes() + told.offsets.tobytes()
+        key = hashlib.sha256(self._books + content).digest()
+        cache = self.cache if self.store is None else None
+        like = {"values": (readings.num_kinds, len(self.grid.codes))}
+        if cache is not None and (found := found_like(cache, "table", key, like)):
+            return found["values"]
+        before = bar.done
+        asked = self.engine, readings, self.grid.soft
+        tokens = self.config.pack_tokens
+        neutral, norm = self.calibration.neutral, self.calibration.log_norm
+        if neutral is None or norm is None:
+            values = log_likelihoods(*asked, tokens, bar.advance)
+        else:
+            values = (log_lifts(*asked, neutral, tokens, bar.advance) - norm).float()
+        self._unpaid += bar.done - before
+        if cache is not None:
+            cache.put("table", key, {"values": values})
         return values
 
     def rows(self, kinds: Sequence[Kind]) -> Int64:

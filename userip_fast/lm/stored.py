@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -209,6 +210,32 @@ def model_fingerprint(model: Any, tokenizer: Any) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor_bytes(tensor.cpu()))
     return FULL + digest.hexdigest()
+
+
+def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a tokenizer by itself, unless it would not be the same when it is read again."""
+    try:
+        tokenizer.save_pretrained(folder)
+        same = _tokenizer_digest(kept_tokenizer(folder)).digest()
+        if same == _tokenizer_digest(tokenizer).digest():
+            return
+    except OSError:
+        raise
+    except Exception:  # of a library's code, or of the LM's own
+        logger.debug("the tokenizer is not kept", exc_info=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def kept_tokenizer(folder: Path) -> Any:
+    """What `keep_tokenizer` wrote.
+
+    Raises:
+        UnsupportedError: It cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    with told(f"tokenizer {str(folder)!r} cannot be loaded"):
+        return AutoTokenizer.from_pretrained(str(folder))
 
 
 def sampled_fingerprint(folder: Path, tokenizer: Any) -> str:

@@ -1,0 +1,175 @@
+"""Users and items from an event table, in numpy: profiles that grow, affinities, best items.
+
+What `userip_fast.model` and `userip_fast.serve` share; nothing here needs torch. The Z combinations
+of codes run with the last field's fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from userip_fast.errors import DataError
+
+NEGATIVE_WORDS = ("chosen", "passed over")
+SAMPLING_POWER = 0.75
+"""Of an item's count, when items passed over are sampled, as in word2vec (Mikolov et al., 2013)."""
+
+_BLOCK = 1 << 22  # values of an event table that are looked at together
+
+
+class Profile:
+    """p(codes | a user's events), which takes more events: O(Z) each, whatever came before.
+
+    Args:
+        log_prior: [Z] fp64.
+        sizes: [J] codes of each field; their product is Z.
+        tell: log p(event | codes) [Z] of an item and how it went; None where the item is unknown.
+
+    Attributes:
+        log_joint: [Z] fp64, log p(codes, events) in nats; the prior before there are events.
+        events, skipped: Events that are in it, and those of unknown items, which are not.
+    """
+
+    __slots__ = ("_tell", "events", "log_joint", "sizes", "skipped")
+
+    def __init__(
+        self,
+        log_prior: NDArray[np.float64],
+        sizes: Sequence[int],
+        tell: Callable[[Any, Any], NDArray[np.floating[Any]] | None],
+    ) -> None:
+        self.log_joint = np.array(log_prior, np.float64)
+        self.sizes, self._tell = tuple(sizes), tell
+        self.events = self.skipped = 0
+
+    def add(self, item: Any, reaction: Any = None, weight: float = 1.0) -> bool:
+        """Adds an event; False where the item is unknown, so that it was skipped and counted.
+
+        Args:
+            item, reaction: As in `Model.profile`.
+            weight: How often it counts: below 0 takes it back, with what rounding left.
+
+        Raises:
+            DataError: The reaction is not one of the model's, or the weight is not finite.
+        """
+        if not np.isfinite(weight):
+            raise DataError(f"weight={weight!r}: must be finite")
+        likelihood = self._tell(item, reaction)
+        if likelihood is None:
+            self.skipped += 1
+            return False
+        self.log_joint += likelihood * np.float64(weight)
+        self.events += 1
+        return True
+
+    @property
+    def evidence(self) -> float:
+        """log p(events), in nats."""
+        high = self.log_joint.max()
+        return float(high + np.log(np.exp(self.log_joint - high).sum()))
+
+    @property
+    def probabilities(self) -> NDArray[np.float32]:
+        """[Z], adding up to one."""
+        return softmax(self.log_joint)
+
+    @property
+    def codes(self) -> NDArray[np.int64]:
+        """[J], the likeliest code of each field given all events, as `infer` writes them."""
+        grid = self.probabilities.astype(np.float64).reshape(self.sizes)
+        fields = range(len(self.sizes))
+        found = [grid.sum(tuple(i for i in fields if i != j)).argmax() for j in fields]
+        return np.asarray(found, np.int64)
+
+
+def softmax(log_joint: NDArray[np.float64]) -> NDArray[np.float32]:
+    """[..., Z] probabilities of log joints in fp64."""
+    p = np.exp(log_joint - log_joint.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return np.asarray(p, np.float32)
+
+
+def likings(values: NDArray[np.float32], best: int, weight: float) -> NDArray[np.float32]:
+    """[n, Z] p(the best word | item, codes) of `values` [n, W, Z], the words adding up to one.
+
+    Whatever loss is on the text is the same for all words.
+
+    Args:
+        best: Which of the W words.
+        weight: Loss weight of a word's tokens.
+    """
+    scores = values / np.float32(weight)
+    scores -= scores.max(1, keepdims=True)
+    np.exp(scores, out=scores)
+    return np.asarray(scores[:, best] / scores.sum(1), np.float32)
+
+
+class Ranking:
+    """The items of a catalogue by how well they would be liked, or how likely they are chosen.
+
+    A word for ratings ranks by its probability. "chosen" is told against items that were sampled by
+    popularity, so that its odds are p(item | codes) over how often the item was sampled: an item's
+    share of odds times that is the probability that it, of this catalogue, is chosen next.
+
+    Args:
+        keys: [M] item keys.
+        rows: Values [n, W, Z] of items `start:stop`.
+        best, weight: As in `likings`.
+        sampled: [M] how often items are sampled, up to a factor; None for ratings.
+
+    Attributes:
+        keys: [M] item keys.
+        scores: [M, Z] fp32.
+    """
+
+    def __init__(
+        self,
+        keys: NDArray[Any],
+        rows: Callable[[int, int], NDArray[np.float32]],
+        codes: int,
+        best: int,
+        weight: float,
+        sampled: NDArray[np.floating[Any]] | None,
+    ) -> None:
+        self.keys = keys
+        self.scores = np.empty((len(keys), codes), np.float32)
+        step = max(1, _BLOCK // codes)
+        for a in range(0, len(keys), step):
+            b = min(a + step, len(keys))
+            self.scores[a:b] = likings(rows(a, b), best, weight)
+        if sampled is not None and len(keys):
+            sure = np.clip(self.scores, 1e-30, 1 - 2.0**-24)
+            self.scores = sure / (1 - sure) * sampled[:, None].astype(np.float32)
+            self.scores /= self.scores.sum(0, dtype=np.float64).astype(np.float32)
+
+    def top(
+        self, probabilities: NDArray[np.floating[Any]], n: int
+    ) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """See `Model.top_items`."""
+        p = np.asarray(probabilities, np.float32)
+        if p.ndim not in (1, 2) or p.shape[-1] != self.scores.shape[1]:
+            raise DataError(
+                f"probabilities: must be [Z] or [U, Z], Z = {self.scores.shape[1]}, got {p.shape}"
+            )
+        if n < 1:
+            raise DataError(f"n={n}: must be at least 1")
+        users, n = np.atleast_2d(p), min(n, len(self.keys))
+        items = np.empty((len(users), n), np.int64)
+        scores = np.empty((len(users), n), np.float32)
+        step = max(1, _BLOCK // max(1, len(self.keys)))
+        for a in range(0, len(users), step):
+            all_of_them = users[a : a + step] @ self.scores.T
+            # Ties in the order of the catalogue, so that an answer repeats.
+            if n < len(self.keys):
+                least = np.partition(all_of_them, len(self.keys) - n, 1)[:, -n]
+            for u, s in enumerate(all_of_them, start=a):
+                there = np.flatnonzero(s >= least[u - a]) if n < len(s) else np.arange(len(s))
+                items[u] = there[np.argsort(-s[there], kind="stable")[:n]]
+                scores[u] = s[items[u]]
+        if p.ndim == 1:
+            return self.keys[items[0]], scores[0]
+        return self.keys[items], scores

@@ -1,0 +1,323 @@
+"""Online serving, without torch and without an LM: a bank and an event table, mapped.
+
+    from userip_fast.serve import Server
+
+    server = Server.open("RUN/model", bank="RUN/bank")
+    codes = server.lookup(user_ids, on_unknown="code")      # [n, J] of users that are in the bank
+    p = server.profile([3, 17], ["liked", "disliked"])      # p(codes | events) of anybody else
+    items, scores = server.top_items(p, 20)
+
+    profile = server.open_profile()                         # one that grows as events come in
+    profile.add(3, "liked")
+    profile.codes, profile.probabilities
+
+Needs numpy and pyarrow, and the compiled extension where it is there. Answers are those of
+`userip_fast.Model` with the same table. Items that the table lacks are skipped and counted: only a
+model with its LM can read them (`Model.profile`, `Model.infer`), and a server opened afterwards
+knows them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from userip_fast.bank import FeatureBank
+from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
+from userip_fast.files import open_regular, read_json, sha256_file
+from userip_fast.profiles import (
+    NEGATIVE_WORDS,
+    SAMPLING_POWER,
+    Profile,
+    Ranking,
+    likings,
+    softmax,
+)
+from userip_fast.segments import Part, Segments
+from userip_fast.sums import MANIFEST, check_seal
+
+_FILES = "config.json", "codebooks.safetensors", "catalogue.parquet"
+
+
+class Server:
+    """See the module; open it with `open`.
+
+    Attributes:
+        bank: The bank, or None.
+        fingerprint: The model's.
+        fields: Per field `{"name", "codebook_size"}`.
+        words: [W] for how an event went; ("",) where none is told.
+        log_prior: [Z] fp64, the last field's codes running fastest.
+        skipped: Events of unknown items so far.
+    """
+
+    def __init__(
+        self,
+        about: Mapping[str, Any],
+        fields: Sequence[tuple[str, int]],
+        log_prior: NDArray[np.float64],
+        table: Part,
+        catalogue: pa.Table,
+        bank: FeatureBank | None,
+        texts: Mapping[Any, str] | None,
+    ) -> None:
+        behaviour = about["behaviour"]
+        self.bank, self.fingerprint = bank, str(about["fingerprint"])
+        self.fields = [{"name": name, "codebook_size": size} for name, size in fields]
+        self.log_prior, self.skipped = log_prior, 0
+        self._sizes = tuple(size for _, size in fields)
+        scale = behaviour["scale"] or {}
+        self._thresholds = [float(x) for x in scale.get("thresholds", ())]
+        self.words = words_of(behaviour)
+        self._word: dict[Any, int] = {word: i for i, word in enumerate(self.words)}
+        if self.words == ("",):
+            self._word[None] = 0
+        self._best = 0 if behaviour["negatives"] else len(self.words) - 1
+        self._weight = float(behaviour["feedback_weight"])
+        self._chosen = bool(behaviour["negatives"])
+        texts_there = table.texts.to_pylist()
+        row = {texts_there[i]: i for i in reversed(range(len(texts_there)))}  # the first counts
+        told = zip(catalogue["item"].to_pylist(), catalogue["text"].to_pylist())
+        self._row = {key: row[text] for key, text in told if text in row}
+        self._row |= {key: row[text] for key, text in (texts or {}).items() if text in row}
+        self._counts = dict(zip(catalogue["item"].to_pylist(), catalogue["count"].to_pylist()))
+        # A row of each pair of a text and a word: one gather for a user.
+        self._table = table
+        self._offset = table.offset.reshape(-1, len(log_prior))
+        self._step, self._mean = table.step.ravel(), table.mean.ravel()
+
+    @classmethod
+    def open(
+        cls,
+        model: str | os.PathLike[str],
+        bank: str | os.PathLike[str] | None = None,
+        *,
+        events: Sequence[str | os.PathLike[str]] = (),
+        texts: Mapping[Any, str] | None = None,
+    ) -> Server:
+        """Maps a model's event table, and a bank.
+
+        Args:
+            model: Model folder that `fit` or `Model.save` wrote; its `lm` is not looked at.
+            bank: Bank of the same model.
+            events: Further tables, such as the `BANK.events` of a model that is read-only.
+            texts: Text by key of items that the training data lacks, or whose text has changed.
+
+        Raises:
+            FormatError: A file is missing, torn or altered, or there is no table; a damaged segment
+                of one is passed over with a warning.
+            MismatchError: The bank is of another model.
+        """
+        root = Path(model)
+        about = read_json(root / MANIFEST)
+        if not isinstance(about, dict) or about.get("format") != "userip_fast.model":
+            raise FormatError(f"{root}: not a userip_fast model")
+        check_seal(root / MANIFEST, about)
+        try:
+            for name in _FILES:
+                if sha256_file(root / name) != about["files"][name]:
+                    raise FormatError(f"{root / name}: altered since it was saved")
+            config = read_json(root / "config.json")
+            fields = [(str(f["name"]), int(f["codebook_size"])) for f in config["fields"]]
+            prior = _log_prior(root / "codebooks.safetensors", [size for _, size in fields])
+            words = words_of(about["behaviour"])
+            folders = [root / "events", *events]
+            parts = list(Segments(folders, about["fingerprint"], len(words), len(prior)).new())
+            if not sum(map(len, parts)):
+                raise FormatError(
+                    f"{root}: has no event table; fit with em.estep=posterior and "
+                    "data.behaviour_context=independent, or name its folder as events=[...]"
+                )
+            opened = None if bank is None else FeatureBank.open(bank)
+            if opened is not None and opened.model_fingerprint != about["fingerprint"]:
+                raise MismatchError(
+                    f"bank={str(bank)!r}: is of model {opened.model_fingerprint[:12]}, the table "
+                    f"of {about['fingerprint'][:12]}"
+                )
+            catalogue = _read_catalogue(root / "catalogue.parquet")
+            return cls(about, fields, prior, Part.concat(parts), catalogue, opened, texts)
+        except (KeyError, TypeError, AttributeError, ValueError, OSError) as e:
+            if isinstance(e, FormatError | MismatchError):
+                raise
+            raise FormatError(f"{root}: not a model that can be served ({e!r})") from e
+
+    def lookup(self, user_ids: Any, on_unknown: str = "error") -> NDArray[np.int64]:
+        """See `FeatureBank.lookup`.
+
+        Raises:
+            ConfigError: The server was opened without a bank.
+        """
+        if self.bank is None:
+            raise ConfigError("lookup: the server was opened without a bank; open it with bank=")
+        return self.bank.lookup(user_ids, on_unknown)
+
+    def knows(self, item: Any) -> bool:
+        """Whether the table has an item."""
+        return item in self._row
+
+    def profile(
+        self, items: Sequence[Any], reactions: Sequence[Any] | None = None
+    ) -> NDArray[np.float32]:
+        """p(codes | events) of a user, or of many; see `Model.profile`.
+
+        Events of items that the table lacks are skipped, and counted in `skipped`.
+
+        Args:
+            items: Item keys of a user's events, maybe none; or a sequence of such sequences.
+            reactions: How each went, in the shape of `items`: a feedback word, or a rating.
+
+        Returns:
+            [Z], or [U, Z] for many users. A user without known events has the prior.
+
+        Raises:
+            DataError: Reactions are not the model's, or not as many as items.
+        """
+        if len(items) > 0 and isinstance(items[0], list | tuple | np.ndarray):
+            told: Iterable[Any] = [None] * len(items) if reactions is None else reactions
+            return softmax(np.stack([self._joint(*own) for own in zip(items, told, strict=True)]))
+        return softmax(self._joint(items, reactions))
+
+    def open_profile(
+        self, items: Sequence[Any] = (), reactions: Sequence[Any] | None = None
+    ) -> Profile:
+        """A profile that takes more events; begun with some, as `profile` takes them."""
+        before = self.skipped
+        profile = Profile(self._joint(items, reactions), self._sizes, self._tell)
+        profile.skipped = self.skipped - before
+        profile.events = len(items) - profile.skipped
+        return profile
+
+    def affinity(
+        self, probabilities: NDArray[np.floating[Any]], items: Sequence[Any]
+    ) -> NDArray[np.float32]:
+        """p(the best reaction | item, a user's codes), averaged over the codes; see
+        `Model.affinity`.
+
+        Args:
+            probabilities: [Z] or [U, Z], as `profile` gives them.
+            items: n item keys.
+
+        Returns:
+            [n] or [U, n]; NaN for an item that the table lacks.
+
+        Raises:
+            ConfigError: The model tells no reactions.
+        """
+        self._check_reactions("affinity")
+        rows = np.asarray([self._row.get(item, -1) for item in items], np.int64)
+        found = likings(self._values(rows[rows >= 0]), self._best, self._weight)
+        likes = np.full((len(rows), len(self.log_prior)), np.nan, np.float32)
+        likes[rows >= 0] = found
+        return np.asarray(np.asarray(probabilities, np.float32) @ likes.T, np.float32)
+
+    def top_items(
+        self, probabilities: NDArray[np.floating[Any]], n: int
+    ) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """The best of all known items; see `Model.top_items`."""
+        self._check_reactions("top_items")
+        return self._ranking.top(probabilities, n)
+
+    @cached_property
+    def _ranking(self) -> Ranking:
+        keys = list(self._row)
+        rows = np.fromiter(self._row.values(), np.int64, len(keys))
+        counts = np.asarray([self._counts.get(key, 1) for key in keys], np.float64)
+        return Ranking(
+            pa.array(keys).to_numpy(zero_copy_only=False),
+            lambda a, b: self._values(rows[a:b]),
+            len(self.log_prior),
+            self._best,
+            self._weight,
+            counts**SAMPLING_POWER if self._chosen else None,
+        )
+
+    def _values(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._table.take(rows.tolist()).values()
+
+    def _check_reactions(self, what: str) -> None:
+        if self.words == ("",) or self._weight <= 0:
+            raise ConfigError(f"{what}: the model puts no loss on reactions")
+
+    def _tell(self, item: Any, reaction: Any) -> NDArray[np.float64] | None:
+        word = self._word_of(reaction)
+        if (row := self._row.get(item)) is None:
+            self.skipped += 1
+            return None
+        at = row * len(self.words) + word
+        apart = self._step[at].astype(np.float64) * self._offset[at]
+        return np.asarray(apart + np.float64(self._mean[at]))
+
+    def _word_of(self, reaction: Any) -> int:
+        try:
+            found = self._word.get(reaction)
+        except TypeError:  # it cannot even be looked up
+            found = None
+        if found is None:
+            if not self._thresholds or not isinstance(reaction, int | float | np.number):
+                raise DataError(
+                    f"reaction {reaction!r} is not one of the model's: {list(self.words)}"
+                    + (" or a rating" if self._thresholds else "")
+                )
+            found = bisect_right(self._thresholds, reaction)
+        return found
+
+    def _joint(self, items: Sequence[Any], reactions: Sequence[Any] | None) -> NDArray[np.float64]:
+        """[Z] fp64, log p(codes, events)."""
+        if reactions is None:
+            reactions = [None] * len(items)
+        if len(items) != len(reactions):
+            raise DataError(f"a user has {len(items)} items and {len(reactions)} reactions")
+        words, row, word_of = len(self.words), self._row, self._word_of
+        # Below 0 where the item is unknown; what is told of it is looked at all the same.
+        at = [
+            row[i] * words + word_of(r) if i in row else -1 - word_of(r)
+            for i, r in zip(items, reactions)
+        ]
+        rows = np.array(at, np.int64)
+        if len(at) and min(at) < 0:
+            rows = rows[rows >= 0]
+            self.skipped += len(at) - len(rows)
+        apart = self._step[rows].astype(np.float64) @ self._offset[rows].astype(np.float64)
+        return np.asarray(self.log_prior + apart + self._mean[rows].sum(dtype=np.float64))
+
+
+def words_of(behaviour: Mapping[str, Any]) -> tuple[str, ...]:
+    """[W] words for how an event went, of a behaviour format as a model's manifest has it."""
+    if behaviour["scale"]:
+        return tuple(map(str, behaviour["scale"]["words"]))
+    return NEGATIVE_WORDS if behaviour["negatives"] else ("",)
+
+
+def _log_prior(path: Path, sizes: Sequence[int]) -> NDArray[np.float64]:
+    """[Z] of all combinations of codes, from codebooks in safetensors: a length, JSON, values."""
+    with open_regular(path) as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        begin = file.tell()
+        fields = []
+        for j, size in enumerate(sizes):
+            prior = np.full(size, -np.log(size))
+            if (entry := header.get(f"{j}.log_prior")) is not None:
+                first, last = entry["data_offsets"]
+                file.seek(begin + first)
+                prior = np.frombuffer(file.read(last - first), "<f4").astype(np.float64)
+            if entry is not None and (entry["dtype"] != "F32" or prior.shape != (size,)):
+                raise FormatError(f"{path}: field {j} has no prior of {size} codes")
+            fields.append(prior)
+    grid = np.ix_(*fields)
+    return np.asarray(sum(grid[1:], grid[0]), np.float64).ravel()
+
+
+def _read_catalogue(path: Path) -> pa.Table:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        return file.read(columns=["item", "text", "count"])
