@@ -120,6 +120,12 @@ class BehaviourFormat:
         """Index of the word for the best that may happen."""
         return 0 if self.negatives else len(self.words) - 1
 
+    @property
+    def by_lifts(self) -> bool:
+        """Whether an event is a choice or a reaction, whose probabilities add up to one over items
+        or words (`userip_fast.em.lifts`); not both at once."""
+        return not self.words or self.text_weight == 0
+
     def check_text(self, data: Interactions | InteractionStream) -> None:
         """Raises MismatchError where items of `data` are told in another text than at fit."""
         given = None if data.read_as is None else data.read_as.text

@@ -125,7 +125,6 @@ class DataConfig:
                 self.loss,
             )
 
-
     @property
     def token_limits(self) -> tuple[int, int]:
         """Behaviour tokens of a user, and of a sequence, at most."""

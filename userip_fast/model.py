@@ -48,7 +48,7 @@ from userip_fast.data import Catalogue, Interactions, InteractionStream
 from userip_fast.em.amortised import Head
 from userip_fast.em.cache import DiskCache
 from userip_fast.em.checkpoints import load_codebooks
-from userip_fast.em.lifts import PLAIN, Calibration
+from userip_fast.em.lifts import PLAIN, Calibration, Usual
 from userip_fast.em.matching import numbered_like
 from userip_fast.em.steps import profiles_total
 from userip_fast.em.table import EventTable, has_table
@@ -73,7 +73,7 @@ from userip_fast.lm import FrozenLM, make_engine, stored
 from userip_fast.lm.engine import Engine, check_positions
 from userip_fast.lm.trace import Workload
 from userip_fast.packing import Int64
-from userip_fast.profiles import SAMPLING_POWER, Profile, Ranking, likings
+from userip_fast.profiles import SAMPLING_POWER, Profile, Ranking, lifts, likings, odds
 from userip_fast.prompts import Layout, PromptTemplate
 from userip_fast.reach import Reach
 from userip_fast.segments import Part, Segments
@@ -90,6 +90,7 @@ _FILES = (
     "catalogue.parquet",
     "codes.json",
 )
+_USUAL = "reactions.parquet"
 _TOLD_USERS = 1 << 12  # of a stream, those who are looked at before the rest is read
 _LM_FILES = ("lm/config.json", "lm/model.safetensors")
 
@@ -139,6 +140,7 @@ class Model:
         learned += self.head.state().values() if self.head else ()
         if not self.calibration.plain:
             learned += self.calibration.state().values()
+            digest.update(b"" if self.calibration.usual is None else self.calibration.usual.digest)
         for tensor in (self.start, *learned):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -295,9 +297,8 @@ class Model:
             DataError: An item has no known text.
         """
         self._check_reactions("affinity")
-        values = self._values(self._texts_of(items, texts))
-        likes = likings(values, self.format.best_word, self.format.feedback_weight)
-        return np.asarray(np.asarray(probabilities, np.float32) @ likes.T, np.float32)
+        scores = self._scores(self._texts_of(items, texts))
+        return np.asarray(np.asarray(probabilities, np.float32) @ scores.T, np.float32)
 
     def open_profile(
         self,
@@ -321,7 +322,8 @@ class Model:
             kind = self._texts_of([item], texts)[0], self._word(reaction)
             return table.values[int(table.rows([kind])[0])].numpy()
 
-        profile = Profile(table.grid.log_prior.numpy(), table.grid.sizes, tell)
+        half = self.calibration.half_events
+        profile = Profile(table.grid.log_prior.numpy(), table.grid.sizes, tell, half)
         told = [None] * len(items) if reactions is None else reactions
         if len(items) != len(told):
             raise DataError(f"a user has {len(items)} items and {len(told)} reactions")
@@ -335,9 +337,10 @@ class Model:
         """The best items of the catalogue for users, best first.
 
         Where the model was fitted on ratings, by `affinity`. On a log of choices by the probability
-        that an item is the one of the catalogue that is chosen next: "chosen" is as against items
-        sampled by popularity, so its odds are put back on how often an item is sampled. The scores
-        of all items are kept in memory, 4 Z bytes an item.
+        that an item is the one of the catalogue that is chosen next: affinity times popularity. (A
+        model that tells "chosen" does so as against items sampled by popularity: its odds are put
+        back on how often an item is sampled.) The scores of all items are kept in memory, 4 Z bytes
+        an item.
 
         Args:
             probabilities: [Z] or [U, Z], as `profile` gives them.
@@ -356,32 +359,31 @@ class Model:
         if self._ranking is None or self._ranking[0] is not table:
             texts = self.catalogue.item_text.to_pylist()
             table.rows([(text, table.words[0]) for text in texts])  # read together
-            self._ranking = (
-                table,
-                Ranking(
-                    self.catalogue.item_keys.to_numpy(zero_copy_only=False),
-                    lambda a, b: self._values(texts[a:b]),
-                    len(table.grid.codes),
-                    self.format.best_word,
-                    self.format.feedback_weight,
-                    self.catalogue.counts**SAMPLING_POWER if self.format.negatives else None,
-                ),
-            )
+            counts, chosen = self.catalogue.counts, self.format.negatives > 0
+            power = SAMPLING_POWER if chosen else 1.0
+            mass = None if self.format.scale is not None else counts.astype(np.float64) ** power
+
+            def scores(a: int, b: int) -> npt.NDArray[np.float32]:
+                return odds(self._scores(texts[a:b])) if chosen else self._scores(texts[a:b])
+
+            keys = self.catalogue.item_keys.to_numpy(zero_copy_only=False)
+            self._ranking = table, Ranking(keys, scores, len(table.grid.codes), mass)
         return self._ranking[1].top(probabilities, n)
 
-    def _values(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """[n, W, Z] log p(text, word | codes)."""
+    def _scores(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """[n, Z] p(the best reaction | item, codes), or lifts of choices."""
         table = self.event_table()
         rows = table.rows([(text, word) for text in texts for word in table.words])
-        return (
-            table.values[torch.from_numpy(rows)].numpy().reshape(len(texts), len(table.words), -1)
-        )
+        values = table.values[torch.from_numpy(rows)].numpy()
+        values = values.reshape(len(texts), len(table.words), -1)
+        if not self.format.words:
+            return lifts(values, table.grid.log_prior.numpy())
+        return likings(values, self.format.best_word, self.format.feedback_weight)
 
     def _check_reactions(self, what: str) -> None:
-        if not self.format.words or self.format.feedback_weight <= 0:
+        if self.format.words and self.format.feedback_weight <= 0:
             raise ConfigError(
-                f"{what}: the model puts no loss on reactions; fit with ratings or negatives, and "
-                "data.loss=feedback or all"
+                f"{what}: the model puts no loss on reactions; fit with data.loss=feedback or all"
             )
 
     @property
@@ -524,6 +526,8 @@ class Model:
             )
             start = {"start": self.start, **self.calibration.state()}
             write_tensors(tmp / "start.safetensors", start)
+            if self.calibration.usual is not None:
+                pq.write_table(self.calibration.usual.to_arrow(), tmp / _USUAL)
             if self.head is not None:
                 write_tensors(tmp / "head.safetensors", self.head.state())
             pq.write_table(self.catalogue.to_table(), tmp / "catalogue.parquet")
@@ -620,6 +624,10 @@ class Model:
             with _of_file(root / "start.safetensors"):
                 combinations = math.prod(f.codebook_size for f in config.fields)
                 calibration = Calibration.from_state(started, start, combinations)
+            if _USUAL in manifest["files"]:
+                with _of_file(root / _USUAL):
+                    usual = Usual.from_arrow(_read_table(root / _USUAL))
+                calibration = replace(calibration, usual=usual, neutral=start)
             head = None
             if config.em.estep == "amortised" and config.em.recipe != "paper":
                 head = Head.from_state(read_tensors(root / "head.safetensors"))

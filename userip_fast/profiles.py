@@ -6,6 +6,7 @@ of codes run with the last field's fastest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,23 +29,37 @@ class Profile:
         log_prior: [Z] fp64.
         sizes: [J] codes of each field; their product is Z.
         tell: log p(event | codes) [Z] of an item and how it went; None where the item is unknown.
+        half_events: Events at which each counts half (`userip_fast.em.lifts.Calibration`).
 
     Attributes:
-        log_joint: [Z] fp64, log p(codes, events) in nats; the prior before there are events.
         events, skipped: Events that are in it, and those of unknown items, which are not.
     """
 
-    __slots__ = ("_tell", "events", "log_joint", "sizes", "skipped")
+    __slots__ = ("_half", "_mass", "_prior", "_sum", "_tell", "events", "sizes", "skipped")
 
     def __init__(
         self,
         log_prior: NDArray[np.float64],
         sizes: Sequence[int],
         tell: Callable[[Any, Any], NDArray[np.floating[Any]] | None],
+        half_events: float = math.inf,
     ) -> None:
-        self.log_joint = np.array(log_prior, np.float64)
-        self.sizes, self._tell = tuple(sizes), tell
+        self._prior = np.array(log_prior, np.float64)
+        self._sum, self._mass = np.zeros_like(self._prior), 0.0
+        self.sizes, self._tell, self._half = tuple(sizes), tell, half_events
         self.events = self.skipped = 0
+
+    @property
+    def log_joint(self) -> NDArray[np.float64]:
+        """[Z] fp64, log p(codes, events) in nats, as far as events count; the prior before there
+        are events."""
+        return np.asarray(self._prior + counting(self._mass, self._half) * self._sum)
+
+    def take(self, values: NDArray[np.float64], events: int) -> None:
+        """Adds the sum [Z] of what some events tell."""
+        self._sum += values
+        self._mass += events
+        self.events += events
 
     def add(self, item: Any, reaction: Any = None, weight: float = 1.0) -> bool:
         """Adds an event; False where the item is unknown, so that it was skipped and counted.
@@ -62,15 +77,17 @@ class Profile:
         if likelihood is None:
             self.skipped += 1
             return False
-        self.log_joint += likelihood * np.float64(weight)
+        self._sum += likelihood * np.float64(weight)
+        self._mass = max(0.0, self._mass + weight)
         self.events += 1
         return True
 
     @property
     def evidence(self) -> float:
         """log p(events), in nats."""
-        high = self.log_joint.max()
-        return float(high + np.log(np.exp(self.log_joint - high).sum()))
+        joint = self.log_joint
+        high = joint.max()
+        return float(high + np.log(np.exp(joint - high).sum()))
 
     @property
     def probabilities(self) -> NDArray[np.float32]:
@@ -93,6 +110,21 @@ def softmax(log_joint: NDArray[np.float64]) -> NDArray[np.float32]:
     return np.asarray(p, np.float32)
 
 
+def counting(events: float, half_events: float) -> float:
+    """How much each of so many events counts."""
+    return 1.0 if math.isinf(half_events) else half_events / (half_events + events)
+
+
+def lifts(values: NDArray[np.float32], log_prior: NDArray[np.float64]) -> NDArray[np.float32]:
+    """[n, Z] how many times likelier than by anybody an item is chosen under codes, of its table
+    values [n, 1, Z]."""
+    told = values[:, 0].astype(np.float64)
+    joint = told + log_prior
+    high = joint.max(1, keepdims=True, initial=-np.inf)
+    usual = high + np.log(np.exp(joint - high).sum(1, keepdims=True))
+    return np.asarray(np.exp(told - usual), np.float32)
+
+
 def likings(values: NDArray[np.float32], best: int, weight: float) -> NDArray[np.float32]:
     """[n, Z] p(the best word | item, codes) of `values` [n, W, Z], the words adding up to one.
 
@@ -108,18 +140,21 @@ def likings(values: NDArray[np.float32], best: int, weight: float) -> NDArray[np
     return np.asarray(scores[:, best] / scores.sum(1), np.float32)
 
 
+def odds(likes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of a probability. "chosen" is told against items sampled by popularity, so that its odds are
+    how much likelier an item is chosen under codes than it was sampled."""
+    sure = np.clip(likes, 1e-30, 1 - 2.0**-24)
+    return np.asarray(sure / (1 - sure), np.float32)
+
+
 class Ranking:
     """The items of a catalogue by how well they would be liked, or how likely they are chosen.
 
-    A word for ratings ranks by its probability. "chosen" is told against items that were sampled by
-    popularity, so that its odds are p(item | codes) over how often the item was sampled: an item's
-    share of odds times that is the probability that it, of this catalogue, is chosen next.
-
     Args:
         keys: [M] item keys.
-        rows: Values [n, W, Z] of items `start:stop`.
-        best, weight: As in `likings`.
-        sampled: [M] how often items are sampled, up to a factor; None for ratings.
+        scores: Of items `start:stop`, [n, Z] under each combination of codes.
+        mass: [M] how often items are chosen by anybody, up to a factor: scores times that are the
+            probabilities that an item, of this catalogue, is chosen next. None for ratings.
 
     Attributes:
         keys: [M] item keys.
@@ -129,21 +164,18 @@ class Ranking:
     def __init__(
         self,
         keys: NDArray[Any],
-        rows: Callable[[int, int], NDArray[np.float32]],
+        scores: Callable[[int, int], NDArray[np.float32]],
         codes: int,
-        best: int,
-        weight: float,
-        sampled: NDArray[np.floating[Any]] | None,
+        mass: NDArray[np.floating[Any]] | None,
     ) -> None:
         self.keys = keys
         self.scores = np.empty((len(keys), codes), np.float32)
         step = max(1, _BLOCK // codes)
         for a in range(0, len(keys), step):
             b = min(a + step, len(keys))
-            self.scores[a:b] = likings(rows(a, b), best, weight)
-        if sampled is not None and len(keys):
-            sure = np.clip(self.scores, 1e-30, 1 - 2.0**-24)
-            self.scores = sure / (1 - sure) * sampled[:, None].astype(np.float32)
+            self.scores[a:b] = scores(a, b)
+        if mass is not None and len(keys):
+            self.scores *= mass[:, None].astype(np.float32)
             self.scores /= self.scores.sum(0, dtype=np.float64).astype(np.float32)
 
     def top(

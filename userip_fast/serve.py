@@ -39,7 +39,10 @@ from userip_fast.profiles import (
     SAMPLING_POWER,
     Profile,
     Ranking,
+    counting,
+    lifts,
     likings,
+    odds,
     softmax,
 )
 from userip_fast.segments import Part, Segments
@@ -84,6 +87,7 @@ class Server:
         self._best = 0 if behaviour["negatives"] else len(self.words) - 1
         self._weight = float(behaviour["feedback_weight"])
         self._chosen = bool(behaviour["negatives"])
+        self._half = float(about.get("half_events") or np.inf)
         texts_there = table.texts.to_pylist()
         row = {texts_there[i]: i for i in reversed(range(len(texts_there)))}  # the first counts
         told = zip(catalogue["item"].to_pylist(), catalogue["text"].to_pylist())
@@ -186,21 +190,25 @@ class Server:
             return softmax(np.stack([self._joint(*own) for own in zip(items, told, strict=True)]))
         return softmax(self._joint(items, reactions))
 
+    def _joint(self, items: Sequence[Any], reactions: Sequence[Any] | None) -> NDArray[np.float64]:
+        """[Z] fp64, log p(codes, events), as far as events count."""
+        told, known = self._told(items, reactions)
+        return np.asarray(self.log_prior + counting(known, self._half) * told)
+
     def open_profile(
         self, items: Sequence[Any] = (), reactions: Sequence[Any] | None = None
     ) -> Profile:
         """A profile that takes more events; begun with some, as `profile` takes them."""
-        before = self.skipped
-        profile = Profile(self._joint(items, reactions), self._sizes, self._tell)
-        profile.skipped = self.skipped - before
-        profile.events = len(items) - profile.skipped
+        profile = Profile(self.log_prior, self._sizes, self._tell, self._half)
+        profile.take(*self._told(items, reactions))
+        profile.skipped = len(items) - profile.events
         return profile
 
     def affinity(
         self, probabilities: NDArray[np.floating[Any]], items: Sequence[Any]
     ) -> NDArray[np.float32]:
-        """p(the best reaction | item, a user's codes), averaged over the codes; see
-        `Model.affinity`.
+        """p(the best reaction | item, a user's codes), or how many times likelier a choice is than
+        by anybody, averaged over the codes; see `Model.affinity`.
 
         Args:
             probabilities: [Z] or [U, Z], as `profile` gives them.
@@ -214,7 +222,7 @@ class Server:
         """
         self._check_reactions("affinity")
         rows = np.asarray([self._row.get(item, -1) for item in items], np.int64)
-        found = likings(self._values(rows[rows >= 0]), self._best, self._weight)
+        found = self._scores(rows[rows >= 0])
         likes = np.full((len(rows), len(self.log_prior)), np.nan, np.float32)
         likes[rows >= 0] = found
         return np.asarray(np.asarray(probabilities, np.float32) @ likes.T, np.float32)
@@ -233,18 +241,27 @@ class Server:
         counts = np.asarray([self._counts.get(key, 1) for key in keys], np.float64)
         return Ranking(
             pa.array(keys).to_numpy(zero_copy_only=False),
-            lambda a, b: self._values(rows[a:b]),
+            lambda a, b: odds(self._scores(rows[a:b])) if self._chosen else self._scores(rows[a:b]),
             len(self.log_prior),
-            self._best,
-            self._weight,
-            counts**SAMPLING_POWER if self._chosen else None,
+            counts**SAMPLING_POWER if self._chosen else counts if self._lifts else None,
         )
+
+    @property
+    def _lifts(self) -> bool:
+        """Whether choices are told by text alone."""
+        return self.words == ("",)
+
+    def _scores(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        values = self._values(rows)
+        if self._lifts:
+            return lifts(values, self.log_prior)
+        return likings(values, self._best, self._weight)
 
     def _values(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         return self._table.take(rows.tolist()).values()
 
     def _check_reactions(self, what: str) -> None:
-        if self.words == ("",) or self._weight <= 0:
+        if not self._lifts and self._weight <= 0:
             raise ConfigError(f"{what}: the model puts no loss on reactions")
 
     def _tell(self, item: Any, reaction: Any) -> NDArray[np.float64] | None:
@@ -270,8 +287,10 @@ class Server:
             found = bisect_right(self._thresholds, reaction)
         return found
 
-    def _joint(self, items: Sequence[Any], reactions: Sequence[Any] | None) -> NDArray[np.float64]:
-        """[Z] fp64, log p(codes, events)."""
+    def _told(
+        self, items: Sequence[Any], reactions: Sequence[Any] | None
+    ) -> tuple[NDArray[np.float64], int]:
+        """[Z] fp64, log p(events | codes), and the number of known events."""
         if reactions is None:
             reactions = [None] * len(items)
         if len(items) != len(reactions):
@@ -287,7 +306,7 @@ class Server:
             rows = rows[rows >= 0]
             self.skipped += len(at) - len(rows)
         apart = self._step[rows].astype(np.float64) @ self._offset[rows].astype(np.float64)
-        return np.asarray(self.log_prior + apart + self._mean[rows].sum(dtype=np.float64))
+        return np.asarray(apart + self._mean[rows].sum(dtype=np.float64)), len(rows)
 
 
 def words_of(behaviour: Mapping[str, Any]) -> tuple[str, ...]:

@@ -7,13 +7,13 @@ from test_protocols import log
 
 from userip_fast.ctr.codes import codes_in_words, describe_codes
 from userip_fast.ctr.config import CTRConfig
-from userip_fast.em.free import FreeMixture
 from userip_fast.ctr.numbers import Numbers
 from userip_fast.ctr.protocols import make_task
 from userip_fast.ctr.ranking import choice_scores, rank_choices
 from userip_fast.ctr.vectors import item_attributes
 from userip_fast.ctr.work import Work
 from userip_fast.data import read_interactions
+from userip_fast.em.free import FreeMixture
 
 
 @pytest.fixture(scope="module")

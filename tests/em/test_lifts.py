@@ -1,9 +1,9 @@
 """Choices told by text alone: lifts over what anybody would choose, and how sure they make."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny
 import torch
@@ -16,7 +16,7 @@ from userip_fast.codebook import Codebook
 from userip_fast.config import Config, DataConfig, EMConfig
 from userip_fast.data import Catalogue
 from userip_fast.em.crowd import Crowd, Found
-from userip_fast.em.lifts import PLAIN, Calibration, log_lifts, log_norm
+from userip_fast.em.lifts import PLAIN, Calibration, Usual, log_lifts, log_norm
 from userip_fast.em.readings import Readings
 from userip_fast.em.table import EventTable, Grid
 from userip_fast.errors import FormatError
@@ -39,18 +39,18 @@ def choices(users=60):
     return replace(read(users), rating=None)
 
 
-def source_of(users=60):
-    data = choices(users)
+def source_of(users=60, rated=False):
+    data = read(users) if rated else choices(users)
     fmt = BehaviourFormat.fit(CHOICES, data, 0)
     return BehaviourSource(fmt.events(data, Catalogue.from_interactions(data)), fmt)
 
 
-def crowd_of(lm, fields=2, **settings):
+def crowd_of(lm, fields=2, rated=False, **settings):
     engine = engine_of(lm, fields)
     neutral = torch.zeros(fields, lm.hidden_size)
     prompts = tuple(ProfileField(f"f{j}", "", 1, SIZES[j]) for j in range(fields))
     config = replace(CONFIG, **settings)
-    return Crowd(source_of(), 60, engine, config, prompts, neutral)
+    return Crowd(source_of(60, rated), 60, engine, config, prompts, neutral)
 
 
 def test_choices_are_told_by_their_text(lm):
@@ -78,13 +78,17 @@ def test_what_all_codes_find_hard_cancels(lm):
     assert float(log_norm(lifts, crowd.counts)[0]) == pytest.approx(0, abs=1e-12)
 
 
-def test_the_gradient_is_that_of_the_normalised_likelihood(lm):
+@pytest.mark.parametrize("rated", [False, True])
+def test_the_gradient_is_that_of_the_normalised_likelihood(lm, rated):
     """A full M-step, against differences of the objective that it descends."""
-    crowd, books = crowd_of(lm), books_of(lm, 2)
+    crowd, books = crowd_of(lm, rated=rated), books_of(lm, 2)
     found = crowd.judge(books)
     stats = crowd.stats(found, books)
-    grid = Grid(books, crowd.engine)
-    observed = found.shares + _expected(crowd, found)
+    observed = observed_of(crowd, found, books)
+    # What is observed and what is expected add up to the same: of a code, or of a code and item.
+    words = 3 if rated else len(crowd.texts)
+    apart = found.shares.view(-1, words, 12).sum(1)
+    assert float(apart.abs().max()) < 1e-5 * float(observed.sum())
     torch.manual_seed(0)
     step = [torch.randn_like(book.codewords) for book in books]
 
@@ -97,28 +101,37 @@ def test_the_gradient_is_that_of_the_normalised_likelihood(lm):
     want = (value(size) - value(-size)) / (2 * size)
     got = sum(float((g * s.double()).sum()) for g, s in zip(stats.gradient, step))
     assert got == pytest.approx(want, rel=2e-2)
-    assert len(grid.codes) == 12
 
 
-def _expected(crowd: Crowd, found: Found):
-    """What `Crowd` subtracts: choices that a code lets expect, from its users' number of events."""
-    p = (found.table.double() + crowd.counts.log()[:, None]).exp() / crowd.counts.sum()
-    # shares = observed - sum(observed) * p, and p adds up to one: so shares add up to zero, and
-    # the number of a code's choices is what its users' responsibilities say.
-    assert float(found.shares.sum(0).abs().max()) < 1e-4
-    return _events_of_codes(crowd, found) * p
-
-
-def _events_of_codes(crowd: Crowd, found: Found):
-    total = torch.zeros(found.table.shape[1], dtype=torch.float64)
+def observed_of(crowd, found, books):
+    """[E, Z] responsibilities of the training users, added up over the events of a kind."""
+    out = torch.zeros_like(found.table, dtype=torch.float64)
+    prior = Grid(books, crowd.engine).log_prior
     for first, told in crowd._chunks():
         kinds, user, offsets = crowd._known(told)
-        prior = Grid(books_of(crowd.engine.lm, 2), crowd.engine).log_prior
         log_resp, _ = uf.ops.profile_posterior(found.table, kinds, offsets, prior)
         trains = torch.from_numpy(~crowd.judging[first : first + len(log_resp)])
-        n = torch.bincount(user, minlength=len(log_resp))
-        total += (log_resp.double().exp() * (n * trains)[:, None]).sum(0)
-    return total
+        out.index_add_(0, kinds, (log_resp.double().exp() * trains[:, None])[user])
+    return out
+
+
+def test_reactions_to_an_item_add_up_to_one(lm):
+    crowd = crowd_of(lm, rated=True)
+    found = crowd.judge(books_of(lm, 2))
+    total = found.table.double().exp().view(len(crowd.texts), 3, -1).sum(1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-5, atol=0)
+    usual = crowd.usual
+    nothing = usual.values(torch.zeros(3, 2), ["never met"], 1.0).exp()
+    counts = usual.counts.sum(0) + 1.0
+    torch.testing.assert_close(
+        nothing, torch.from_numpy(counts / counts.sum()).float()[:, None].expand(3, 2)
+    )
+    again = Usual.from_arrow(usual.to_arrow())
+    assert again.digest == usual.digest
+    told = usual.to_arrow()
+    for bad in (told.drop_columns("counts"), told.set_column(0, "text", pa.nulls(len(told)))):
+        with pytest.raises(FormatError):
+            Usual.from_arrow(bad)
 
 
 @pytest.mark.parametrize("copies", [1, 8])

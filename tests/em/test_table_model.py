@@ -11,6 +11,7 @@ from test_table import WHOLE
 
 import userip_fast as uf
 from userip_fast.config import LMConfig
+from userip_fast.em.scorer import log_prior
 from userip_fast.errors import ConfigError, DataError
 from userip_fast.lm import PackedEngine
 from userip_fast.packing import make_pack
@@ -29,7 +30,7 @@ def model(lm):
 @pytest.fixture(scope="module")
 def choices(lm):
     data = replace(read(60), rating=None)
-    return uf.fit(data, lm, config=WHOLE.override({"data.loss": "all"}))
+    return uf.fit(data, lm, config=WHOLE.override({"data.loss": "all", "data.negatives": 1}))
 
 
 def events(data):
@@ -107,7 +108,7 @@ def test_a_model_saved_before_anything_was_read(tmp_path):
 
 
 def test_no_events_give_the_prior(model):
-    prior = sum(np.ix_(*[b.log_prior.numpy() for b in model.codebooks]))
+    prior = sum(np.ix_(*[log_prior(b).numpy() for b in model.codebooks]))
     np.testing.assert_allclose(model.profile([]), np.exp(prior).ravel(), rtol=1e-4)
     np.testing.assert_allclose(model.profile([[], []])[1], np.exp(prior).ravel(), rtol=1e-4)
 
@@ -138,6 +139,16 @@ def test_affinity_is_the_words_share_under_each_code(which, request, lm):
     p = np.eye(12, dtype=np.float32)  # sure of one combination each
     got = model.affinity(p, [0, 4])
     assert got.shape == (12, 2)
+    # How often each word was told of each item, smoothed by ten events at the overall shares.
+    counts = np.zeros((len(tiny.TEXTS), len(words)))
+    if which == "model":
+        data = read(60)
+        level = model.format.scale.level(data.rating)
+        at = [tiny.TEXTS.index(t) for t in data.item_text.to_pylist()]
+        np.add.at(counts, (np.asarray(at)[data.item_index], level), 1)
+    total = counts.sum(0) + 1
+    usual = counts + 10 * total / total.sum()
+    usual = (usual / usual.sum(1, keepdims=True)).astype(np.float32)
     for i, item in enumerate((0, 4)):
         kinds = [(tiny.TEXTS[item], w) for w in words]
         told = model.format.kinds(lm.tokenizer, engine.layout, kinds)
@@ -145,7 +156,11 @@ def test_affinity_is_the_words_share_under_each_code(which, request, lm):
             pack = make_pack(told, np.arange(len(words)), engine.layout, lm.device)
             with torch.no_grad():
                 soft = table.grid.soft[z : z + 1].expand(len(words), -1, -1)
-                share = (-engine.nll(pack, soft)).softmax(0)
+                said = -engine.nll(pack, soft)
+                if which == "model":  # relative to what is usual of the item
+                    neutral = model.start[None].expand(len(words), -1, -1)
+                    said += engine.nll(pack, neutral) + torch.from_numpy(usual[item]).log()
+                share = said.softmax(0)
             assert got[z, i] == pytest.approx(float(share[words.index(best)]), rel=1e-4)
     mean = model.affinity(np.full(12, 1 / 12, np.float32), [0, 4])
     np.testing.assert_allclose(mean, got.mean(0), rtol=1e-5)
@@ -163,8 +178,7 @@ def test_what_cannot_be_asked(model, choices, lm):
     sequence = uf.fit(read(20), lm, config=WHOLE.override({"data.behaviour_context": "sequence"}))
     with pytest.raises(ConfigError, match="an event table needs"):
         sequence.profile([0], ["liked"])
-    silent = WHOLE.override({"data.behaviour": "{text}", "data.loss": "all"})
-    told = uf.fit(read(20), lm, config=silent)
-    assert told.profile([0, 1]).shape == (12,)
+    told = uf.fit(read(20), lm, config=WHOLE.override({"data.loss": [1.0, 0.0]}))
+    assert told.profile([0, 1], ["liked", "okay"]).shape == (12,)
     with pytest.raises(ConfigError, match="no loss on reactions"):
         told.affinity(told.profile([]), [0])

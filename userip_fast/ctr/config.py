@@ -13,11 +13,12 @@ from userip_fast.prompts import TEMPLATES
 FEATURES = (
     "none", "random", "generosity", "kmeans_attributes", "kmeans_tfidf", "kmeans_states",
     "mf_clusters", "mixture", "foldin", "history", "text", "paper", "ids", "ids_prob",
-    "affinity", "all", "all+ids",
+    "affinity", "theta", "all", "all+ids",
 )  # fmt: skip
 """What a recommender knows of the user, beside the statistics that `none` has as well."""
-DEFAULT_FEATURES = tuple(f for f in FEATURES if f not in ("random", "paper"))
-"""The published recipe costs a gradient descent per user: it is asked for."""
+DEFAULT_FEATURES = tuple(f for f in FEATURES if f not in ("random", "paper", "theta"))
+"""The published recipe costs a gradient descent per user, and `theta` (what codes may reach: the
+LM's own score of an item, told of the user) a reading of the LM per row: they are asked for."""
 CLUSTERS = (
     "generosity", "kmeans_attributes", "kmeans_tfidf", "kmeans_states", "mf_clusters", "mixture",
 )  # fmt: skip

@@ -348,6 +348,8 @@ class _Evaluation:
             if self.task.choices:  # as against sampled items: popularity is put back
                 known = np.log(popular + 0.1)
                 others["affinity and popularity"] = others["affinity"] + _SAMPLED * known
+        if "score:theta" in asked:
+            others |= inputs.told(0)["test"]
 
         def areas(told: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
             return {n: float(auc(label, x[counts])[0]) for n, x in told.items()}
@@ -368,6 +370,8 @@ class _Evaluation:
         affinity = joint = None
         if "score:ids" in asked:
             affinity = self.inputs.affinity_table(0)
+            if self.profiles.format.words:  # "chosen", as against sampled items
+                affinity = affinity / (1 - affinity)
             at = self.task.data.user_index(self.task.views[-1].user_keys)
             joint = self.profiles.joint(self.inputs.profile("ids", 0)[-1]["probabilities"][at])
         scores = choice_scores(self.inputs.numbers.fit(-1), mixture, posterior, affinity, joint)
@@ -376,7 +380,7 @@ class _Evaluation:
 
 def _kind(part: str) -> str:
     kind, _, what = part.partition(":")
-    if part == "score:ids":
+    if part in ("score:ids", "score:theta"):
         return "affinity"
     if kind in ("code", "probabilities"):
         return _LM_FEATURES.get(what, "clusters")

@@ -36,6 +36,7 @@ from userip_fast.ctr.vectors import (
 )
 from userip_fast.data import Catalogue, Events, Interactions
 from userip_fast.em.free import FreeMixture
+from userip_fast.em.readings import Readings, log_likelihoods, pair_log_likelihoods
 from userip_fast.em.states import mean_states
 from userip_fast.em.trainer import shared_start
 from userip_fast.errors import ConfigError
@@ -43,6 +44,7 @@ from userip_fast.keys import hash_keys, seeded
 from userip_fast.lm import PackedEngine
 from userip_fast.model import Model
 from userip_fast.packing import Int64
+from userip_fast.progress import progress
 
 Vectors = Callable[[Interactions], Float64]
 
@@ -153,7 +155,7 @@ class Profiles:
         """What decides a feature's codes, beside seed and view; ready for JSON."""
         config = self.config.to_dict()
         em = config.pop("em")
-        key: dict[str, Any] = {"feature": feature, "sizes": self.sizes, "version": 2}
+        key: dict[str, Any] = {"feature": feature, "sizes": self.sizes, "version": 3}
         if feature == "random":
             return key
         key |= {"learn": data_digest(self.learn), "data": config["data"]}
@@ -216,7 +218,8 @@ class Profiles:
         return out
 
     def affinity(self, data: Interactions, seed: int) -> NDArray[np.float32]:
-        """[I, Z] p(the best reaction | item, codes) of the items of `data`.
+        """[I, Z] p(the best reaction | item, codes) of the items of `data`; of choices, how many
+        times likelier they are than by anybody.
 
         Raises:
             ImpossibleError: The LM tells no reactions, or has no event table.
@@ -229,7 +232,64 @@ class Profiles:
             p = model.affinity(codes, list(texts), texts)
         except ConfigError as why:
             raise ImpossibleError(str(why)) from why
-        return np.ascontiguousarray(np.clip(p.T, 1e-6, 1 - 1e-6))
+        return np.ascontiguousarray(np.clip(p.T, 1e-6, 1 - 1e-6 if self.format.words else None))
+
+    def told(self, view: Interactions, user: Int64, item: Int64) -> NDArray[np.float32]:
+        """[N] the same, in logarithms (odds, of reactions), of pairs of a view's users and its
+        items, with what the LM is told of the user in place of codes: what codes may reach.
+
+        Args:
+            user: [N] rows of the view, -1 for somebody of whom nothing is known.
+            item: [N] rows of the view's items.
+
+        Raises:
+            ImpossibleError: The LM has no language to be told of users.
+        """
+        model = self.model("ids", 0)
+        lm, engine, fmt = model.lm, model.ready_trainer().engine, model.format
+        if lm.foldin is None or not fmt.by_lifts:
+            raise ImpossibleError("this LM has not learned to read what a user did")
+        source = model.source(view, "skip")
+        told = source.told(lm.tokenizer, 0, source.num_users)
+        kinds = list(zip(told.texts, told.words or [""] * len(told.texts)))
+        rows = torch.cat([lm.foldin.theta(kinds, told.kinds, told.offsets), model.start[None]])
+        nobody = source.num_users
+        at = np.full(view.num_users + 1, nobody)
+        at[view.user_index(source.keys_of(0, nobody))] = np.arange(nobody)
+        of_pair = torch.from_numpy(at[user])
+        words = fmt.words or ("",)
+        texts = view.item_text.to_pylist()
+        known = {text: i for i, text in enumerate(dict.fromkeys(texts[i] for i in np.unique(item)))}
+        readings = Readings.of(
+            fmt.kinds(lm.tokenizer, engine.layout, [(t, w) for t in known for w in words])
+        )
+        text = np.asarray([known[texts[i]] for i in item.tolist()], np.int64)
+        said = np.zeros((len(item), len(words)))
+        columns = readings.reading.reshape(len(known), len(words))
+        tokens = self.config.em.pack_tokens
+        neutral = log_likelihoods(engine, readings, model.start[None].to(lm.device), tokens)
+        apart = [w for w in range(len(words)) if w == 0 or (columns[:, w] != columns[:, 0]).any()]
+        with progress("reading pairs", len(item) * len(apart), "readings", self.show) as bar:
+            for w in apart:
+                pair, kind, value = pair_log_likelihoods(
+                    engine,
+                    readings,
+                    lambda own: rows[of_pair[own]].to(lm.device),
+                    columns[text, w],
+                    tokens,
+                )
+                own = text[pair] == kind // len(words)  # a reading may tell of other texts too
+                said[pair[own], kind[own] % len(words)] = value[own]
+                bar.advance(len(item))
+        said -= neutral.numpy().reshape(len(known), len(words))[text]
+        if not fmt.words:
+            return said[:, 0].astype(np.float32)
+        usual = model.calibration.usual
+        assert usual is not None
+        said = said / fmt.feedback_weight + usual.log_shares(list(known)).numpy()[text]
+        p = np.exp(said - said.max(1, keepdims=True))
+        p = np.clip(p[:, fmt.best_word] / p.sum(1), 1e-6, 1 - 1e-6)
+        return np.asarray(np.log(p / (1 - p)), np.float32)
 
     def joint(self, probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
         """[U, Z] of all combinations from [U, sum of K_j]: the product over fields."""

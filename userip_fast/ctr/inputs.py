@@ -39,6 +39,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "text": ("number:text",),
     "ids_prob": _OF_LM[:2],
     "affinity": _OF_LM[2:],
+    "theta": ("score:theta",),
     "all": _WITHOUT_LM,
     "all+ids": (*_WITHOUT_LM, *_OF_LM),
     **{
@@ -123,8 +124,8 @@ class Inputs:
         elif kind == "number":
             found = self._standardised(self.number_part(what))
         elif kind == "score":
-            told = self.mixture_scores(seed) if what == "mixture" else self.affinities(seed)
-            found = self._standardised(told)
+            scores = {"mixture": self.mixture_scores, "ids": self.affinities, "theta": self.told}
+            found = self._standardised(scores[what](seed))
         else:
             found = self._profile(kind, what, seed)
         return found
@@ -223,15 +224,41 @@ class Inputs:
         }
 
     def affinities(self, seed: int) -> dict[str, dict[str, NDArray[np.float32]]]:
-        """Side -> name -> [N] log odds of the best reaction, p(codes | profile) averaged over."""
+        """Side -> name -> [N] log odds of the best reaction, or log lift of the choice,
+        p(codes | profile) averaged over."""
         table = self.affinity_table(seed)
         p = np.stack([self.profiles.joint(v["probabilities"]) for v in self.profile("ids", seed)])
         out = {}
         for side in SIDES:
             rows = self._side(side)
             mean = np.einsum("nz,nz->n", p[rows.view, rows.user], table[rows.item])
-            out[side] = {"affinity": np.log(mean / (1 - mean)).astype(np.float32)}
+            odds = mean / (1 - mean) if self.profiles.format.words else mean
+            out[side] = {"affinity": np.log(odds).astype(np.float32)}
         return out
+
+    def told(self, seed: int) -> dict[str, dict[str, NDArray[np.float32]]]:
+        """Side -> name -> [N] the LM's score of the item, told of the user instead of codes; no
+        seed of EM changes it."""
+        key = {
+            "kind": "theta",
+            "rows": self._rows,
+            "views": self._about,
+            **self.profiles.key("ids"),
+        }
+
+        def compute() -> Arrays:
+            found = {}
+            for side in SIDES:
+                rows = self._side(side)
+                out = np.zeros(len(rows), np.float32)
+                for v in np.unique(rows.view).tolist():
+                    here = np.flatnonzero(rows.view == v)
+                    user = self.task.view_rows(v)[rows.user[here]]
+                    out[here] = self.profiles.told(self.task.views[v], user, rows.item[here])
+                found[side] = out
+            return found
+
+        return {side: {"theta": x} for side, x in self.store.get(key, compute).items()}
 
     def affinity_table(self, seed: int) -> NDArray[np.float32]:
         """[I, Z] p(the best reaction | item, codes)."""

@@ -74,8 +74,8 @@ def choice_scores(
     Args:
         fit: On everything that training knows.
         mixture, posterior: A mixture and [V, K] its posterior of the test view's users.
-        affinity, joint: [I, Z] p(chosen | item, codes), and [V, Z] p(codes | profile). `chosen` is
-            as against sampled items, so popularity is put back.
+        affinity, joint: [I, Z] how much likelier than by anybody items are chosen under codes, and
+            [V, Z] p(codes | profile). Popularity is put back.
     """
     view = len(fit.task.views) - 1
     popular = fit.counts.astype(np.float64)
@@ -100,8 +100,7 @@ def choice_scores(
     if affinity is not None and joint is not None:
 
         def by_affinity(at: Int64) -> Float64:
-            p = joint[at] @ affinity.T
-            return np.asarray(np.log(p / (1 - p)) + np.log(popular + 0.1))
+            return np.asarray(np.log(joint[at] @ affinity.T) + np.log(popular + 0.1))
 
         def both(at: Int64) -> Float64:
             parts = (foldin(at), by_affinity(at))

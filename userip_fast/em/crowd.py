@@ -23,7 +23,7 @@ from torch import Tensor
 from userip_fast.behaviour import Source, Told
 from userip_fast.codebook import Codebook, UsageStats
 from userip_fast.config import EMConfig
-from userip_fast.em.lifts import Calibration, log_lifts, log_norm
+from userip_fast.em.lifts import Calibration, Usual, log_lifts, log_norm
 from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.readings import Readings, gradients, log_likelihoods
 from userip_fast.em.scorer import soft_tables
@@ -202,7 +202,7 @@ class Crowd:
     Args:
         source, users: The first so many users of it.
         fields: Whose codes make up the table's columns.
-        neutral: [S, D] soft rows that tell nothing, where choices are told by text alone.
+        neutral: [S, D] soft rows that tell nothing, where events are told by lifts.
     """
 
     def __init__(
@@ -226,13 +226,20 @@ class Crowd:
 
         columns = math.prod(f.codebook_size for f in fields)
         counts = survey(source, tokenizer, 0, users)
-        kinds = _frequent(counts, max(_FEWEST_TEXTS, config.table_readings // columns))
+        texts = _frequent(counts, max(_FEWEST_TEXTS, config.table_readings // columns))
+        words = source.format.words
+        self.usual = None if neutral is None or not words else Usual.of(counts, words)
+        if self.usual is None:
+            kinds = sorted(kind for kind in counts if kind[0] in texts)
+        else:
+            kinds = [(text, word) for text in sorted(texts) for word in words]
         self.counts = torch.tensor([counts[kind] for kind in kinds], dtype=torch.float64)
         share = float(self.counts.sum()) / max(1, counts.total())
         logger.info(
             "EM reads %d of %d kinds, %.1f %% of events", len(kinds), len(counts), 100 * share
         )
         self.numbering = Numbering(kinds)
+        self.texts = sorted(texts)
         told = source.format.kinds(tokenizer, layout, kinds)
         self.readings = Readings.of(told)
         self.weight = torch.from_numpy(told.total_weight)
@@ -274,22 +281,31 @@ class Crowd:
         totals[0] = self.trained
         totals[3] = self.trained * (self.lm_tokens - before) / own_rows
         usage = [UsageStats.of(c) for c in counts]
-        if norm is not None:
-            # A code's choices, against those that it lets expect.
-            expected = (table.double() + self.counts.log()[:, None]).exp() / self.counts.sum()
-            shares -= shares.sum(0) * expected
+        if self.neutral is not None:
+            shares -= self._expected(shares, table)
         return Found(objective, held_out, used, usage, totals, shares, table, norm)
 
     def _table(self, grid: Grid) -> tuple[Tensor, Tensor | None]:
-        """[E, Z] of the kinds that EM reads, and the norm of lifts."""
+        """[E, Z] of the kinds that EM reads, and the norm of choices."""
+        asked = self.engine, self.readings, grid.soft
         tokens = self.config.pack_tokens
         if self.neutral is None:
-            return log_likelihoods(self.engine, self.readings, grid.soft, tokens, self._read), None
-        lifts = log_lifts(
-            self.engine, self.readings, grid.soft, self.neutral, tokens, self._read
-        )  # fmt: skip
+            return log_likelihoods(*asked, tokens, self._read), None
+        lifts = log_lifts(*asked, self.neutral, tokens, self._read)
+        if self.usual is not None:
+            return self.usual.values(lifts, self.texts, self.source.format.feedback_weight), None
         norm = log_norm(lifts, self.counts)
         return (lifts - norm).float(), norm
+
+    def _expected(self, shares: Tensor, table: Tensor) -> Tensor:
+        """[E, Z] what the codes let expect, where `shares` [E, Z] were observed: as many choices of
+        a code's users, as many reactions to an item."""
+        if self.usual is None:
+            p = (table.double() + self.counts.log()[:, None]).exp() / self.counts.sum()
+            return shares.sum(0) * p
+        each = (len(self.texts), -1, table.shape[1])
+        p = (table.double() / self.source.format.feedback_weight).exp().view(each)
+        return (shares.view(each).sum(1, keepdim=True) * p).flatten(0, 1)
 
     def stats(self, found: Found, codebooks: list[Codebook]) -> MixtureStats:
         """One pass, forward and backward, over pairs of a reading and codes: all, or as many as
@@ -325,7 +341,7 @@ class Crowd:
         neutral, norm, table = self.neutral, found.log_norm, found.table
         assert table is not None
         prior = Grid(codebooks, self.engine).log_prior
-        options = [Calibration(neutral, norm, half) for half in _HALF_EVENTS]
+        options = [Calibration(neutral, norm, half, self.usual) for half in _HALF_EVENTS]
         told = np.zeros(len(options))
         for first, chunk in self._chunks():
             kinds, user, _ = self._known(chunk)
@@ -406,13 +422,12 @@ def draw(
     return np.concatenate(rows), np.concatenate(columns), np.concatenate(factors)
 
 
-def _frequent(counts: Counter[Kind], texts: int) -> list[Kind]:
-    """The kinds of the most frequent `texts`, in an order of their own."""
+def _frequent(counts: Counter[Kind], texts: int) -> set[str]:
+    """The most frequent texts."""
     mass: Counter[str] = Counter()
     for (text, _), count in counts.items():
         mass[text] += count
-    chosen = set(sorted(mass, key=lambda text: (-mass[text], text))[:texts])
-    return sorted(kind for kind in counts if kind[0] in chosen)
+    return set(sorted(mass, key=lambda text: (-mass[text], text))[:texts])
 
 
 def _by_kind(kinds: Tensor, user: Tensor, resp: Tensor, num_kinds: int) -> Tensor:

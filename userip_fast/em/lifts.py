@@ -1,20 +1,29 @@
-"""What a choice says of who made it: how much likelier its text is for some codes than for anybody.
+"""What an event says of who it is: how it differs from the same event with nothing told.
 
-    lift[i, z] = log p(text i | codes z) - log p(text i | nothing told) - log_norm[z]
-    log_norm[z] = log of the mean of exp(the difference) over all choices
+    lift[i, z] = log p(text i | codes z) - log p(text i | nothing told)
 
-So p(i | z) = share[i] exp(lift[i, z]), with the share of all choices that fell on i, adds up to one
-over the catalogue. How often an item is chosen at all is known by counting; the LM says by whom.
-What it finds hard to spell, or spells better under any code, cancels.
+What is usual of an item is known by counting, the LM says for whom it is otherwise. So what the LM
+finds hard to spell, or spells better under any code, cancels, and posteriors, likelihoods and
+affinities are those of
+
+    choices, told by their text     p(i | z)    = share[i] exp(lift[i, z]) / norm[z]
+    reactions w to items            p(w | i, z) = share[i, w] exp(lift[i, w, z]) / norm[i, z]
+
+with the share of all choices that fell on item i, or of the reactions to it that were w, such that
+either adds up to one. A table keeps the logarithm, of choices less log share[i], which is the same
+for all codes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -23,14 +32,86 @@ from userip_fast.errors import FormatError
 from userip_fast.lm.engine import Engine
 from userip_fast.packing import Int64
 
+_PRIOR = 10.0  # events that the shares of an item's reactions start with
+
+
+@dataclass(frozen=True, eq=False)
+class Usual:
+    """How often each reaction went to each item.
+
+    Attributes:
+        texts: Of the T items that had some.
+        counts: [T, W] int64.
+    """
+
+    texts: list[str]
+    counts: Int64
+
+    @classmethod
+    def of(cls, counts: Mapping[tuple[str, str], int], words: Sequence[str]) -> Usual:
+        """From how often kinds of event occurred."""
+        texts = sorted({text for text, _ in counts})
+        found = [[counts.get((text, word), 0) for word in words] for text in texts]
+        return cls(texts, np.asarray(found, np.int64).reshape(len(texts), len(words)))
+
+    @cached_property
+    def _row(self) -> dict[str, int]:
+        return {text: i for i, text in enumerate(self.texts)}
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of everything."""
+        told = hashlib.sha256("\x1f".join(self.texts).encode())
+        told.update(self.counts.tobytes())
+        return told.digest()
+
+    def log_shares(self, texts: Sequence[str]) -> Tensor:
+        """[n, W] fp64, smoothed towards the shares of all reactions: those of a new item."""
+        total = self.counts.sum(0) + 1.0
+        usual = total / total.sum()
+        rows = np.asarray([self._row.get(text, len(self.texts)) for text in texts], np.int64)
+        none = np.zeros((1, self.counts.shape[1]), np.int64)
+        own = np.concatenate([self.counts, none])[rows]
+        shares = (own + _PRIOR * usual) / (own.sum(1, keepdims=True) + _PRIOR)
+        return torch.from_numpy(np.log(shares))
+
+    def values(self, lifts: Tensor, texts: Sequence[str], weight: float) -> Tensor:
+        """[T W, Z] fp32, log p(word | item, codes), of weighted lifts [T W, Z]."""
+        told = lifts.double().view(len(texts), self.counts.shape[1], -1) / weight
+        told = (told + self.log_shares(texts)[:, :, None]).log_softmax(1)
+        return (weight * told).flatten(0, 1).float()
+
+    def to_arrow(self) -> pa.Table:
+        """Ready for Parquet."""
+        width = self.counts.shape[1]
+        counts = pa.FixedSizeListArray.from_arrays(pa.array(self.counts.ravel()), width)
+        return pa.table({"text": pa.array(self.texts, pa.large_string()), "counts": counts})
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table) -> Usual:
+        """The inverse of `to_arrow`.
+
+        Raises:
+            FormatError: It is none.
+        """
+        told = table.schema.field("counts").type if "counts" in table.column_names else pa.null()
+        if not pa.types.is_fixed_size_list(told) or told.value_type != pa.int64():
+            raise FormatError("counts must be lists of whole numbers, as many as words")
+        counts = table["counts"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        texts = table["text"].to_pylist()
+        if len(counts) != len(texts) * told.list_size or None in texts or (counts < 0).any():
+            raise FormatError("every text must have counts of 0 or more")
+        return cls(texts, counts.reshape(len(texts), -1))
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """How the values of an event table are read; learned with the codebooks.
 
     Attributes:
-        neutral: [S, D] soft rows that tell nothing, where values are lifts; else None.
-        log_norm: [Z] fp64, of lifts.
+        neutral: [S, D] soft rows that tell nothing, where values are made of lifts; else None.
+        log_norm: [Z] fp64, of choices.
+        usual: Reactions to items, where events tell of them.
         half_events: Events of a history at which each counts half: one taste explains many events,
             so that they say less of it than as many independent ones would. inf counts all whole.
     """
@@ -38,11 +119,31 @@ class Calibration:
     neutral: Tensor | None = None
     log_norm: Tensor | None = None
     half_events: float = math.inf
+    usual: Usual | None = None
 
     @property
     def plain(self) -> bool:
         """Whether values are likelihoods, and count whole."""
-        return self.log_norm is None and math.isinf(self.half_events)
+        return self.neutral is None and math.isinf(self.half_events)
+
+    @property
+    def finite_half(self) -> float | None:
+        """`half_events`, None for inf."""
+        return None if math.isinf(self.half_events) else self.half_events
+
+    def values(self, told: Tensor, texts: Sequence[str], weight: float) -> Tensor:
+        """[T W, Z] fp32 values of a table, from lifts of T texts under their W words, or from
+        likelihoods where the table is plain.
+
+        Args:
+            weight: Loss weight of a word.
+        """
+        if self.neutral is None:
+            return told
+        if self.usual is not None:
+            return self.usual.values(told, texts, weight)
+        assert self.log_norm is not None
+        return (told - self.log_norm).float()
 
     def weights(self, offsets: Int64) -> Tensor | None:
         """[N] fp32 of the events of users, who have `offsets[u]:offsets[u + 1]`; None for ones."""

@@ -147,6 +147,35 @@ def log_likelihoods(
     return out
 
 
+def pair_log_likelihoods(
+    engine: Engine,
+    readings: Readings,
+    soft: Callable[[Int64], Tensor],
+    reading: Int64,
+    tokens: int,
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> tuple[Int64, Int64, npt.NDArray[np.float32]]:
+    """Log p of each kind of the readings of N pairs, each pair with soft rows of its own.
+
+    Args:
+        soft: Soft rows [n, S, D] of pairs [n], on the LM's device.
+        reading: [N] the reading of each pair.
+        tokens, on_rows: As in `log_likelihoods`.
+
+    Returns:
+        [A] pair, kind and log likelihood of each answer.
+    """
+    pairs, kinds, values = [], [], []
+    with torch.no_grad():
+        for pack, here, place, kind in readings.passes(engine, reading, tokens):
+            own = np.arange(here.start, here.stop)
+            pairs.append(own[place])
+            kinds.append(kind)
+            values.append(-engine.nll(pack, soft(own)).cpu().numpy())
+            on_rows(int(pack.cu_seqlens[-1]))
+    return np.concatenate(pairs), np.concatenate(kinds), np.concatenate(values)
+
+
 def gradients(
     engine: Engine,
     readings: Readings,

@@ -163,8 +163,8 @@ class EventTable:
         self.values = torch.empty(0, len(self.grid.codes))
         self._unpaid = 0  # rows that were read, and are no user's cost yet
         self._books = books_digest(codebooks)
-        for tensor in (self.calibration.neutral, self.calibration.log_norm):
-            self._books += b"" if tensor is None else tensor.numpy().tobytes()
+        if self.calibration.neutral is not None:
+            self._books += self.calibration.neutral.numpy().tobytes()
         self._numbering = Numbering()
         self._weight = np.zeros(0)  # [E] loss weight of a kind
         self._tokens = np.zeros(0, np.int64)  # [E] its rows in a history of its own
@@ -202,15 +202,19 @@ class EventTable:
             own = told.select(np.arange(a * words, (a + len(some)) * words))
             groups.append((some, own, Readings.of(own)))
         soft, codes = self.engine.layout.num_soft, len(self.grid.codes)
-        total = (codes + (self.calibration.neutral is not None)) * sum(int(r.behaviour.pack_rows(soft).sum()) for _, _, r in groups)
+        columns = codes + (self.calibration.neutral is not None)
+        total = columns * sum(int(r.behaviour.pack_rows(soft).sum()) for _, _, r in groups)
         with progress("reading events", total, "rows", self.show) as bar:
             for some, own, readings in groups:
                 shape = len(some), words
+                values = self.calibration.values(
+                    self._scored(readings, own, bar), some, self.format.feedback_weight
+                )
                 part = Part.of(
                     some,
                     own.lengths.reshape(shape),
                     own.total_weight.reshape(shape),
-                    self._scored(readings, own, bar).numpy().reshape(*shape, codes),
+                    values.numpy().reshape(*shape, codes),
                 )
                 if self.store is not None:
                     self.store.add(part)
@@ -244,11 +248,10 @@ class EventTable:
         before = bar.done
         asked = self.engine, readings, self.grid.soft
         tokens = self.config.pack_tokens
-        neutral, norm = self.calibration.neutral, self.calibration.log_norm
-        if neutral is None or norm is None:
+        if (neutral := self.calibration.neutral) is None:
             values = log_likelihoods(*asked, tokens, bar.advance)
         else:
-            values = (log_lifts(*asked, neutral, tokens, bar.advance) - norm).float()
+            values = log_lifts(*asked, neutral, tokens, bar.advance)
         self._unpaid += bar.done - before
         if cache is not None:
             cache.put("table", key, {"values": values})

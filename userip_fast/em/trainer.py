@@ -284,7 +284,7 @@ class Trainer:
         users: Users
         if has_table(self.config):
             count = min(em.fit_users or source.num_users, source.num_users)
-            neutral = None if source.format.words else start
+            neutral = start if source.format.by_lifts else None
             users = Crowd(source, count, self.engine, em, fields, neutral)
         else:
             count = min(em.fit_users or APART_USERS, source.num_users)
