@@ -203,7 +203,8 @@ def test_whoever_is_killed_leaves_whole_segments(tmp_path):
                 os._exit(1)
         time.sleep(draw.uniform(0.001, 0.04) * (1 + kills // 40))  # longer on a slow machine
         os.kill(pid, signal.SIGKILL)
-        kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), "the child failed, see above"
+        kills += 1
         texts = texts_in(tmp_path)
         assert texts == [f"text {i}" for i in range(len(texts))], f"after {kills} kills"
     store = open_in(tmp_path)
