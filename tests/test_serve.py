@@ -135,9 +135,10 @@ def test_what_cannot_be_asked(made, server, tmp_path):
         server.profile([0], [["liked"]])
     with pytest.raises(DataError, match="2 items and 1 reactions"):
         server.profile([0, 1], [words(made)[0]])
-    if kind == "choices":
-        with pytest.raises(DataError, match="reaction 5"):
-            server.profile([0], [5])
+    for who in (server, model):
+        for rating in (float("nan"), np.float32("inf"), *[5] * (kind == "choices")):
+            with pytest.raises(DataError, match="is not one of the model's"):
+                who.profile([0], [rating])
     for who in (server, model):
         with pytest.raises(DataError, match=r"must be \[Z\] or \[U, Z\], Z = 12, got \(5,\)"):
             who.top_items(np.ones(5), 3)

@@ -455,7 +455,8 @@ class Model:
 
     def _word(self, reaction: Any) -> str:
         words, scale = self.format.words, self.format.scale
-        if scale is not None and isinstance(reaction, int | float | np.number):
+        rates = scale is not None and isinstance(reaction, int | float | np.number)
+        if scale is not None and rates and np.isfinite(reaction):
             return scale.words[int(scale.level(np.asarray([reaction]))[0])]
         if (reaction is None and not words) or reaction in words:
             return reaction or ""

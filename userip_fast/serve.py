@@ -24,6 +24,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from userip_fast.profiles import (
 from userip_fast.segments import Part, Segments
 from userip_fast.sums import MANIFEST, check_seal
 
+_NUMBERS = (int, float, np.number)  # made once: a union would be made for each event
 _FILES = "config.json", "codebooks.safetensors", "catalogue.parquet"
 
 
@@ -279,7 +281,8 @@ class Server:
         except TypeError:  # it cannot even be looked up
             found = None
         if found is None:
-            if not self._thresholds or not isinstance(reaction, int | float | np.number):
+            rates = bool(self._thresholds) and isinstance(reaction, _NUMBERS)
+            if not rates or not isfinite(reaction):
                 raise DataError(
                     f"reaction {reaction!r} is not one of the model's: {list(self.words)}"
                     + (" or a rating" if self._thresholds else "")

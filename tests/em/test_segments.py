@@ -187,8 +187,8 @@ def test_what_is_well_formed_and_wrong_is_refused(tmp_path, caplog, change, name
 
 def test_whoever_is_killed_leaves_whole_segments(tmp_path):
     """Writers die at any moment; the next one goes on, and every segment is whole."""
-    draw, kills = random.Random(0), 0
-    for attempt in range(40):
+    draw, kills, texts = random.Random(0), 0, []
+    while kills < 40 or len(texts) < 20:
         pid = os.fork()
         if pid == 0:
             try:
@@ -201,13 +201,12 @@ def test_whoever_is_killed_leaves_whole_segments(tmp_path):
                         there += 1
             finally:
                 os._exit(1)
-        time.sleep(draw.uniform(0.001, 0.04))
+        time.sleep(draw.uniform(0.001, 0.04) * (1 + kills // 40))  # longer on a slow machine
         os.kill(pid, signal.SIGKILL)
-        kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), "the child failed, see above"
+        kills += 1
         texts = texts_in(tmp_path)
-        assert texts == [f"text {i}" for i in range(len(texts))], f"after {attempt} kills"
-    assert kills == 40
-    assert len(texts) > 20
+        assert texts == [f"text {i}" for i in range(len(texts))], f"after {kills} kills"
     store = open_in(tmp_path)
     with store.alone():  # sweeps up
         assert [p.name for p in store.writes.iterdir() if p.name.startswith(".")] == []
