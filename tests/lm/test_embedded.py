@@ -158,8 +158,8 @@ def test_new_users_are_told_apart(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger="userip_fast.lm"):
         lm, training = pretrained(planted(200))
     nll = training["nll"]
-    # A fair coin is the most that a side may tell; nine in ten are on the user's own.
-    assert nll["untold"] - nll["told"] > 0.15
+    # Whose choice is it? Of two users one in two is of the same side, and tells nothing.
+    assert nll["untold"] - nll["told"] > 0.05  # 0.18 is what there is
     assert not caplog.records
     kinds = [("red rose 1", ""), ("blue boat 1", ""), ("never met", "")]
     red, blue, nobody, unknown = lm.foldin.theta(

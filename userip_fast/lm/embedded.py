@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("userip_fast.lm")
 
 _FORMAT, _VERSION = "userip_fast.lm", 1
-_RECIPE = 3  # raise with any change that makes cached models stale
+_RECIPE = 4  # raise with any change that makes cached models stale
 _STEP_TOKENS = 2048
 _PROMPT_TOKENS = 48  # of independent events asked for in one prompt: many users in each step
 _UNTOLD = 0.15  # share of soft rows that tell nothing
@@ -144,14 +144,14 @@ def _warn(nll: dict[str, float] | None) -> None:
         return
     others = {name: x for name, x in nll.items() if name != "told"}
     logger.info(
-        "the LM predicts new users' events at %.4f nats; %s", nll["told"],
+        "the LM predicts new users at %.4f nats; %s", nll["told"],
         ", ".join(f"{name} {x:.4f}" for name, x in others.items()),
     )  # fmt: skip
-    if nll["told"] >= nll["untold"]:
+    if nll["told"] >= (least := min(others.values())):
         logger.warning(
-            "what the LM is told of new users does not help it to predict them (%.4f nats an "
-            "event, %.4f when told nothing): profiles will say little; there may be too few users",
-            nll["told"], nll["untold"],
+            "what the LM is told of new users does not help it to predict them (%.4f nats; without "
+            "knowing them %.4f): profiles will say little; there may be too few users",
+            nll["told"], least,
         )  # fmt: skip
 
 
@@ -208,7 +208,9 @@ def _train(
     batches = _Batches(data, layout, generator)
     parameters = [*model.parameters(), *soft.parameters()]
     optimizer = _optimizer(parameters)
-    choices = not any(word for _, word in data.kind_names) and slots is None
+    losses = _contrast if data.choices else _losses
+    # Half for language, half for what the E-step asks: of reactions it is one token of a dozen.
+    shares = (1.0, _CONTRAST) if data.choices else (0.5, 0.5)
     steps = max(1, _budget(config, data) // _STEP_TOKENS)
     judges = _Judges(data, layout, seed)
     every = max(1, steps // _LOOKS)
@@ -221,13 +223,8 @@ def _train(
             rate = 3e-3 * warm * (0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            if choices:
-                whole, scored = _contrast(model, soft, layout, batches.next())
-                loss = whole + _CONTRAST * scored
-            else:
-                # Half for language, half for what the E-step asks: it may be one token of a dozen.
-                whole, scored = _losses(model, soft, layout, batches.next())
-                loss = 0.5 * (whole + scored)
+            whole, scored = losses(model, soft, layout, batches.next())
+            loss = shares[0] * whole + shares[1] * scored
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -417,6 +414,11 @@ class _Data:
     user: Int64
     judges: Any
 
+    @property
+    def choices(self) -> bool:
+        """Whether text is all that is told of an event, so that who chooses it is the question."""
+        return self.words is None and not any(word for _, word in self.kind_names)
+
     @classmethod
     def of(
         cls, behaviour: Behaviour, layout: Layout, told: Told, words: Int64 | None, seed: int
@@ -572,30 +574,30 @@ class _Judges:
             queue._shuffle()
             self.batches = [queue.batch(b) for b in queue.queue[:_JUDGE_BATCHES]]
 
-    def loss(self, model: Any, soft: _SoftRows) -> float:
-        """Nats per weight of what the E-step asks; infinite without judges."""
-        total, weight = 0.0, 0.0
+    def loss(self, model: Any, soft: _SoftRows, told: bool = True) -> float:
+        """Of what the E-step asks, in nats; infinite without judges."""
+        if not self.batches:
+            return math.inf
+        losses, found = _contrast if self.data.choices else _losses, []
         with torch.no_grad():
             for b in self.batches:
-                total += float((_token_losses(model, soft, self.layout, b) * b.weight).sum())
-                weight += float(b.weight.sum())
-        return total / weight if weight else math.inf
+                asked = b if told else replace(b, told=torch.zeros_like(b.told))
+                found.append(float(losses(model, soft, self.layout, asked)[1]))
+        return sum(found) / len(found)
 
     def report(self, model: Any, soft: _SoftRows) -> dict[str, float] | None:
-        """Nats per event of new users: `told` of ten events and `untold`; of an LM that knew
-        nothing but how often an event occurs (`item`), and for reactions nothing but how often
-        a reaction does (`constant`)."""
+        """Of new users, who are `told` of ten events or `untold`, nats: of choices, per question
+        whose an item is, another's or theirs; of reactions, per event, and what they would be by
+        how often reactions go to the `item`, or at all (`constant`)."""
         if not self.batches:
             return None
-        data = self.data
+        told, untold = self.loss(model, soft), self.loss(model, soft, told=False)
+        if self.data.choices:
+            return {"told": told, "untold": untold}
         events = np.concatenate([np.unique(b.event[(b.weight > 0).numpy()]) for b in self.batches])
-        silent = [replace(b, told=torch.zeros_like(b.told)) for b in self.batches]
         weight = sum(float(b.weight.sum()) for b in self.batches) / len(events)
-        loss = self.loss(model, soft)
-        self.batches, kept = silent, self.batches
-        untold = self.loss(model, soft)
-        self.batches = kept
-        return {"told": loss * weight, "untold": untold * weight, **_baselines(data, events)}
+        others = _baselines(self.data, events)
+        return {"told": told * weight, "untold": untold * weight, **others}
 
 
 def _baselines(data: _Data, events: Int64) -> dict[str, float]:
@@ -607,13 +609,10 @@ def _baselines(data: _Data, events: Int64) -> dict[str, float]:
         - 1
     )
     counts = np.bincount(data.kind[~data.judges[users]], minlength=len(data.kind_names))
-    texts, text = np.unique([t for t, _ in data.kind_names], return_inverse=True)
-    names, word = np.unique([w for _, w in data.kind_names], return_inverse=True)
+    _, text = np.unique([t for t, _ in data.kind_names], return_inverse=True)
+    _, word = np.unique([w for _, w in data.kind_names], return_inverse=True)
     of_text, of_word = np.bincount(text, counts), np.bincount(word, counts)
     kinds = data.kind[events]
-    if len(names) == 1:
-        p = (of_text + 1) / (of_text.sum() + len(texts))
-        return {"item": float(-np.log(p[text[kinds]]).mean())}
     share = (of_word + 1) / (of_word + 1).sum()
     item = (counts + _PRIOR * share[word]) / (of_text[text] + _PRIOR)
     return {
