@@ -40,7 +40,7 @@ from userip_fast.model import (
     read_codebooks,
     truncated_users,
 )
-from userip_fast.names import ItemCounts, code_cards
+from userip_fast.names import ItemCounts, Traits, code_cards
 from userip_fast.packing import Behaviour
 from userip_fast.prompts import Layout, ProfileField, PromptTemplate
 from userip_fast.reach import Reach
@@ -177,7 +177,9 @@ def _fit(
         model.codebooks = [b.reordered(order) for b, order in zip(model.codebooks, orders)]
         model.head = trainer.head = model.head and model.head.reordered(orders)
         model.calibration = trainer.calibration = model.calibration.reordered(orders)
-    counts = ItemCounts([f.codebook_size for f in config.fields], data.num_items)
+    traits = Traits.of(data.items, data.item_text, data.item_counts())
+    sizes = [f.codebook_size for f in config.fields]
+    counts = ItemCounts(sizes, data.num_items, traits, model.format.words)
     found, sure = [], [torch.zeros(0, len(config.fields))]
     totals, told = np.zeros(4), Reach()
     done = trainer.own_users(source)[0]

@@ -738,14 +738,25 @@ def _read_table(path: Path) -> pa.Table:
 
 def _cards(cards: Any, path: Path) -> dict[str, list[dict[str, Any]]]:
     """Code cards as they were written; FormatError where they are something else."""
-    kinds = {"code": int, "users": int, "words": str, "items": str, "lift": float}
+    kinds = {"code": int, "users": int}
+    lists = {"words": str, "items": str, "lift": float}
+    traits = {"what": str, "ratio": float, "low": float, "high": float}
 
     def sound(card: Any) -> bool:
-        return isinstance(card, dict) and all(
-            isinstance(card.get(name), list) and all(isinstance(x, kind) for x in card[name])
-            if name in ("words", "items", "lift")
-            else isinstance(card.get(name), kind)
-            for name, kind in kinds.items()
+        return (
+            isinstance(card, dict)
+            and all(isinstance(card.get(n), kind) for n, kind in kinds.items())
+            and all(
+                isinstance(card.get(n), list) and all(isinstance(x, kind) for x in card[n])
+                for n, kind in lists.items()
+            )
+            and isinstance(told := card.get("told", []), list)
+            and all(
+                isinstance(t, dict) and all(isinstance(t.get(n), k) for n, k in traits.items())
+                for t in told
+            )
+            and isinstance(went := card.get("reactions", {}), dict)
+            and all(isinstance(x, float) for x in went.values())
         )
 
     if not isinstance(cards, dict) or not all(

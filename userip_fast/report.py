@@ -210,15 +210,23 @@ def _ctr(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _cards(codes: Sequence[Mapping[str, Any]], explained: Sequence[Mapping[str, Any]]) -> str:
-    """Codes by number of users; the items with their lift (share here over share among all)."""
+    """Codes by number of users; what they choose more than others, by the users it was not found
+    on, and the items with their lift (share here over share among all)."""
     extra = {e["code"]: e for e in explained}
     drawn = []
     for card in sorted(codes, key=lambda c: (-c["users"], c["code"])):
         parts = [f"<h3>code {card['code']}: {card['users']:,} users</h3>"]
         items = [f"{item} (x{lift:.1f})" for item, lift in zip(card["items"], card["lift"])]
         more = extra.get(card["code"], {})
+        told = [
+            f"{t['what']} x{t['ratio']:.1f} ({t['low']:.1f} to {t['high']:.1f})"
+            for t in card.get("told", ())
+        ]
+        went = [f"{word} {share:.0%}" for word, share in card.get("reactions", {}).items()]
         lines = {
             "": ", ".join(card["words"]),
+            "more than others: ": ", ".join(told),
+            "reactions: ": ", ".join(went),
             "contrastive: ": " | ".join(items),
             "typical: ": " | ".join(more.get("typical", [])),
             "avoided: ": " | ".join(more.get("avoided", [])),

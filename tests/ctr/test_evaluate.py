@@ -20,7 +20,8 @@ from userip_fast.ctr import BACKBONES, DEFAULT_FEATURES, CTRConfig, evaluate_ctr
 from userip_fast.ctr.backbones import build, check_installed, train_and_predict
 from userip_fast.ctr.cells import Cells
 from userip_fast.ctr.inputs import Column, History, Number
-from userip_fast.ctr.vectors import attribute_matrix, item_attributes
+from userip_fast.ctr.vectors import attribute_matrix
+from userip_fast.data.attributes import item_attributes
 from userip_fast.errors import DataError, UnavailableError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -96,7 +97,7 @@ def test_without_its_libraries_it_says_what_to_install(monkeypatch):
 
 def test_attributes():
     data = log()
-    found = {a.name: a for a in item_attributes(data, None)}
+    found = {a.name: a for a in item_attributes(data.items, None)}
     assert set(found) == {"genres"}  # 40 titles are names
     assert found["genres"].size == 6  # four genres, "new", and nothing
     share = attribute_matrix([found["genres"]])
@@ -113,7 +114,7 @@ def test_a_column_of_300_tags_is_used():
     items = pa.table({"item_id": np.arange(900), "title": ["x"] * 900, "tags": tags})
     data = replace(data, items=items, item_keys=pa.array(np.arange(900)),
                    item_text=pa.array(["x"] * 900, pa.large_string()))  # fmt: skip
-    (tags,) = (a for a in item_attributes(data, None) if a.name == "tags")
+    (tags,) = (a for a in item_attributes(data.items, None) if a.name == "tags")
     assert (tags.distinct, tags.size) == (304, 257)
     assert set(np.unique(tags.values)) == set(range(257))
     counts = np.bincount(tags.values.ravel())[1:]

@@ -10,9 +10,9 @@ from userip_fast.ctr.config import CTRConfig
 from userip_fast.ctr.numbers import Numbers
 from userip_fast.ctr.protocols import make_task
 from userip_fast.ctr.ranking import choice_scores, rank_choices
-from userip_fast.ctr.vectors import item_attributes
 from userip_fast.ctr.work import Work
 from userip_fast.data import read_interactions
+from userip_fast.data.attributes import item_attributes
 from userip_fast.em.free import FreeMixture
 
 
@@ -79,7 +79,7 @@ def test_excess_is_over_the_items_own_rate():
 def test_the_log_is_left_as_it_was(choices):
     """Sparse matrices that share its arrays sort them in place."""
     before = [d.item_index.copy() for d in (choices.learn, choices.pool, *choices.views)]
-    numbers = Numbers(choices, item_attributes(choices.data, ("genres",)))
+    numbers = Numbers(choices, item_attributes(choices.data.items, ("genres",)))
     for kind in ("base", "text", "attribute_affinity", "popularity"):
         numbers.columns(kind)
     numbers.fit(-1).matrix(choices.views[0])
@@ -90,7 +90,7 @@ def test_the_log_is_left_as_it_was(choices):
 
 
 def test_near_texts_are_those_of_the_same_genre(choices):
-    numbers = Numbers(choices, item_attributes(choices.data, ("genres",)))
+    numbers = Numbers(choices, item_attributes(choices.data.items, ("genres",)))
     text = numbers.columns("text")["test"]["text_near"]
     affinity = numbers.columns("attribute_affinity")["test"]["affinity_genres"]
     texts = numbers.texts.toarray()
@@ -195,7 +195,7 @@ def test_what_codes_are():
     taste = (users % 4)[:, None]
     random = np.random.default_rng(0)
     excess = random.normal(size=len(users))
-    attributes = item_attributes(task.data, ("genres",))
+    attributes = item_attributes(task.data.items, ("genres",))
     sure = np.eye(6, dtype=np.float32)[taste[:, 0]]
     told = describe_codes(task, taste, [6], excess, attributes, sure, taste)
     assert told["dead"] == [2]

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from userip_fast.ctr.protocols import Task
-from userip_fast.ctr.vectors import Attribute, Float64
+from userip_fast.ctr.vectors import Float64
+from userip_fast.data.attributes import Attribute
 from userip_fast.packing import Int64
 
 _PERMUTATIONS = 20

@@ -30,11 +30,11 @@ from userip_fast.ctr.vectors import (
     Ridge,
     attribute_matrix,
     feedback_values,
-    item_attributes,
     pooled,
     tfidf_matrix,
 )
 from userip_fast.data import Catalogue, Events, Interactions
+from userip_fast.data.attributes import item_attributes
 from userip_fast.em.free import FreeMixture
 from userip_fast.em.readings import Readings, log_likelihoods, pair_log_likelihoods
 from userip_fast.em.states import mean_states
@@ -320,7 +320,7 @@ class Profiles:
 
     def _vectors(self, feature: str, seed: int) -> Vectors:
         if feature == "kmeans_attributes":
-            attributes = item_attributes(self.learn, self.attributes)
+            attributes = item_attributes(self.learn.items, self.attributes)
             if not attributes:
                 raise ImpossibleError(
                     "no item column of text has values that recur among the items; name some "

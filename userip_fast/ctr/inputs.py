@@ -19,7 +19,7 @@ from userip_fast.ctr.config import CTRConfig
 from userip_fast.ctr.features import ImpossibleError, Profiles
 from userip_fast.ctr.numbers import Numbers
 from userip_fast.ctr.protocols import Rows, Task
-from userip_fast.ctr.vectors import item_attributes
+from userip_fast.data.attributes import item_attributes
 from userip_fast.packing import Int64
 
 SIDES = ("train", "valid", "test")
@@ -97,7 +97,7 @@ class Inputs:
 
     def __init__(self, task: Task, ctr: CTRConfig, profiles: Profiles, store: Cells) -> None:
         self.task, self.profiles, self.store = task, profiles, store
-        self.attributes = item_attributes(task.data, ctr.attributes)
+        self.attributes = item_attributes(task.data.items, ctr.attributes)
         self.numbers = Numbers(task, self.attributes)
         self._about = [data_digest(d) for d in (task.data, task.learn, task.pool, *task.views)]
         self._rows = [_digest(getattr(task, side).__dict__) for side in SIDES]

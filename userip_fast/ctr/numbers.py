@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from userip_fast.ctr.protocols import Rows, Task
-from userip_fast.ctr.vectors import Attribute, Float64, Ridge, attribute_matrix
+from userip_fast.ctr.vectors import Float64, Ridge, attribute_matrix
 from userip_fast.data import Interactions
+from userip_fast.data.attributes import Attribute
 from userip_fast.errors import UnavailableError
 from userip_fast.packing import Int64
 
