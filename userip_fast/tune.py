@@ -1,31 +1,34 @@
 """How many codes, and which fields: judged on users held out, by likelihood, use and stability.
 
 Every choice learns a mixture of soft prompts once per seed; a seed draws its own start and trains
-on its own part of the training users. All are judged on the same other users.
+on its own part of the training users. All are judged on the same other users, whom the embedded LM
+has not seen either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from userip_fast.api import prepare
 from userip_fast.config import Config
 from userip_fast.data import Interactions
-from userip_fast.em.crowd import APART_USERS, Apart
+from userip_fast.em.crowd import APART_USERS
 from userip_fast.em.matching import agreement
-from userip_fast.em.mixture import Mixture, is_last
-from userip_fast.em.posterior import PosteriorEStep
-from userip_fast.em.steps import Block, EMState, Profiles
-from userip_fast.em.trainer import shared_start
+from userip_fast.em.steps import Profiles
+from userip_fast.em.table import has_table
 from userip_fast.errors import ConfigError
 from userip_fast.lm import FrozenLM
+from userip_fast.model import make_trainer
 from userip_fast.packing import Int64
 from userip_fast.progress import progress
 
+Float64 = NDArray[np.float64]
 _JUDGES = 4  # every fourth user judges
 _SHARE = 0.8  # of the training users that one seed sees
 
@@ -69,7 +72,8 @@ def tune(
     A field is left out by giving it one code, so that the LM reads the same prompt.
 
     Args:
-        data: Histories; the first 4/3 `em.fit_users` users (None: 1,024) in hash order are used.
+        data: Histories. All users are used where an event table serves, else the first 4/3
+            `em.fit_users` (None: 1,024) in hash order.
         config: LM, fields and EM; the E-step is the posterior.
         sizes: Numbers of codes, 2 or more.
         lm: The frozen LM; None loads the config's.
@@ -94,39 +98,56 @@ def tune(
     tried = list(dict.fromkeys(map(tuple, wanted)))
     largest = [max(codes[j] for codes in tried) for j in range(len(own))]
 
-    training_users = config.em.fit_users or APART_USERS
-    everyone = data.head_users(min(data.num_users, training_users * _JUDGES // (_JUDGES - 1)))
-    model, source = prepare(everyone, _with_codes(config, largest), lm=lm, show=show)
-    assert model.trainer is not None
-    engine = model.trainer.engine
-    start = shared_start(engine, config, source)
-    behaviour = source.block(model.lm.tokenizer, engine.layout, 0, source.num_users)
-    users = Block(behaviour, source.hashes_of(0, source.num_users))
-    index = np.arange(source.num_users)
-    training, judges = index[index % _JUDGES > 0], users.select(index[index % _JUDGES == 0])
+    em = replace(config.em, estep="posterior")
+    config = replace(config, em=em)
+    if not has_table(_with_codes(config, largest)):
+        most = (em.fit_users or APART_USERS) * _JUDGES // (_JUDGES - 1)
+        data = data.head_users(min(data.num_users, most))
+    index = np.arange(data.num_users)
+    training = data.select_users(index[index % _JUDGES > 0])
+    # The LM learns from the training users alone: who judges is new to it.
+    model, _ = prepare(training, _with_codes(config, largest), lm=lm, show=show)
+    judges = model.source(data.select_users(index[index % _JUDGES == 0]))
 
     choices: list[Choice] = []
     with progress("tuning", len(tried) * seeds, "fits", show) as bar:
         for codes in tried:
             found = []
-            for seed in range(config.em.seed, config.em.seed + seeds):
-                em = replace(config.em, seed=seed)
-                part = users.select(_part(training, seed))
-                fields = _with_codes(config, list(codes)).fields
-                mixture = Mixture(Apart(part, engine, em), engine, em, fields)
-                books = mixture.best_start(fields, start)
-                for r, at in enumerate(mixture.rounds(books)):
-                    if is_last(mixture.record(at, r), em):
-                        break
-                found.append(PosteriorEStep(engine, em).run(judges, at.codebooks, EMState()))
+            for seed in range(em.seed, em.seed + seeds):
+                own_config = replace(_with_codes(config, list(codes)), em=replace(em, seed=seed))
+                trainer = make_trainer(own_config, model.lm, show=False)
+                part = model.source(training.select_users(_part(training.num_users, seed)))
+                fitted = trainer.fit(part)
+                # Likelihoods compare as they are, each event counting whole.
+                trainer.calibration = replace(fitted.calibration, half_events=math.inf)
+                found.append(_joined(trainer.infer(judges, fitted.codebooks, fitted.start)))
                 bar.advance(1)
             choices.append(_judge(config, list(codes), found, choices))
     return sorted(choices, key=lambda c: -c.elbo)
 
 
-def _judge(config: Config, codes: list[int], found: list[Profiles], before: list[Choice]) -> Choice:
-    elbo = float(np.mean([float(p.elbo.mean()) for p in found if p.elbo is not None]))
-    ids = [p.code_ids.numpy() for p in found if p.code_ids is not None]
+@dataclass(frozen=True)
+class _Judged:
+    """What the judges' profiles say: [U] fp64, [U, J] int64, [U]."""
+
+    elbo: Float64
+    code_ids: Int64
+    cost: Float64
+
+
+def _joined(parts: Iterable[Profiles]) -> _Judged:
+    every = list(parts)
+    assert all(p.elbo is not None and p.code_ids is not None for p in every)
+    return _Judged(
+        np.concatenate([p.elbo.double().numpy() for p in every]),  # type: ignore[union-attr]
+        np.concatenate([p.code_ids.numpy() for p in every]),  # type: ignore[union-attr]
+        np.concatenate([p.forward_equivalents.double().numpy() for p in every]),
+    )
+
+
+def _judge(config: Config, codes: list[int], found: list[_Judged], before: list[Choice]) -> Choice:
+    elbo = float(np.mean([p.elbo.mean() for p in found]))
+    ids = [p.code_ids for p in found]
     names = [f.name for f in config.fields]
     stability = None
     if len(ids) > 1:
@@ -145,7 +166,7 @@ def _judge(config: Config, codes: list[int], found: list[Profiles], before: list
             for j, name in enumerate(names)
         },
         stability=stability,
-        forward_equivalents=float(np.mean([float(p.forward_equivalents.mean()) for p in found])),
+        forward_equivalents=float(np.mean([p.cost.mean() for p in found])),
     )
 
 
@@ -154,10 +175,10 @@ def _with_codes(config: Config, codes: list[int]) -> Config:
     return replace(config, fields=tuple(replace(f, codebook_size=k) for f, k in fields))
 
 
-def _part(training: Int64, seed: int) -> Int64:
+def _part(users: int, seed: int) -> Int64:
     """Some of the training users, in order."""
-    count = max(1, round(_SHARE * len(training)))
-    return np.sort(np.random.default_rng(seed).choice(training, count, replace=False))
+    count = max(1, round(_SHARE * users))
+    return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))
 
 
 def _perplexity(z: Int64, k: int) -> float:
