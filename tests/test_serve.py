@@ -13,8 +13,9 @@ import tiny
 
 import userip_fast as uf
 from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
+from userip_fast.em.lifts import PLAIN
 from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
-from userip_fast.profiles import Profile, Ranking
+from userip_fast.profiles import Profile, Ranking, likings, odds
 from userip_fast.serve import Server
 
 sys.path.append(str(Path(__file__).parent / "em"))
@@ -34,7 +35,7 @@ def made(request, tmp_path_factory):
     config = replace(CONFIG, lm=LMConfig(path=str(tiny.save("llama", folder / "lm"))))
     data = read(60)
     if request.param == "choices":
-        data = replace(data, rating=None)
+        data, config = replace(data, rating=None), config.override({"data.negatives": 1})
     return folder, uf.fit(data, config=config, out=folder / "run"), request.param
 
 
@@ -201,9 +202,13 @@ def test_choices_of_a_planted_world_are_ranked_by_what_is_chosen():
     q = (sampled / sampled.sum())[:, None]
     chosen = np.log(p / (p + q)), np.log(q / (p + q))
     values = np.stack(chosen, axis=1).astype(np.float32)
-    ranking = Ranking(np.arange(items), lambda a, b: values[a:b], codes, 0, 1.0, sampled)
+
+    def scores(a, b):
+        return odds(likings(values[a:b], 0, 1.0))
+
+    ranking = Ranking(np.arange(items), scores, codes, sampled)
     np.testing.assert_allclose(ranking.scores, p, rtol=1e-3, atol=1e-6)
-    tied = Ranking(np.arange(6), lambda a, b: values[:1].repeat(b - a, 0), codes, 0, 1.0, None)
+    tied = Ranking(np.arange(6), lambda a, b: scores(0, 1).repeat(b - a, 0), codes, None)
     assert tied.top(np.ones(codes) / codes, 4)[0].tolist() == [0, 1, 2, 3]
 
 
@@ -237,12 +242,37 @@ print(*[name for name in heavy if name in sys.modules])
     assert done.stdout.split() == []
 
 
+def test_choices_told_by_their_text_are_served(tmp_path):
+    config = replace(CONFIG, lm=LMConfig(path=str(tiny.save("llama", tmp_path / "lm"))))
+    model = uf.fit(replace(read(60), rating=None), config=config, out=tmp_path / "run")
+    # As a calibration would have it that found events to say less than they seem to.
+    model.calibration = replace(model.calibration, half_events=10.0)
+    model.save(tmp_path / "model")
+    loaded, server = uf.Model.load(tmp_path / "model"), Server.open(tmp_path / "model")
+    assert loaded.calibration.half_events == 10.0
+    items = [0, 1, 1, 3]
+    p = loaded.profile(items)
+    np.testing.assert_allclose(p, loaded.profile(items, [None] * 4), rtol=1e-6)
+    np.testing.assert_allclose(server.profile(items), p, rtol=5e-4, atol=1e-6)
+    for who in (loaded, server):
+        profile = who.open_profile(items)
+        np.testing.assert_allclose(profile.probabilities, p, rtol=5e-4, atol=1e-6)
+        keys, scores = who.top_items(p, 100)
+        lift = dict(zip(keys.tolist(), who.affinity(p, keys.tolist())))
+        counts = dict(zip(model.catalogue.item_keys.to_pylist(), model.catalogue.counts))
+        share = np.asarray([lift[k] * counts[k] for k in keys.tolist()])
+        np.testing.assert_allclose(scores / scores[0], share / share[0], rtol=0.3)
+        assert float(scores.sum()) == pytest.approx(1, rel=1e-3)
+    assert model.fingerprint != replace(model, calibration=PLAIN).fingerprint
+
+
 def test_a_model_without_reactions_ranks_nothing(tmp_path):
     config = replace(CONFIG, lm=LMConfig(path=str(tiny.save("llama", tmp_path / "lm"))))
-    config = config.override({"data.behaviour": "{text}", "data.loss": "all"})
+    config = config.override({"data.loss": [1.0, 0.0]})
     model = uf.fit(read(20), config=config, out=tmp_path / "run")
     server = Server.open(tmp_path / "run" / "model")
-    np.testing.assert_allclose(server.profile([0, 1]), model.profile([0, 1]), rtol=1e-4)
+    told = [0, 1], ["liked", "okay"]
+    np.testing.assert_allclose(server.profile(*told), model.profile(*told), rtol=1e-4)
     for who in (model, server):
         with pytest.raises(ConfigError, match="no loss on reactions"):
             who.top_items(who.profile([]), 3)

@@ -557,6 +557,7 @@ class Model:
                     "hidden_size": self.lm.hidden_size,
                 },
                 "behaviour": self.format.to_dict(),
+                "half_events": self.calibration.finite_half,
                 "files": folder_sums(tmp, but=[_EVENTS]),
             }
             write_json(tmp / MANIFEST, sealed(about))

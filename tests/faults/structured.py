@@ -231,13 +231,12 @@ def made_model(folder: Path, config: Config = CONFIG) -> uf.Model:
 def finished_blocks(made: uf.Model, folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
     """What a block of the event table and one of descents give, kept in `folder` once found."""
     trainer, em = made.ready_trainer(), made.config.em
-    read = made.event_table().to_arrow()
-    kinds = list(zip(read["text"].to_pylist(), read["word"].to_pylist()))
+    kinds = list(made.event_table()._numbering.number)
     block = trainer._block(made.source(read_log()), 0, 4)
     cache = DiskCache(folder, b"run")
 
     def table() -> torch.Tensor:
-        found = EventTable(trainer.engine, made.format, made.codebooks, em)
+        found = EventTable(trainer.engine, made.format, made.codebooks, em, made.calibration)
         found.cache = cache
         found.read(kinds)
         return found.values

@@ -28,8 +28,11 @@ def test_nothing_is_lost_and_nothing_is_wrong(tmp_path):
             assert result["counts"][f"{name}: {kind}"] >= 2
     blocks = sum(result["counts"][f"blocks: {kind}"] for kind in ("bits flipped", "truncated"))
     assert result["counts"]["blocks: words about it"] == blocks
-    for name in ("model", "cache", "event table"):
+    for name in ("model", "cache"):
         assert result["counts"][f"{name}: truncated, refused"] >= 2
+    assert result["counts"]["event table: truncated, without effect or made again"] >= 2
+    tables = sum(result["counts"][f"event table: {kind}"] for kind in ("bits flipped", "truncated"))
+    assert result["counts"]["event table: words about it"] == tables
     assert result["counts"]["generations: opened"] > 3
     assert result["counts"]["two at once: second fit refused"] == 1
     assert result["counts"]["two at once: embedded LM trained once"] == 1
