@@ -12,7 +12,8 @@ from userip_fast.prompts import TEMPLATES
 
 FEATURES = (
     "none", "random", "generosity", "kmeans_attributes", "kmeans_tfidf", "kmeans_states",
-    "mf_clusters", "mixture", "foldin", "history", "text", "paper", "ids", "ids_prob",
+    "mf_clusters", "mixture_ids", "mixture", "foldin", "history", "text", "paper", "ids",
+    "ids_prob",
     "affinity", "theta", "all", "all+ids",
 )  # fmt: skip
 """What a recommender knows of the user, beside the statistics that `none` has as well."""
@@ -20,9 +21,11 @@ DEFAULT_FEATURES = tuple(f for f in FEATURES if f not in ("random", "paper", "th
 """The published recipe costs a gradient descent per user, and `theta` (what codes may reach: the
 LM's own score of an item, told of the user) a reading of the LM per row: they are asked for."""
 CLUSTERS = (
-    "generosity", "kmeans_attributes", "kmeans_tfidf", "kmeans_states", "mf_clusters", "mixture",
+    "generosity", "kmeans_attributes", "kmeans_tfidf", "kmeans_states", "mf_clusters",
+    "mixture_ids",
 )  # fmt: skip
-"""Codes without an LM, of equal capacity; the mixture's come with probabilities and score."""
+"""Codes without an LM, of equal capacity. (`mixture` comes with probabilities and score as well, as
+`affinity` does of an LM.)"""
 HISTORY = "history"
 """The one feature that has a backbone of its own, `DIN`: the profile's events themselves."""
 DIN = "din"

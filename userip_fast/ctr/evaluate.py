@@ -66,10 +66,10 @@ def evaluate_ctr(
         What `ctr.json` holds. By feature and backbone `auc` and `logloss` (mean, std, seeds and a
         95 % interval over users and seeds; null for a feature the data cannot have, with
         `reasons`), `slices` of it (see `_slices`) and `relative_improvement` over `none`; `paired`
-        comparisons; `floor`, AUC of the item's rate and popularity alone; `numbers`, AUC of further
-        single numbers; `unseen`, shares of items never met in training; `codes` by seed, what the
-        IDs are (`describe_codes`); of choices `ranking`; `rows`, `attributes`, `warnings`,
-        settings.
+        comparisons, and those on items never met in training (`paired_unseen`); `floor`, AUC of the
+        item's rate and popularity alone; `numbers`, AUC of further single numbers; `unseen`, shares
+        of items never met in training; `codes` by seed, what the IDs are (`describe_codes`); of
+        choices `ranking`; `rows`, `attributes`, `warnings`, settings.
 
     Raises:
         DataError: The data cannot give this protocol or label.
@@ -282,6 +282,7 @@ class _Evaluation:
                 measured["logloss"][f][b] = _summary(losses)
                 measured["slices"][f][b] = _slices(task, by_seed, seen)
         mean = {f: {b: v["mean"] for b, v in by.items()} for f, by in measured["auc"].items() if by}
+        unseen = _unseen(task, scores, ~seen, ctr)
         relative = {
             f: {b: _relative(by[b], mean["none"][b]) for b in by if b in mean["none"]}
             for f, by in mean.items()
@@ -299,6 +300,7 @@ class _Evaluation:
             **measured,
             "relative_improvement": relative,
             "paired": _comparisons(resampled, mean, ctr),
+            "paired_unseen": unseen,
             "reasons": self.reasons,
             "floor": floor,
             "numbers": numbers,
@@ -411,6 +413,30 @@ def _slices(
         areas = [float(auc(label, s[mask])[0]) for s in scores]
         out[name] = {"mean": float(np.mean(areas)), "rows": int(mask.sum()),
                      "positives": int(label.sum())}  # fmt: skip
+    return out
+
+
+def _unseen(
+    task: Task, scores: dict[str, dict[str, Scores]], unseen: NDArray[np.bool_], ctr: CTRConfig
+) -> dict[str, dict[str, Any]]:
+    """By backbone, on rows of items never met in training: what the LM says of an item against what
+    others say of it, and `all+ids` against `all`."""
+    mask = unseen & (task.test.kind == 0)
+    label, out = task.test.label[mask], {}
+    if not len(label) or label.min() == label.max():
+        return {}
+    draw = Bootstrap.draw(task.test.user[mask], ctr.seeds, ctr.bootstrap)
+    others = ("none", "text", "kmeans_attributes", "mixture", "foldin")
+    pairs = [(ours, f) for ours in ("affinity", "theta") for f in others]
+    for b in ctr.backbones:
+        own = {f: [s[mask] for s in by[b]] for f, by in scores.items() if b in by}
+        asked = [p for p in [*pairs, ("all+ids", "all")] if p[0] in own and p[1] in own]
+        resampled = {f: draw.auc(label, own[f]) for f in {f for p in asked for f in p}}
+        mean = {f: np.mean([float(auc(label, s)[0]) for s in own[f]]) for f in resampled}
+        out[b] = {
+            f"{x} - {y}": paired(resampled[x], resampled[y], float(mean[x] - mean[y]))
+            for x, y in asked
+        }
     return out
 
 

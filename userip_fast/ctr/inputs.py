@@ -33,6 +33,7 @@ _WITHOUT_LM = (
 _OF_LM = ("code:ids", "probabilities:ids", "score:ids")
 PARTS: Mapping[str, tuple[str, ...]] = {
     "none": (),
+    "mixture_ids": ("code:mixture",),
     "mixture": ("code:mixture", "probabilities:mixture", "score:mixture"),
     "foldin": ("number:foldin",),
     "history": ("history",),

@@ -274,15 +274,18 @@ def _introduction(command: str, done: list[Any]) -> list[str]:
 
 def _headline(done: list[Any]) -> list[str]:
     """New users of 10 events: what each step adds, in one recommender."""
-    columns = ("none", "best cluster", "foldin", "ids", "ids_prob", "all", "all+ids")
+    columns = (
+        "none", "best cluster", "mixture", "foldin", "text", "ids", "affinity", "theta", "all",
+        "all+ids",
+    )  # fmt: skip
     lines = [
         f"New users known by 10 events, AUC in {BACKBONE}; *item alone* is the better of its rate"
         " and its popularity, without any model.",
         "",
         "| data set | label | item alone | "
         + " | ".join(columns)
-        + " | ids - best cluster | all+ids - all |",
-        "|---" * (len(columns) + 5) + "|",
+        + " | ids - best cluster | affinity - mixture | all+ids - all |",
+        "|---" * (len(columns) + 6) + "|",
     ]
     found = False
     for name, label, evaluation, r in done:
@@ -297,7 +300,8 @@ def _headline(done: list[Any]) -> list[str]:
         if best:
             cells[1] += f" ({_short(best)})"
         against = compared.get("against", {}).get(best)
-        differences = [_difference(d) for d in (against, compared.get("all+ids - all"))]
+        others = (compared.get(name) for name in ("affinity - mixture", "all+ids - all"))
+        differences = [_difference(d) for d in (against, *others)]
         floor = max(r["floor"].values())
         lines.append(
             f"| {name} | {label} | {floor:.4f} | " + " | ".join(cells + differences) + " |"
@@ -322,11 +326,13 @@ def _verdict(done: list[Any]) -> list[str]:
         "`none` is no worse than the item alone (by 0.005)": {},
         "new and cold users: IDs better than no user feature (interval above 0)": {},
         f"the same, IDs at least the best cluster of equal capacity + {TOP}": {},
+        "new and cold users: `affinity` at least the mixture without an LM - 0.01": {},
+        "items never met: `affinity` better than `text` and attributes (interval above 0)": {},
         "new and cold users: `all+ids` better than `all` (interval above 0)": {},
         f"nowhere `all+ids` below `all` by more than {-NO_HARM} (lower bound)": {},
         f"warm users not hurt by IDs (lower bound above {UNHURT})": {},
     }
-    floor, over_none, by_top, over_all, no_harm, unhurt = claims.values()
+    floor, over_none, by_top, by_mixture, unseen, over_all, no_harm, unhurt = claims.values()
     names = []
     for name, label, _, r in done:
         if r["settings"]["damage"] or r["settings"]["period"] != "same":
@@ -348,6 +354,12 @@ def _verdict(done: list[Any]) -> list[str]:
                     by_top.setdefault(key, []).append(
                         best is not None and best["difference"] >= TOP
                     )
+            if r["protocol"] != "warm" and (d := compared.get("affinity - mixture")):
+                by_mixture.setdefault(key, []).append(d["difference"] >= -TOP)
+            apart = r.get("paired_unseen", {}).get(backbone, {})
+            rivals = [apart.get(f"affinity - {f}") for f in ("text", "kmeans_attributes")]
+            if told := [d for d in rivals if d]:
+                unseen.setdefault(key, []).append(all(d["ci95"][0] > 0 for d in told))
             if d := compared.get("all+ids - all"):
                 no_harm.setdefault(key, []).append(d["ci95"][0] > NO_HARM)
                 if r["protocol"] != "warm":
@@ -437,7 +449,9 @@ def _apart(r: Mapping[str, Any]) -> list[str]:
         ("matched", "Against items as popular"),
     ):
         told, rows = [], 0
-        for feature in ("none", "mixture", "foldin", "text", "ids", "affinity", "all", "all+ids"):
+        for feature in (
+            "none", "mixture", "foldin", "text", "ids", "affinity", "theta", "all", "all+ids",
+        ):  # fmt: skip
             by = r["slices"].get(feature) or {}
             areas = [s[name]["mean"] for s in by.values() if s.get(name)]
             if areas:
@@ -445,4 +459,7 @@ def _apart(r: Mapping[str, Any]) -> list[str]:
                 told.append(f"{feature} {sum(areas) / len(areas):.4f}")
         if told:
             lines.append(f"- {what} ({rows:,} rows): {', '.join(told)}.")
+    for backbone, by in r.get("paired_unseen", {}).items():
+        told = [f"{name} {_difference(d)}" for name, d in by.items()]
+        lines.append(f"- The same, differences in {backbone}: {', '.join(told)}.")
     return lines
