@@ -318,7 +318,10 @@ def load_lm(
         seed=config.em.seed,
         show=show,
     )
-    lm = FrozenLM.load(str(folder), config.lm, Workload.of(config))
+    how = config.lm
+    if how.quantization == "auto":
+        how = replace(how, quantization="none")
+    lm = FrozenLM.load(str(folder), how, Workload.of(config))
     lm.embedded = True
     return lm
 

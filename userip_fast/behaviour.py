@@ -98,7 +98,7 @@ class BehaviourFormat:
         return cls(
             template,
             config.separator,
-            config.behaviour_context,
+            "sequence" if config.behaviour_context == "auto" else config.behaviour_context,
             *config.token_limits,
             scale,
             negatives,

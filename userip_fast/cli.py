@@ -255,11 +255,11 @@ def fit(
     ] = None,
     separator: Annotated[str | None, _panel(_TEXT, "Text between events ('; ').")] = None,
     behaviour_context: Annotated[
-        str | None, _panel(_TEXT, "sequence or independent (sequence).")
+        str | None, _panel(_TEXT, "sequence or independent (auto: by the E-step).")
     ] = None,
     max_tokens: MaxTokens = None,
     negatives: Annotated[
-        int | None, _panel(_TEXT, "Items passed over per event of a log without ratings (1).")
+        int | None, _panel(_TEXT, "Items passed over per event of a log without ratings (0).")
     ] = None,
     loss: Annotated[
         str | None, _panel(_TEXT, "feedback, all, or weights TEXT,FEEDBACK such as 0.1,1 (auto).")
@@ -271,7 +271,7 @@ def fit(
     device: Device = None,
     verify: Verify = None,
     estep: Annotated[
-        str | None, _panel(_RUN, "gradient, posterior or amortised (gradient).")
+        str | None, _panel(_RUN, "posterior, amortised or gradient, as published (posterior).")
     ] = None,
     recipe: Annotated[str | None, _panel(_RUN, "userip, or paper, as published (userip).")] = None,
     rounds: Annotated[int | None, _panel(_RUN, "EM rounds, at most.")] = None,

@@ -84,7 +84,10 @@ class DataConfig:
     behaviour: str = "auto"
     """One event. "auto" is `{text}: {feedback}`, or `{text}` when there is no feedback to tell."""
     separator: str = "; "
-    behaviour_context: Literal["sequence", "independent"] = "sequence"
+    behaviour_context: Literal["auto", "sequence", "independent"] = "auto"
+    """Whether events follow each other, or say what they say of the profile each on its own; "auto"
+    is independent with the posterior and amortised E-steps, whose work then does not grow with
+    users, else sequence."""
     max_tokens: int | None = None
     """Behaviour tokens per user; the latest whole events that fit are kept. None is 256 of a
     sequence, and all of independent events."""
@@ -142,7 +145,8 @@ class LMConfig:
     path: str = "default"
     """"default" pre-trains a small Llama on the training users' text; else a folder or hub id."""
     quantization: Literal["auto", "none", "nf4", "nf4-double"] = "auto"
-    """"auto" is nf4-double. bitsandbytes quantises where it is installed, else we do: same bits."""
+    """"auto" is nf4-double, and none of the embedded LM, which is small. bitsandbytes quantises
+    where it is installed, else we do: same bits."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; "auto" is float32 on a CPU, bfloat16 on a GPU."""
     device: str = "auto"
@@ -203,10 +207,10 @@ class EMConfig:
 
     recipe: Literal["userip", "paper"] = "userip"
     """"paper" is the public code's algorithm: random starts, one joint loss, dense AdamW."""
-    estep: Literal["gradient", "posterior", "amortised"] = "gradient"
-    """"gradient": soft prompts by descent, then the nearest codeword. "posterior": p(code |
-    behaviour) from the LM's likelihoods under codewords. "amortised": codewords as "posterior",
-    users by one pass and a head that learned its answers."""
+    estep: Literal["gradient", "posterior", "amortised"] = "posterior"
+    """"gradient": soft prompts by descent, then the nearest codeword, as published. "posterior":
+    p(code | behaviour) from the LM's likelihoods under codewords. "amortised": codewords as
+    "posterior", users by one pass and a head that learned its answers."""
     rounds: int | None = None
     """E-step + M-step sweeps, at most; None is 2 (gradient) or 8."""
     steps: int = 6
@@ -335,6 +339,11 @@ class Config:
     fields: tuple[ProfileField, ...] = TEMPLATES["generic"]
 
     def __post_init__(self) -> None:
+        if self.data.behaviour_context == "auto":
+            apart = self.em.recipe == "userip" and self.em.estep != "gradient"
+            context: Any = "independent" if apart else "sequence"
+            data = dataclasses.replace(self.data, behaviour_context=context)
+            object.__setattr__(self, "data", data)
         _require(len(self.fields) >= 1, "fields", "at least one profile field", self.fields)
         names = [f.name for f in self.fields]
         _require(len(set(names)) == len(names), "fields", "of different names", names)

@@ -73,10 +73,7 @@ def _fields(*rows: tuple[str, str, int, str]) -> tuple[ProfileField, ...]:
 
 
 TEMPLATES: Mapping[str, tuple[ProfileField, ...]] = {
-    "generic": _fields(
-        ("taste", "The user's taste is", 16, ""),
-        ("habit", "The user's habit is", 8, ""),
-    ),
+    "generic": _fields(("taste", "The user's taste is", 16, "")),
     "paper": _fields(
         ("hobby", "The user's hobby is", 4, "sports music reading travel cooking games art nature"),
         ("background", "The user's background is", 3, "student worker parent retired artist"),

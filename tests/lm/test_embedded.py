@@ -178,5 +178,5 @@ def test_training_ends_where_new_users_gain_nothing(tmp_path, monkeypatch, caplo
     spent = training["tokens"][-1]
     assert spent < 4_000_000
     best = int(np.argmin(training["held_out"]))
-    assert best >= len(training["held_out"]) - 1 - embedded._PATIENCE
+    assert best >= len(training["held_out"]) - 1 - (embedded._DROPS + 1) * embedded._PATIENCE
     assert "does not help it to predict them" in caplog.text

@@ -6,9 +6,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from userip_fast.config import Config, DataConfig, EMConfig
+from userip_fast.config import Config
 from userip_fast.errors import ConfigError
-from userip_fast.prompts import TEMPLATES
 
 FEATURES = (
     "none", "random", "generosity", "kmeans_attributes", "kmeans_tfidf", "kmeans_states",
@@ -32,11 +31,7 @@ DIN = "din"
 BACKBONES = ("dcn", "dcnv2", "deepfm", "autoint", "lr", "lightgbm")
 DEFAULT_BACKBONES = ("dcn", "deepfm", "lightgbm")
 CHOSEN = "chosen"
-PROFILES = Config(
-    data=DataConfig(behaviour_context="independent"),
-    em=EMConfig(estep="posterior"),
-    fields=TEMPLATES["generic"][:1],
-)
+PROFILES = Config()
 """How profiles are inferred unless told otherwise: EM on all teachers by the event table, one field
 of 16 codes."""
 _DAMAGE = re.compile(r"(drop|noise):(0?\.\d+|1(?:\.0*)?)|shuffle")

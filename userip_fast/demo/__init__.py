@@ -38,11 +38,15 @@ _HEAD_USERS = 1024  # from whom the amortised head learns; nobody of the others
 _HEAD_FIRST_KEY = 2_000_000
 
 CONFIG = Config(
-    data=DataConfig(time="time", behaviour="{text}", negatives=0, loss="all"),
+    data=DataConfig(time="time", behaviour="{text}", loss="all", behaviour_context="sequence"),
     lm=LMConfig(
-        embedded_hidden=128, embedded_layers=2, embedded_vocab=600, embedded_tokens=800_000
+        embedded_hidden=128,
+        embedded_layers=2,
+        embedded_vocab=600,
+        embedded_tokens=800_000,
+        quantization="nf4-double",
     ),
-    em=EMConfig(paper_epochs=30),
+    em=EMConfig(estep="gradient", paper_epochs=30),
     fields=(
         ProfileField("hobby", "The user's hobby is", 1, len(HOBBIES), tuple(HOBBIES)),
         ProfileField("spending", "The user's spending level is", 1, len(LEVELS), tuple(LEVELS)),
