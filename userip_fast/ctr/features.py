@@ -42,6 +42,7 @@ from userip_fast.em.trainer import shared_start
 from userip_fast.errors import ConfigError
 from userip_fast.keys import hash_keys, seeded
 from userip_fast.lm import PackedEngine
+from userip_fast.lm.embedded import RECIPE
 from userip_fast.model import Model
 from userip_fast.packing import Int64
 from userip_fast.progress import progress
@@ -164,6 +165,7 @@ class Profiles:
         if feature in ("kmeans_attributes", "kmeans_tfidf", "mf_clusters"):
             return key | {"restarts": em["kmeans_restarts"], "attributes": self.attributes}
         key |= {"lm": config["lm"], "fields": config["fields"], "lm_seed": em.pop("seed")}
+        key["recipe"] = RECIPE  # of the embedded LM
         if feature == "kmeans_states":
             return key | {"restarts": em["kmeans_restarts"]}
         if feature == "paper":

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("userip_fast.lm")
 
 _FORMAT, _VERSION = "userip_fast.lm", 1
-_RECIPE = 5  # raise with any change that makes cached models stale
+RECIPE = 5  # raise with any change that makes cached models stale
 _STEP_TOKENS = 2048
 _PROMPT_TOKENS = 48  # of independent events asked for in one prompt: many users in each step
 _UNTOLD = 0.15  # share of soft rows that tell nothing
@@ -98,7 +98,7 @@ def embedded_lm(
     """
     sizes = {k: v for k, v in vars(config).items() if k.startswith("embedded_")}
     prompts = [(f.prompt, f.num_virtual_tokens, f.candidates) for f in template.fields]
-    of_entry: list[Any] = [_RECIPE, sizes, prompts, content_key, seed]
+    of_entry: list[Any] = [RECIPE, sizes, prompts, content_key, seed]
     tokenizer, slots = None, None
     if slot_ids is not None:  # which a tokenizer alone can tell
         tokenizer = _train_tokenizer(texts, template, config.embedded_vocab)
@@ -256,7 +256,7 @@ def _train(
 
 def _rate(step: int, steps: int, drops: int | None) -> float:
     """Learning rate: a short way up, then level, lowered where held-out users gained nothing, and
-    in the last part of the budget down to a tenth; half a cosine where nobody is held out (None)."""
+    in the last part of the budget down to a tenth; half a cosine where nobody is held out."""
     up = min(1.0, (step + 1) / min(50, steps))
     if drops is None:
         return 3e-3 * up * (0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
