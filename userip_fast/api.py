@@ -282,7 +282,7 @@ def prepare(
         raise DataError("there is no user with behaviour to fit on")
     check_codebook_sizes(config.fields, data.num_users)
     resolve_device(config.lm.device)  # before a minute of training
-    fmt = BehaviourFormat.fit(config.data, data, config.em.seed)
+    fmt = BehaviourFormat.fit(config.told, data, config.em.seed)
     catalogue = Catalogue.from_interactions(data)
     if lm is None:
         some = data.head_users(_LM_USERS) if isinstance(data, InteractionStream) else data

@@ -339,14 +339,18 @@ class Config:
     fields: tuple[ProfileField, ...] = TEMPLATES["generic"]
 
     def __post_init__(self) -> None:
-        if self.data.behaviour_context == "auto":
-            apart = self.em.recipe == "userip" and self.em.estep != "gradient"
-            context: Any = "independent" if apart else "sequence"
-            data = dataclasses.replace(self.data, behaviour_context=context)
-            object.__setattr__(self, "data", data)
         _require(len(self.fields) >= 1, "fields", "at least one profile field", self.fields)
         names = [f.name for f in self.fields]
         _require(len(set(names)) == len(names), "fields", "of different names", names)
+
+    @property
+    def told(self) -> DataConfig:
+        """`data` with the context that "auto" stands for: what reads histories goes by this."""
+        if self.data.behaviour_context != "auto":
+            return self.data
+        apart = self.em.recipe == "userip" and self.em.estep != "gradient"
+        context: Literal["sequence", "independent"] = "independent" if apart else "sequence"
+        return dataclasses.replace(self.data, behaviour_context=context)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, ready for JSON."""

@@ -541,7 +541,8 @@ class Model:
                     into = tmp / _EVENTS
                     kept = Segments([into], self.fingerprint, words, codes, writes=into)
                     kept.add(Part.concat(table.parts))
-                stored.keep_tokenizer(self.lm.tokenizer, tmp / _TOKENIZER)
+                if self.config.em.estep == "posterior":  # which alone does without the LM
+                    stored.keep_tokenizer(self.lm.tokenizer, tmp / _TOKENIZER)
             if self.lm.embedded:
                 self._copy_lm(tmp / _LM)
             about = {
@@ -832,7 +833,7 @@ def make_trainer(config: Config, lm: FrozenLM, show: bool) -> Trainer:
 
         later: Any = Late(engine, lm=lm, layout=layout)
         return Trainer(later, config, show)
-    check_positions(lm, layout, config.data.token_limits[1])
+    check_positions(lm, layout, config.told.token_limits[1])
     if lm.plan is not None:
         tokens = min(config.em.pack_tokens, lm.plan.pack_tokens)
         config = replace(config, em=replace(config.em, pack_tokens=tokens))

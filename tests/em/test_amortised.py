@@ -55,7 +55,9 @@ def test_fit_and_infer_fall_back_where_the_head_is_unsure(tmp_path):
     lm = tiny.frozen("llama")
     em = EMConfig(estep="amortised", rounds=1, sure=0.0)
     fields = (uf.ProfileField("taste", "The user's taste is", 1, 4, ("rod", "lamp")),)
-    config = Config(data=DataConfig(max_tokens=60), em=em, fields=fields)
+    config = Config(
+        data=DataConfig(max_tokens=60, behaviour_context="sequence"), em=em, fields=fields
+    )
     model = uf.fit(read(), lm, config=config, out=tmp_path / "run", probabilities=True)
     metrics = uf.files.read_json(tmp_path / "run" / "metrics.json")
     assert metrics["fit"]["forward_equivalents"] == 1.0

@@ -308,7 +308,9 @@ def test_fit_infer_and_resume_with_probabilities(tmp_path):
     em = replace(CONFIG, rounds=2, prune_share=0.34, restarts=2, gain=0.0)
     fields = (ProfileField("taste", "The user's taste is", 1, 4, ("rod", "lamp")),
               ProfileField("b", "b", 1, 3))  # fmt: skip
-    config = Config(data=DataConfig(max_tokens=60), em=em, fields=fields)
+    config = Config(
+        data=DataConfig(max_tokens=60, behaviour_context="sequence"), em=em, fields=fields
+    )
     model = uf.fit(read(), lm, config=config, out=tmp_path / "run", probabilities=True)
     bank = uf.FeatureBank.open(tmp_path / "run" / "bank")
     assert bank.probabilities.shape == (24, 2)
@@ -327,4 +329,6 @@ def test_fit_infer_and_resume_with_probabilities(tmp_path):
     assert np.array_equal(again.codes(), bank.codes())
     np.testing.assert_allclose(again.probabilities, bank.probabilities, rtol=1e-5)
     with pytest.raises(ConfigError, match="a nearest codeword has none"):
-        uf.fit(read(), lm, config=replace(config, em=EMConfig()), probabilities=True)
+        uf.fit(
+            read(), lm, config=replace(config, em=EMConfig(estep="gradient")), probabilities=True
+        )

@@ -28,8 +28,8 @@ from userip_fast.prefetch import Prefetch
 
 USERS = 24
 CONFIG = Config(
-    data=DataConfig(max_tokens=60),
-    em=EMConfig(steps=2, rounds=3, lr=0.2, block_users=5, codebook_update="ema"),
+    data=DataConfig(max_tokens=60, behaviour_context="sequence"),
+    em=EMConfig(estep="gradient", steps=2, rounds=3, lr=0.2, block_users=5, codebook_update="ema"),
     fields=(uf.ProfileField("taste", "The user's taste is", 1, 4), uf.ProfileField("b", "b", 1, 3)),
 )
 

@@ -75,7 +75,7 @@ class Profiles:
         self.learn, self.config, self.attributes, self.show = learn, config, attributes, show
         self._temporary = tempfile.TemporaryDirectory() if folder is None else None
         self.models = Cells(Path(self._temporary.name) if self._temporary else folder)
-        self.format = BehaviourFormat.fit(config.data, learn, config.em.seed)
+        self.format = BehaviourFormat.fit(config.told, learn, config.em.seed)
         self.catalogue = Catalogue.from_interactions(learn)
         self.sizes = [f.codebook_size for f in config.fields]
         self._books: dict[tuple[str, int], tuple[Vectors, ResidualCodebook]] = {}

@@ -182,7 +182,7 @@ def _lm_that_knows_words(config: Config, seed: int, show: bool) -> FrozenLM:
     world = make_world(_LM_USERS, seed=1000 + seed, first=_LM_FIRST_KEY)
     data = _read(world)
     users = data.user_keys.to_numpy() - _LM_FIRST_KEY
-    fmt = BehaviourFormat.fit(config.data, data, seed)
+    fmt = BehaviourFormat.fit(config.told, data, seed)
     source = BehaviourSource(fmt.events(data, Catalogue.from_interactions(data)), fmt)
 
     def slot_ids(tokenizer: Any) -> Int64:

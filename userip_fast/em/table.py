@@ -47,7 +47,7 @@ def has_table(config: Config) -> bool:
     return (
         em.recipe == "userip"
         and em.estep != "gradient"
-        and config.data.behaviour_context == "independent"
+        and config.told.behaviour_context == "independent"
         and (em.posterior == "exact" or (em.posterior == "auto" and combinations <= _AUTO_LIMIT))
     )
 

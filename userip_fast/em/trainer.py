@@ -405,7 +405,7 @@ class Trainer:
         """Profiles of `users` (None: this process's) in hash order, block by block."""
         size = self.config.em.block_users
         # It tells its progress by blocks; but the more users, the more events they share.
-        shares = self.config.data.behaviour_context == "independent"
+        shares = self.config.told.behaviour_context == "independent"
         if not isinstance(estep, GradientEStep) and not shares:
             size = min(size, _PROGRESS_USERS)
         first, last = users or self.own_users(source)

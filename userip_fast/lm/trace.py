@@ -65,7 +65,7 @@ class Workload:
         soft = sum(f.num_virtual_tokens for f in config.fields)
         return cls(
             pack_tokens=config.em.pack_tokens,
-            user_tokens=config.data.token_limits[1] + soft,
+            user_tokens=config.told.token_limits[1] + soft,
             soft_rows=soft,
             block_users=config.em.block_users,
         )
