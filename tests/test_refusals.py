@@ -52,6 +52,7 @@ def _bad_files(root):
         "ragged.csv": "user_id,item_id\n1,2\n1\n",
         "quote.csv": 'user_id,item_id,title\n1,2,"open',
         "twice.csv": "user_id,user_id,item_id\n1,1,2\n",
+        "bare.csv": "1,2,a title\n3,4,another\n",
         "semicolon.csv": "user_id;item_id\n1;2\n",
         "log.txt": "user_id,item_id\n",
         "log.json": "[]",

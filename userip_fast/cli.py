@@ -153,12 +153,25 @@ _DATA, _TEXT, _FIELDS, _RUN = "Data", "Behaviour text and loss", "Profile and LM
 _EVAL = "Evaluation"
 
 Log = Annotated[
-    Path,
-    _panel(_DATA, "Interactions: CSV, Parquet, JSON lines, a folder of such, or reviews.pickle."),
+    list[Path],
+    _panel(
+        _DATA,
+        "Interactions: CSV, Parquet, JSON lines, packed by gzip or zstd, RecBole's .inter, a "
+        "folder of such, or reviews.pickle; given more than once, one log.",
+    ),
 ]
 Items = Annotated[
-    Path | None, _panel(_DATA, "Item table; without it the text columns are in the interactions.")
+    list[Path] | None,
+    _panel(_DATA, "Item table; without it the text columns are in the interactions."),
 ]
+Sep = Annotated[
+    str | None, _panel(_DATA, "Between the columns of a CSV log, say ';' or '::' (found out).")
+]
+Encoding = Annotated[str | None, _panel(_DATA, "Of text files, say latin-1 (utf-8).")]
+Header = Annotated[
+    str | None, _panel(_DATA, "Columns A,B,... of a CSV log that has no header line.")
+]
+ItemsHeader = Annotated[str | None, _panel(_DATA, "The same for the item table.")]
 User = Annotated[str | None, _panel(_DATA, "Column of user keys (user_id).")]
 Item = Annotated[str | None, _panel(_DATA, "Column of item keys (item_id).")]
 Rating = Annotated[str | None, _panel(_DATA, "Column of ratings, if there is one.")]
@@ -247,6 +260,10 @@ def fit(
     time: Time = None,
     text: ItemText = None,
     filter: Filter = None,
+    sep: Sep = None,
+    encoding: Encoding = None,
+    header: Header = None,
+    items_header: ItemsHeader = None,
     on_bad: OnBad = None,
     min_history: MinHistory = None,
     stream: Stream = None,
@@ -338,6 +355,10 @@ def infer(
     time: Time = None,
     text: ItemText = None,
     filter: Filter = None,
+    sep: Sep = None,
+    encoding: Encoding = None,
+    header: Header = None,
+    items_header: ItemsHeader = None,
     on_bad: OnBad = None,
     min_history: MinHistory = None,
     stream: Stream = None,
@@ -361,12 +382,12 @@ def infer(
     """
     _silence_transformers()
     from userip_fast.bank import FeatureBank
-    from userip_fast.flags import flag_values
+    from userip_fast.flags import FORM_OF_FILES, flag_values
     from userip_fast.model import Model
     from userip_fast.terminal import print_results
 
     fitted = Model.load(model, device=device, verify=bool(verify))
-    settings = fitted.config.override(flag_values(ctx.params))
+    settings = fitted.config.override({**FORM_OF_FILES, **flag_values(ctx.params)})
     data = _read(interactions, items, settings, max_users, quiet, stream)
     if shard is not None:
         if probabilities:
@@ -413,6 +434,10 @@ def ctr(
     time: Time = None,
     text: ItemText = None,
     filter: Filter = None,
+    sep: Sep = None,
+    encoding: Encoding = None,
+    header: Header = None,
+    items_header: ItemsHeader = None,
     on_bad: OnBad = None,
     min_history: MinHistory = None,
     max_tokens: MaxTokens = None,
@@ -509,6 +534,10 @@ def tune(
     time: Time = None,
     text: ItemText = None,
     filter: Filter = None,
+    sep: Sep = None,
+    encoding: Encoding = None,
+    header: Header = None,
+    items_header: ItemsHeader = None,
     on_bad: OnBad = None,
     min_history: MinHistory = None,
     max_tokens: MaxTokens = None,
@@ -550,6 +579,10 @@ def explain(
     run: Annotated[Path, typer.Argument(help="Run folder of fit.")],
     interactions: Log,
     items: Items = None,
+    sep: Sep = None,
+    encoding: Encoding = None,
+    header: Header = None,
+    items_header: ItemsHeader = None,
     users: Annotated[
         Path | None, _panel(_DATA, "Table of users with traits that the codes never saw.")
     ] = None,
@@ -566,12 +599,12 @@ def explain(
     _silence_transformers()
     from userip_fast.bank import FeatureBank
     from userip_fast.explain import explain as run_explain
-    from userip_fast.flags import flag_values
+    from userip_fast.flags import FORM_OF_FILES, flag_values
     from userip_fast.model import Model
     from userip_fast.report import report_run
 
     model = Model.load(run / "model", device=device)
-    settings = model.config.override(flag_values(ctx.params))
+    settings = model.config.override({**FORM_OF_FILES, **flag_values(ctx.params)})
     data = _read(interactions, items, settings, max_users, quiet, None)
     bank = FeatureBank.open(run / "bank")
     found = run_explain(
@@ -601,8 +634,8 @@ def _names(text: str | None) -> tuple[str, ...] | None:
 
 @overload
 def _read(
-    interactions: Path,
-    items: Path | None,
+    interactions: list[Path],
+    items: list[Path] | None,
     settings: Config,
     max_users: int | None,
     quiet: bool,
@@ -612,8 +645,8 @@ def _read(
 
 @overload
 def _read(
-    interactions: Path,
-    items: Path | None,
+    interactions: list[Path],
+    items: list[Path] | None,
     settings: Config,
     max_users: int | None,
     quiet: bool,
@@ -622,8 +655,8 @@ def _read(
 
 
 def _read(
-    interactions: Path,
-    items: Path | None,
+    interactions: list[Path],
+    items: list[Path] | None,
     settings: Config,
     max_users: int | None,
     quiet: bool,
@@ -634,14 +667,18 @@ def _read(
     d = settings.data
     read = read_interactions if stream is None else partial(stream_interactions, work=stream)
     data = read(
-        interactions,
-        items,
+        _one_or_all(interactions),
+        _one_or_all(items) if items else None,
         user=d.user,
         item=d.item,
         rating=d.rating,
         time=d.time,
         text=d.text,
         filter=d.filter,
+        sep=d.sep,
+        encoding=d.encoding,
+        header=d.header,
+        items_header=d.items_header,
         on_bad=d.on_bad,
         min_history=d.min_history,
         seed=settings.em.seed,
@@ -653,6 +690,10 @@ def _read(
         if data.rating_note:
             _say(data.rating_note)
     return data if max_users is None else data.head_users(max_users)
+
+
+def _one_or_all(paths: list[Path]) -> Path | list[Path]:
+    return paths[0] if len(paths) == 1 else paths
 
 
 def _silence_transformers() -> None:

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import traceback
 from datetime import UTC, datetime
@@ -343,6 +344,25 @@ def test_namespaces_that_could_touch_other_keys_are_refused(name, tmp_path):
     made, _ = bank(tmp_path / "bank", np.arange(3))
     with pytest.raises(ConfigError, match="namespace="):
         export_redis(made, "redis://127.0.0.1:1", namespace=name)
+
+
+def test_frames_hold_what_the_bank_holds(tmp_path, monkeypatch):
+    opened, _ = bank(tmp_path / "b", [3, 1, 2])
+    table = opened.to_arrow()
+    opened.to_parquet(tmp_path / "b.parquet")
+    assert table.equals(pq.read_table(tmp_path / "b.parquet"))
+    assert table["user_id"].equals(pa.chunked_array([opened.keys()]))
+    frame = pytest.importorskip("pandas").DataFrame(table.to_pydict())
+    assert opened.to_pandas().to_dict() == frame.to_dict()
+    monkeypatch.setitem(sys.modules, "polars", None)
+    with pytest.raises(UnavailableError, match="to_polars: polars is not installed"):
+        opened.to_polars()
+
+
+def test_polars_frames(tmp_path):
+    polars = pytest.importorskip("polars")
+    opened, _ = bank(tmp_path / "b", ["a", "b"])
+    assert opened.to_polars().equals(polars.from_arrow(opened.to_arrow()))
 
 
 def test_feast_layout(tmp_path):

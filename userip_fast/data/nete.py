@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from userip_fast.data.filters import RowFilter
 from userip_fast.data.interactions import Interactions
-from userip_fast.data.read import Columns, build_interactions
-from userip_fast.data.sources import Source, TableLike, read_source
+from userip_fast.data.read import Columns, build_interactions, check_on_bad, read_items
+from userip_fast.data.sources import Part, Source, TableLike
 from userip_fast.data.text import TextTemplate
+from userip_fast.data.textfiles import TextForm
 from userip_fast.errors import DataError
 
 _TEMPLATE = ("feature", "adjective", "sentence", "sentiment")
@@ -43,6 +44,7 @@ def read_nete(
     on_bad: str = "error",
     min_history: int = 1,
     seed: int = 0,
+    form: TextForm | None = None,
 ) -> Interactions:
     """Reads reviews as rated interactions, without times.
 
@@ -55,6 +57,7 @@ def read_nete(
         split: "train", "validation" or "test".
         text: Item text; default "{features}", with `items` "{title}".
         filter, on_bad, min_history, seed: As for `read_interactions`.
+        form: How the item table is written, if it is a text file.
 
     Raises:
         DataError: As for `read_interactions`; or the pickle asks for anything but plain containers
@@ -72,16 +75,13 @@ def read_nete(
     table = _table(file, records)
     if items is None:
         table = table.append_column("features", _features(table, described))
-    log = Source(str(file), table, ((str(file), 0),), True)
+    log = Source(str(file), table, (Part(str(file), 0, 1),), True)
     template = TextTemplate(text or ("{features}" if items is None else "{title}"))
     catalogue = None
     if items is None:
         template.check(table.column_names, log.name)
     else:
-        as_text = {"item", *template.columns}
-        catalogue = read_source(items, None, what="items", as_text=as_text)
-        catalogue.require("item")
-        template.check(catalogue.table.column_names, catalogue.name)
+        catalogue = read_items(items, "item", template, form, check_on_bad(on_bad))
     return build_interactions(
         log,
         catalogue,
