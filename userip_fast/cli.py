@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
 from collections import namedtuple
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -49,7 +51,7 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:  # before a command began
             code = 130
         except UserIPError as e:
-            code = _tell(str(e), 2)
+            code = _tell(_as_typed(str(e), _flag_names(self)), 2)
         except MemoryError as e:
             code = _tell(f"out of memory ({e}): stream the log, or lower em.pack_tokens", 2)
         except OSError as e:  # of the system: a full disk behind standard output, a lost folder
@@ -58,6 +60,44 @@ class _Group(TyperGroup):
         except Exception as e:
             code = _wrong_use(e)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _flag_names(group: Any) -> dict[str, str]:
+    """Argument -> flag, of all commands."""
+    flags: dict[str, str] = {}
+    for command in group.commands.values():
+        if hasattr(command, "commands"):
+            flags |= _flag_names(command)
+        for parameter in command.params:
+            if long := [name for name in parameter.opts if name.startswith("--")]:
+                flags[parameter.name] = long[0]
+    return flags
+
+
+_ARGUMENT = re.compile(
+    r"(?<![\w.\"'])(on_bad|on_unknown|out|encoding|sep|resume)=(?:'([^']*)'|\"([^\"]*)\"|True\b)"
+)
+_RULE = re.compile(r"(?<![\w.\"'-])(?:config\.)?(?:(data|lm|em)\.)?([a-z_]+)(?= must | needs )")
+_TWICE = re.compile(r"(--[a-z-]+ \S+) \(\1\)")
+
+
+def _as_typed(message: str, flags: Mapping[str, str]) -> str:
+    """A message about arguments and settings in the words of the command line."""
+    from userip_fast.flags import FLAGS
+
+    def argument(found: re.Match[str]) -> str:
+        value = found[2] or found[3] or ""
+        return f"{flags[found[1]]} {value}".strip() if found[1] in flags else found[0]
+
+    def rule(found: re.Match[str]) -> str:
+        section, name = found[1], found[2]
+        if section is None:
+            return flags[name] if found.start() == 0 and name in flags else found[0]
+        setting = f"{section}.{name}"
+        flag = next((flag for flag, known in FLAGS.items() if known == setting), None)
+        return setting if flag is None else f"{flags[flag]} ({setting})"
+
+    return _TWICE.sub(r"\1", _RULE.sub(rule, _ARGUMENT.sub(argument, message)))
 
 
 def _wrong_use(e: Exception) -> int:
@@ -109,7 +149,6 @@ app = typer.Typer(
     cls=_Group,
     help="Interaction logs to per-user collaborative IDs, through a frozen language model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -702,6 +741,8 @@ def _silence_transformers() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # Without its optional kernels it works as well, and says so as a warning.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @app.command()

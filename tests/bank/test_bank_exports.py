@@ -85,7 +85,7 @@ class NamedServer:
 @pytest.fixture
 def own_server(tmp_path):
     """One that may be stopped."""
-    pytest.importorskip("redis", reason="needs the client: pip install 'userip-fast[redis]'")
+    pytest.importorskip("redis", reason="needs the client: pip install redis")
     if shutil.which("redis-server") is None:
         pytest.skip("needs redis-server (apt-get install redis-server)")
     made = Server(tmp_path)
@@ -96,7 +96,7 @@ def own_server(tmp_path):
 @pytest.fixture
 def server(request):
     if url := os.environ.get("USERIP_FAST_TEST_REDIS_URL"):
-        pytest.importorskip("redis", reason="needs the client: pip install 'userip-fast[redis]'")
+        pytest.importorskip("redis", reason="needs the client: pip install redis")
         return NamedServer(url)
     return request.getfixturevalue("own_server")
 
