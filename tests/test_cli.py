@@ -489,6 +489,28 @@ def test_several_files_of_any_form_are_one_log(tmp_path):
     assert (config["encoding"], config["header"]) == ("latin-1", "user_id,item_id,rating")
     userip(  # how another log is written, it says itself
         "infer", "--model", tmp_path / "run" / "model",
-        "--interactions", small_log.write(tmp_path)[0], "--items", tmp_path / "items.csv", "--encoding", "latin-1",
-        "--out", tmp_path / "bank", "-q",
+        "--interactions", small_log.write(tmp_path)[0], "--items", tmp_path / "items.csv",
+        "--encoding", "latin-1", "--out", tmp_path / "bank", "-q",
     )  # fmt: skip
+
+
+def test_an_interrupted_tune_keeps_what_was_judged(tmp_path, monkeypatch):
+    from userip_fast import tune
+
+    judge, calls = tune._judge, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return judge(*args)
+
+    monkeypatch.setattr(tune, "_judge", interrupted)
+    log, items = small_log.write(tmp_path)
+    out = tmp_path / "tune.json"
+    said = userip(
+        "tune", "--interactions", log, "--items", items, "--rating", "rating", "--field", FIELD,
+        "--codes", "2,3", "--seeds", "1", "--rounds", "1", "--out", out, *SET, "-q", code=130,
+    )  # fmt: skip
+    assert len(read_json(out)) == 2
+    assert "taste" in said.stdout

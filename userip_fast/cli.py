@@ -604,12 +604,22 @@ def tune(
     _silence_transformers()
     from userip_fast.files import write_json
     from userip_fast.terminal import print_choices
+    from userip_fast.tune import Choice
     from userip_fast.tune import tune as run_tune
 
-    choices = run_tune(data, settings, sizes, seeds=seeds, show=not quiet)
-    print_choices(choices)
-    if out is not None:
-        write_json(out, [choice.to_dict() for choice in choices])
+    judged: list[Choice] = []
+
+    def keep(choice: Choice) -> None:
+        judged.append(choice)
+        judged.sort(key=lambda c: -c.elbo)
+        if out is not None:
+            write_json(out, [c.to_dict() for c in judged])
+
+    try:
+        run_tune(data, settings, sizes, seeds=seeds, show=not quiet, each=keep)
+    finally:  # after an interrupt too, which may have cost an hour
+        if judged:
+            print_choices(judged)
 
 
 @app.command()

@@ -6,7 +6,7 @@ on its own part of the training users. All are judged on the same other users.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 
@@ -63,6 +63,7 @@ def tune(
     lm: FrozenLM | None = None,
     seeds: int = 2,
     show: bool = False,
+    each: Callable[[Choice], None] = lambda choice: None,
 ) -> list[Choice]:
     """Tries `sizes` codes in every field, and the config's own sizes without each field in turn.
 
@@ -75,6 +76,7 @@ def tune(
         lm: The frozen LM; None loads the config's.
         seeds: Runs per choice.
         show: Whether to show progress.
+        each: Called with every choice as it is judged, so that an interrupt need not lose it.
 
     Returns:
         The choices, likeliest first; the one without profiles among them.
@@ -121,6 +123,7 @@ def tune(
                 found.append(PosteriorEStep(engine, em).run(judges, at.codebooks, EMState()))
                 bar.advance(1)
             choices.append(_judge(config, list(codes), found, choices))
+            each(choices[-1])
     return sorted(choices, key=lambda c: -c.elbo)
 
 
