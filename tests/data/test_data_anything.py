@@ -4,6 +4,7 @@ import datetime as dt
 import gzip
 import json
 import logging
+import os
 from itertools import accumulate
 
 import numpy as np
@@ -204,6 +205,16 @@ READ = {
     "parquet of any name": (lambda f: pq.write_table(TABLE, f / "log") or f / "log", {}, None),
     "folder of parquet": (parts("a.parquet", "b/c.parquet"), {}, None),
     "folder of csv, some packed": (parts("a.csv", "b.csv.gz"), {}, None),
+    "folder with what tools leave": (
+        lambda f: (f / "state.json").write_text("{}") and parts("a.parquet", "b.parquet")(f),
+        {},
+        None,
+    ),
+    "utf-16-le with a mark": (
+        put("log.csv", ("\ufeff" + lines()).encode("utf-16-le")),
+        {"encoding": "utf-16-le"},
+        None,
+    ),
     "hive folders": (hive, {}, None),
     "list of csv": (listed("a.csv", "b.csv", "c.csv.gz"), {}, None),
     "list of parquet": (listed("a.parquet", "b.parquet"), {}, None),
@@ -433,6 +444,11 @@ def test_times_by_iso_8601_are_read_everywhere(form, kind, tmp_path):
     assert histories(data) == want
 
 
+def fifo(folder):
+    os.mkfifo(folder / "log.csv")
+    return folder / "log.csv"
+
+
 def bomb():
     return zstd("user_id,item_id,title\n" + " " * (1100 << 20))
 
@@ -514,6 +530,8 @@ REFUSED = {
         "'user_id' holds values of more",
     ),
     "floats of pandas": (memory(frame(user_id=[1, None, 2])), {}, r"is double.*astype\('Int64'\)"),
+    "a pipe": (fifo, {}, "is no regular file; write what it gives to one"),
+    "a device": (memory(lambda: "/dev/null"), {}, "is no regular file"),
     "a zstd bomb": (lambda f: put("log.csv.zst", bomb())(f), {}, "beyond what is read"),
 }
 

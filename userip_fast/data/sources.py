@@ -414,17 +414,18 @@ def _files_of(path: Path, what: str) -> list[File]:
             for file in path.rglob("*")
             if file.is_file() and not any(p[0] in "._" for p in file.relative_to(path).parts)
         )
-        suffixes = [(file, _suffix(file)) for file in found]
-        files = [
-            File(file, path, *_KINDS[suffix])
-            for file, suffix in suffixes
-            if suffix in _KINDS and suffix not in _NOT_OF.get(what, ())
-        ]
+        known = {file: suffix for file in found if (suffix := _suffix(file)) in _KINDS}
+        known = {f: suffix for f, suffix in known.items() if suffix not in _NOT_OF.get(what, ())}
+        if set(known.values()) > {".json"}:  # which only tell of the others, as tools leave them
+            known = {file: suffix for file, suffix in known.items() if suffix != ".json"}
+        files = [File(file, path, *_KINDS[suffix]) for file, suffix in known.items()]
         if not files:
             raise DataError(f"{what}: folder {path} holds no file of a known kind ({_KNOWN})")
         return files
     if not path.exists():
         raise DataError(f"{what}: {path} does not exist")
+    if not path.is_file():  # a file is read more than once, first to see what it is
+        raise DataError(f"{what}: {path} is no regular file; write what it gives to one")
     if (suffix := _suffix(path)) in _KINDS:
         return [File(path, path.parent, *_KINDS[suffix])]
     try:

@@ -182,6 +182,7 @@ class _TextFile:
         # What is not UTF-8 is found row by row; other encodings are refused as a whole.
         errors = "replace" if self.plain else "strict"
         self.head = codecs.getincrementaldecoder(self.encoding)(errors).decode(head)
+        self.head = self.head.removeprefix("\ufeff")
         if not self.head.strip():
             raise UnreadableError("it is empty")
 
