@@ -455,3 +455,62 @@ def test_an_interrupt_while_text_is_executed_exits_with_130(tmp_path):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     run = subprocess.run([sys.executable, "-m", "interrupted"], env=env, stderr=subprocess.PIPE)
     assert run.returncode == 130, run.stderr
+
+
+def test_shells_complete_commands(tmp_path):
+    code = "from userip_fast.cli import app; app(prog_name='userip')"
+    told = {"_USERIP_COMPLETE": "complete_bash", "_TYPER_COMPLETE_ARGS": "userip fi",
+            "COMP_WORDS": "userip fi", "COMP_CWORD": "1"}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | told, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["fit"]
+
+
+def test_several_files_of_any_form_are_one_log(tmp_path):
+    log, items = small_log.tables()
+    rows = log.to_pylist()
+    for at, half in enumerate((rows[:70], rows[70:])):
+        text = "".join(f"{r['user_id']}::{r['item_id']}::{r['rating']}\n" for r in half)
+        (tmp_path / f"part{at}.dat").write_text(text)
+    text = "item_id;title\n" + "".join(
+        f"{r['item_id']};{r['title']} \u00e9\n" for r in items.to_pylist()
+    )
+    (tmp_path / "items.csv").write_text(text, encoding="latin-1")
+    userip(
+        "fit", "--interactions", tmp_path / "part0.dat", "--interactions", tmp_path / "part1.dat",
+        "--header", "user_id,item_id,rating", "--items", tmp_path / "items.csv", "--encoding",
+        "latin-1", "--rating", "rating", "--field", FIELD, "--out", tmp_path / "run", *SET, "-q",
+    )  # fmt: skip
+    data = read_json(tmp_path / "run" / "metrics.json")["data"]
+    assert (data["events"], data["users"]) == (len(log), small_log.USERS)
+    config = read_json(tmp_path / "run" / "model" / "config.json")["data"]
+    assert (config["encoding"], config["header"]) == ("latin-1", "user_id,item_id,rating")
+    userip(  # how another log is written, it says itself
+        "infer", "--model", tmp_path / "run" / "model",
+        "--interactions", small_log.write(tmp_path)[0], "--items", tmp_path / "items.csv",
+        "--encoding", "latin-1", "--out", tmp_path / "bank", "-q",
+    )  # fmt: skip
+
+
+def test_an_interrupted_tune_keeps_what_was_judged(tmp_path, monkeypatch):
+    from userip_fast import tune
+
+    judge, calls = tune._judge, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return judge(*args)
+
+    monkeypatch.setattr(tune, "_judge", interrupted)
+    log, items = small_log.write(tmp_path)
+    out = tmp_path / "tune.json"
+    said = userip(
+        "tune", "--interactions", log, "--items", items, "--rating", "rating", "--field", FIELD,
+        "--codes", "2,3", "--seeds", "1", "--rounds", "1", "--out", out, *SET, "-q", code=130,
+    )  # fmt: skip
+    assert len(read_json(out)) == 2
+    assert "taste" in said.stdout

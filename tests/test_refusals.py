@@ -52,6 +52,7 @@ def _bad_files(root):
         "ragged.csv": "user_id,item_id\n1,2\n1\n",
         "quote.csv": 'user_id,item_id,title\n1,2,"open',
         "twice.csv": "user_id,user_id,item_id\n1,1,2\n",
+        "bare.csv": "1,2,a title\n3,4,another\n",
         "semicolon.csv": "user_id;item_id\n1;2\n",
         "log.txt": "user_id,item_id\n",
         "log.json": "[]",
@@ -210,6 +211,7 @@ def test_one_line_and_exit_code_2(place, line, monkeypatch, tmp_path):
     said = result.stderr
     assert said.startswith("userip: "), said
     assert len(said.encode()) < 4000, said[:1000]
+    assert not re.search(r"\b(on_bad|on_unknown|out|encoding|sep)=['\"]", said), said
     if "bad row(s)" not in said and "rows read" not in said:  # which list the rows
         assert said.count("\n") == 1, said
     assert time.monotonic() - before < 20
@@ -218,6 +220,32 @@ def test_one_line_and_exit_code_2(place, line, monkeypatch, tmp_path):
 
 def _must_not_start(*args, **kwargs):
     raise AssertionError("minutes of training began")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("FIT --on-bad x", "--on-bad (data.on_bad) must be one of ['error', 'skip'], is 'x'"),
+        ("FIT --min-history 0", "--min-history (data.min_history) must be at least 1, is 0"),
+        ("FIT --set em.lr=0", "em.lr must be positive, is 0.0"),
+        (
+            "FIT --sep ''",
+            "--sep must be 1 to 8 ASCII characters without quotes and new lines, is ''",
+        ),
+        ("bank lookup run/bank 3 --on-unknown x", "--on-unknown x: must be 'error' or 'code'"),
+        (
+            "bank remove run/bank 3 --on-unknown code",
+            "--on-unknown code: must be 'error' or 'skip'",
+        ),
+        ("bank export run/bank x.parquet --layout fest", "--layout fest: must be plain or feast"),
+        ("ALONE latin.csv", "for example --encoding latin-1, or drop them with --on-bad skip"),
+        ("FIT --filter \"out='x'\"", "filter \"out='x'\": cannot be parsed"),
+    ],
+)
+def test_messages_are_in_the_words_of_the_command_line(place, line, said):
+    result = CliRunner().invoke(cli.app, split(line))
+    assert result.exit_code == 2
+    assert said in result.stderr
 
 
 def run(*args, env=(), **kwargs):

@@ -233,7 +233,7 @@ print(*(p.name for p in paths))
 
 def test_a_ray_job_gives_the_same_ids(files, whole, tmp_path):
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("needs Ray: pip install 'userip-fast[ray]'")
+        pytest.skip("needs Ray: pip install 'ray[data]'")
     command = [sys.executable, "-c", RAY_JOB, *map(str, (whole, files, tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

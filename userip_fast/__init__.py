@@ -40,16 +40,19 @@ _PUBLIC = {
     "stream_interactions": "userip_fast.data",
 }
 
+# Of libraries that may not be there, so that `import *` leaves them out.
+_OPTIONAL = {"UserProfiler": "userip_fast.estimator"}
+
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> _Any:
     if name == "ops":
         return _import_module("userip_fast.ops")
-    if name in _PUBLIC:
-        return getattr(_import_module(_PUBLIC[name]), name)
+    if module := (_PUBLIC | _OPTIONAL).get(name):
+        return getattr(_import_module(module), name)
     raise AttributeError(f"module 'userip_fast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted([*__all__, *_OPTIONAL])

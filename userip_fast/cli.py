@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
 from collections import namedtuple
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -49,7 +51,7 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:  # before a command began
             code = 130
         except UserIPError as e:
-            code = _tell(str(e), 2)
+            code = _tell(_as_typed(str(e), _flag_names(self)), 2)
         except MemoryError as e:
             code = _tell(f"out of memory ({e}): stream the log, or lower em.pack_tokens", 2)
         except OSError as e:  # of the system: a full disk behind standard output, a lost folder
@@ -58,6 +60,44 @@ class _Group(TyperGroup):
         except Exception as e:
             code = _wrong_use(e)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _flag_names(group: Any) -> dict[str, str]:
+    """Argument -> flag, of all commands."""
+    flags: dict[str, str] = {}
+    for command in group.commands.values():
+        if hasattr(command, "commands"):
+            flags |= _flag_names(command)
+        for parameter in command.params:
+            if long := [name for name in parameter.opts if name.startswith("--")]:
+                flags[parameter.name] = long[0]
+    return flags
+
+
+_ARGUMENT = re.compile(
+    r"(?<![\w.\"'])(on_bad|on_unknown|out|encoding|sep|resume)=(?:'([^']*)'|\"([^\"]*)\"|True\b)"
+)
+_RULE = re.compile(r"(?<![\w.\"'-])(?:config\.)?(?:(data|lm|em)\.)?([a-z_]+)(?= must | needs )")
+_TWICE = re.compile(r"(--[a-z-]+ \S+) \(\1\)")
+
+
+def _as_typed(message: str, flags: Mapping[str, str]) -> str:
+    """A message about arguments and settings in the words of the command line."""
+    from userip_fast.flags import FLAGS
+
+    def argument(found: re.Match[str]) -> str:
+        value = found[2] or found[3] or ""
+        return f"{flags[found[1]]} {value}".strip() if found[1] in flags else found[0]
+
+    def rule(found: re.Match[str]) -> str:
+        section, name = found[1], found[2]
+        if section is None:
+            return flags[name] if found.start() == 0 and name in flags else found[0]
+        setting = f"{section}.{name}"
+        flag = next((flag for flag, known in FLAGS.items() if known == setting), None)
+        return setting if flag is None else f"{flags[flag]} ({setting})"
+
+    return _TWICE.sub(r"\1", _RULE.sub(rule, _ARGUMENT.sub(argument, message)))
 
 
 def _wrong_use(e: Exception) -> int:
@@ -109,7 +149,6 @@ app = typer.Typer(
     cls=_Group,
     help="Interaction logs to per-user collaborative IDs, through a frozen language model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -153,12 +192,25 @@ _DATA, _TEXT, _FIELDS, _RUN = "Data", "Behaviour text and loss", "Profile and LM
 _EVAL = "Evaluation"
 
 Log = Annotated[
-    Path,
-    _panel(_DATA, "Interactions: CSV, Parquet, JSON lines, a folder of such, or reviews.pickle."),
+    list[Path],
+    _panel(
+        _DATA,
+        "Interactions: CSV, Parquet, JSON lines, packed by gzip or zstd, RecBole's .inter, a "
+        "folder of such, or reviews.pickle; given more than once, one log.",
+    ),
 ]
 Items = Annotated[
-    Path | None, _panel(_DATA, "Item table; without it the text columns are in the interactions.")
+    list[Path] | None,
+    _panel(_DATA, "Item table; without it the text columns are in the interactions."),
 ]
+Sep = Annotated[
+    str | None, _panel(_DATA, "Between the columns of a CSV log, say ';' or '::' (found out).")
+]
+Encoding = Annotated[str | None, _panel(_DATA, "Of text files, say latin-1 (utf-8).")]
+Header = Annotated[
+    str | None, _panel(_DATA, "Columns A,B,... of a CSV log that has no header line.")
+]
+ItemsHeader = Annotated[str | None, _panel(_DATA, "The same for the item table.")]
 User = Annotated[str | None, _panel(_DATA, "Column of user keys (user_id).")]
 Item = Annotated[str | None, _panel(_DATA, "Column of item keys (item_id).")]
 Rating = Annotated[str | None, _panel(_DATA, "Column of ratings, if there is one.")]
@@ -247,6 +299,10 @@ def fit(
     time: Time = None,
     text: ItemText = None,
     filter: Filter = None,
+    sep: Sep = None,
+    encoding: Encoding = None,
+    header: Header = None,
+    items_header: ItemsHeader = None,
     on_bad: OnBad = None,
     min_history: MinHistory = None,
     stream: Stream = None,
@@ -338,6 +394,10 @@ def infer(
     time: Time = None,
     text: ItemText = None,
     filter: Filter = None,
+    sep: Sep = None,
+    encoding: Encoding = None,
+    header: Header = None,
+    items_header: ItemsHeader = None,
     on_bad: OnBad = None,
     min_history: MinHistory = None,
     stream: Stream = None,
@@ -361,12 +421,12 @@ def infer(
     """
     _silence_transformers()
     from userip_fast.bank import FeatureBank
-    from userip_fast.flags import flag_values
+    from userip_fast.flags import FORM_OF_FILES, flag_values
     from userip_fast.model import Model
     from userip_fast.terminal import print_results
 
     fitted = Model.load(model, device=device, verify=bool(verify))
-    settings = fitted.config.override(flag_values(ctx.params))
+    settings = fitted.config.override({**FORM_OF_FILES, **flag_values(ctx.params)})
     data = _read(interactions, items, settings, max_users, quiet, stream)
     if shard is not None:
         if probabilities:
@@ -413,6 +473,10 @@ def ctr(
     time: Time = None,
     text: ItemText = None,
     filter: Filter = None,
+    sep: Sep = None,
+    encoding: Encoding = None,
+    header: Header = None,
+    items_header: ItemsHeader = None,
     on_bad: OnBad = None,
     min_history: MinHistory = None,
     max_tokens: MaxTokens = None,
@@ -509,6 +573,10 @@ def tune(
     time: Time = None,
     text: ItemText = None,
     filter: Filter = None,
+    sep: Sep = None,
+    encoding: Encoding = None,
+    header: Header = None,
+    items_header: ItemsHeader = None,
     on_bad: OnBad = None,
     min_history: MinHistory = None,
     max_tokens: MaxTokens = None,
@@ -536,12 +604,22 @@ def tune(
     _silence_transformers()
     from userip_fast.files import write_json
     from userip_fast.terminal import print_choices
+    from userip_fast.tune import Choice
     from userip_fast.tune import tune as run_tune
 
-    choices = run_tune(data, settings, sizes, seeds=seeds, show=not quiet)
-    print_choices(choices)
-    if out is not None:
-        write_json(out, [choice.to_dict() for choice in choices])
+    judged: list[Choice] = []
+
+    def keep(choice: Choice) -> None:
+        judged.append(choice)
+        judged.sort(key=lambda c: -c.elbo)
+        if out is not None:
+            write_json(out, [c.to_dict() for c in judged])
+
+    try:
+        run_tune(data, settings, sizes, seeds=seeds, show=not quiet, each=keep)
+    finally:  # after an interrupt too, which may have cost an hour
+        if judged:
+            print_choices(judged)
 
 
 @app.command()
@@ -550,6 +628,10 @@ def explain(
     run: Annotated[Path, typer.Argument(help="Run folder of fit.")],
     interactions: Log,
     items: Items = None,
+    sep: Sep = None,
+    encoding: Encoding = None,
+    header: Header = None,
+    items_header: ItemsHeader = None,
     users: Annotated[
         Path | None, _panel(_DATA, "Table of users with traits that the codes never saw.")
     ] = None,
@@ -566,12 +648,12 @@ def explain(
     _silence_transformers()
     from userip_fast.bank import FeatureBank
     from userip_fast.explain import explain as run_explain
-    from userip_fast.flags import flag_values
+    from userip_fast.flags import FORM_OF_FILES, flag_values
     from userip_fast.model import Model
     from userip_fast.report import report_run
 
     model = Model.load(run / "model", device=device)
-    settings = model.config.override(flag_values(ctx.params))
+    settings = model.config.override({**FORM_OF_FILES, **flag_values(ctx.params)})
     data = _read(interactions, items, settings, max_users, quiet, None)
     bank = FeatureBank.open(run / "bank")
     found = run_explain(
@@ -601,8 +683,8 @@ def _names(text: str | None) -> tuple[str, ...] | None:
 
 @overload
 def _read(
-    interactions: Path,
-    items: Path | None,
+    interactions: list[Path],
+    items: list[Path] | None,
     settings: Config,
     max_users: int | None,
     quiet: bool,
@@ -612,8 +694,8 @@ def _read(
 
 @overload
 def _read(
-    interactions: Path,
-    items: Path | None,
+    interactions: list[Path],
+    items: list[Path] | None,
     settings: Config,
     max_users: int | None,
     quiet: bool,
@@ -622,8 +704,8 @@ def _read(
 
 
 def _read(
-    interactions: Path,
-    items: Path | None,
+    interactions: list[Path],
+    items: list[Path] | None,
     settings: Config,
     max_users: int | None,
     quiet: bool,
@@ -634,14 +716,18 @@ def _read(
     d = settings.data
     read = read_interactions if stream is None else partial(stream_interactions, work=stream)
     data = read(
-        interactions,
-        items,
+        _one_or_all(interactions),
+        _one_or_all(items) if items else None,
         user=d.user,
         item=d.item,
         rating=d.rating,
         time=d.time,
         text=d.text,
         filter=d.filter,
+        sep=d.sep,
+        encoding=d.encoding,
+        header=d.header,
+        items_header=d.items_header,
         on_bad=d.on_bad,
         min_history=d.min_history,
         seed=settings.em.seed,
@@ -655,12 +741,18 @@ def _read(
     return data if max_users is None else data.head_users(max_users)
 
 
+def _one_or_all(paths: list[Path]) -> Path | list[Path]:
+    return paths[0] if len(paths) == 1 else paths
+
+
 def _silence_transformers() -> None:
     """Our own progress says what is going on; its bars and loading reports would break it up."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # Without its optional kernels it works as well, and says so as a warning.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @app.command()

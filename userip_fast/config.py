@@ -79,6 +79,11 @@ class DataConfig:
     text: str = "{title}"
     """Item text; `{column}` of the items table, `[[ ({genres})]]` vanishes when empty."""
     filter: str | None = None
+    sep: str | None = None
+    """What separates columns of CSV files; this and the next three: see `read_interactions`."""
+    encoding: str | None = None
+    header: str | tuple[str, ...] | None = None
+    items_header: str | tuple[str, ...] | None = None
     on_bad: Literal["error", "skip"] = "error"
     min_history: int = 1
     behaviour: str = "auto"

@@ -24,7 +24,18 @@ _PACKAGES = (
     "numpy",
     "pyarrow",
     "safetensors",
+    "matplotlib",
+    "scikit-learn",
+    "torch-rechub",
+    "lightgbm",
+    "implicit",
+    "ray",
+    "redis",
+    "pandas",
+    "polars",
 )
+"""What is needed, and what extras and features that look for a library may find or miss."""
+
 _IMPLEMENTATIONS = ("cuda", "triton", "cpu", "varlen", "reference")
 
 

@@ -17,6 +17,10 @@ FLAGS: Mapping[str, str] = {
     "time": "data.time",
     "text": "data.text",
     "filter": "data.filter",
+    "sep": "data.sep",
+    "encoding": "data.encoding",
+    "header": "data.header",
+    "items_header": "data.items_header",
     "on_bad": "data.on_bad",
     "min_history": "data.min_history",
     "behaviour": "data.behaviour",
@@ -36,6 +40,11 @@ FLAGS: Mapping[str, str] = {
     "seed": "em.seed",
 }
 """Flag -> setting; `--set` reaches every other setting by its dotted name."""
+
+FORM_OF_FILES: Mapping[str, Any] = dict.fromkeys(
+    ("data.sep", "data.encoding", "data.header", "data.items_header")
+)
+"""What the files that a model was fitted on say nothing of in others."""
 
 
 def settings_of(params: Mapping[str, Any], default: Config | None = None) -> Config:

@@ -219,7 +219,7 @@ class NF4Weight:
             from bitsandbytes.nn import Params4bit
         except ImportError as e:
             raise UnavailableError(
-                "NF4Weight.to_bnb: bitsandbytes is not installed; pip install userip-fast[nf4]"
+                "NF4Weight.to_bnb: bitsandbytes is not installed; pip install bitsandbytes"
             ) from e
         state = self.state_dict()
         data = state.pop("weight")

@@ -84,7 +84,7 @@ def infer_on_ray(
     try:
         import ray.data
     except ImportError as e:
-        raise UnavailableError(f"a Ray job needs Ray: pip install 'userip-fast[ray]' ({e})") from e
+        raise UnavailableError(f"a Ray job needs Ray: pip install 'ray[data]' ({e})") from e
     if shards < 1 or workers < 1:
         raise ConfigError(f"shards and workers must be positive, are {shards} and {workers}")
     paths = [str(model), str(interactions), None if items is None else str(items), str(work)]

@@ -8,7 +8,7 @@ has not seen either.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 
@@ -66,6 +66,7 @@ def tune(
     lm: FrozenLM | None = None,
     seeds: int = 2,
     show: bool = False,
+    each: Callable[[Choice], None] = lambda choice: None,
 ) -> list[Choice]:
     """Tries `sizes` codes in every field, and the config's own sizes without each field in turn.
 
@@ -79,6 +80,7 @@ def tune(
         lm: The frozen LM; None loads the config's.
         seeds: Runs per choice.
         show: Whether to show progress.
+        each: Called with every choice as it is judged, so that an interrupt need not lose it.
 
     Returns:
         The choices, likeliest first; the one without profiles among them.
@@ -123,6 +125,7 @@ def tune(
                 found.append(_joined(trainer.infer(judges, fitted.codebooks, fitted.start)))
                 bar.advance(1)
             choices.append(_judge(config, list(codes), found, choices))
+            each(choices[-1])
     return sorted(choices, key=lambda c: -c.elbo)
 
 

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import traceback
 from datetime import UTC, datetime
@@ -24,6 +25,11 @@ from userip_fast.errors import (
     UnavailableError,
     UserIPError,
 )
+
+try:
+    import polars  # which sets an environment variable, so not in a test
+except ImportError:
+    polars = None
 
 FIELDS = [
     {"name": "taste", "codebook_size": 300, "code_names": None},
@@ -79,7 +85,7 @@ class NamedServer:
 @pytest.fixture
 def own_server(tmp_path):
     """One that may be stopped."""
-    pytest.importorskip("redis", reason="needs the client: pip install 'userip-fast[redis]'")
+    pytest.importorskip("redis", reason="needs the client: pip install redis")
     if shutil.which("redis-server") is None:
         pytest.skip("needs redis-server (apt-get install redis-server)")
     made = Server(tmp_path)
@@ -90,7 +96,7 @@ def own_server(tmp_path):
 @pytest.fixture
 def server(request):
     if url := os.environ.get("USERIP_FAST_TEST_REDIS_URL"):
-        pytest.importorskip("redis", reason="needs the client: pip install 'userip-fast[redis]'")
+        pytest.importorskip("redis", reason="needs the client: pip install redis")
         return NamedServer(url)
     return request.getfixturevalue("own_server")
 
@@ -343,6 +349,25 @@ def test_namespaces_that_could_touch_other_keys_are_refused(name, tmp_path):
     made, _ = bank(tmp_path / "bank", np.arange(3))
     with pytest.raises(ConfigError, match="namespace="):
         export_redis(made, "redis://127.0.0.1:1", namespace=name)
+
+
+def test_frames_hold_what_the_bank_holds(tmp_path, monkeypatch):
+    opened, _ = bank(tmp_path / "b", [3, 1, 2])
+    table = opened.to_arrow()
+    opened.to_parquet(tmp_path / "b.parquet")
+    assert table.equals(pq.read_table(tmp_path / "b.parquet"))
+    assert table["user_id"].equals(pa.chunked_array([opened.keys()]))
+    frame = pytest.importorskip("pandas").DataFrame(table.to_pydict())
+    assert opened.to_pandas().to_dict() == frame.to_dict()
+    monkeypatch.setitem(sys.modules, "polars", None)
+    with pytest.raises(UnavailableError, match="to_polars: polars is not installed"):
+        opened.to_polars()
+
+
+@pytest.mark.skipif(polars is None, reason="polars is not installed")
+def test_polars_frames(tmp_path):
+    opened, _ = bank(tmp_path / "b", ["a", "b"])
+    assert opened.to_polars().equals(polars.from_arrow(opened.to_arrow()))
 
 
 def test_feast_layout(tmp_path):

@@ -150,10 +150,12 @@ def test_nothing_in_a_pickle_is_called(tmp_path, protocol):
 @pytest.mark.parametrize(
     ("value", "name"),
     [
-        (np.float64(3), r"numpy\S*\.scalar"),
+        (np.complex128(3), "a numpy scalar of type 'c16'"),
+        (np.datetime64("2020-01-01"), "a numpy scalar of type 'M8'"),
+        (np.zeros(2), "0x96"),
         (dt.date(2020, 1, 1), "datetime.date"),
         ({1, 2}, "0x8f"),
-        (b"bytes", "0x43"),
+        (b"bytes", "it holds bytes"),
         (bytearray(b"x"), "0x96"),
     ],
 )
@@ -164,9 +166,41 @@ def test_values_that_are_not_plain_are_refused(tmp_path, value, name):
         load_plain_pickle(path)
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_scalars_of_numpy_are_plain(tmp_path, protocol):
+    kinds = (np.int8, np.int64, np.uint16, np.float32, np.float64, np.bool_)
+    values = [*(kind(1) for kind in kinds), np.float64(-2.5), np.str_("Caf\u00e9"), np.int64(-7)]
+    values.append(np.dtype(">i4").type(9))
+    path = tmp_path / "x.pickle"
+    path.write_bytes(pickle.dumps(values, protocol))
+    found = load_plain_pickle(path)
+    assert found == [value.item() for value in values]
+    assert {type(value) for value in found} == {int, float, bool, str}
+    reviews = [record("u", 1, np.float64(4), "pool"), record("u", np.int64(2), 5, "bar")]
+    data = uf.read_interactions(write(tmp_path / "trip", reviews, protocol))
+    assert sorted(data.rating.tolist()) == [4, 5]
+
+
+def stacked(module, name, rest):
+    """A pickle that finds a class by names on its stack."""
+    names = b"".join(b"\x8c" + bytes([len(n)]) + n for n in (module, name))
+    return b"\x80\x04" + names + b"\x93" + rest
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (stacked(b"os", b"system", b"\x8c\x02id\x85R."), "asks for the class os.system"),
+        (b"cos\nsystem\n(S'id'\ntR.", "asks for the class os.system"),
+        (b"(S'id'\nios\nsystem\n.", "opcode 0x69"),
+        (stacked(b"numpy", b"dtype", b"\x8c\x01O\x85R."), "numpy scalar of type 'O'"),
+        (stacked(b"numpy", b"dtype", b"\x8c\x09U99999999\x85R."), "numpy scalar of type 'U9"),
+        (stacked(b"numpy", b"dtype", b"\x8c\x02i8\x85RK\x01b."), "garbles the type"),
+        (stacked(b"numpy", b"dtype", b"."), "it holds type"),
+        (stacked(b"numpy.core.multiarray", b"scalar", b"K\x01K\x02\x86R."), "garbles a numpy"),
+        (stacked(b"_codecs", b"encode", b"\x8c\x01a\x8c\x03hex\x86R."), "encodes text otherwise"),
+        (b"]]R.", "only lists|not a pickle"),
+        (b"]}b.", "only lists|not a pickle"),
         (b"", "ends too early"),
         (b"\x80\x04]", "ends too early"),
         (b"]r\xff\xff\xff\x7f.", "memo index exceeds"),

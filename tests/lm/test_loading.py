@@ -5,6 +5,7 @@ import logging
 import pickle
 import re
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,19 @@ def test_what_may_be_a_mistyped_folder_never_goes_to_the_hub(path, tmp_path, mon
         refused(path, "there is no such folder.*OWNER/NAME")
     else:
         refused(path, "is a folder without config.json")  # the folder one is in
+
+
+def test_a_hub_that_is_away_is_not_asked_again_and_again(tmp_path, monkeypatch):
+    def nowhere(*args):
+        raise OSError("no such name")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("userip_fast.lm.stored.getproxies", dict)
+    monkeypatch.setattr("userip_fast.lm.stored.socket.getaddrinfo", nowhere)
+    before = time.monotonic()
+    refused("models/lm", "no such folder; it is not in .* cache either, and the hub cannot be")
+    assert time.monotonic() - before < 5
 
 
 def test_a_hub_id_is_looked_for(tmp_path, monkeypatch):

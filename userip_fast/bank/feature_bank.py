@@ -7,9 +7,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,16 @@ from userip_fast.bank.index import (
     unknown_users,
 )
 from userip_fast.bank.layout import PAGE_SUMS, VERSION, Field, Generation
-from userip_fast.bank.parquet import read_parquet, write_csv, write_parquet
+from userip_fast.bank.parquet import read_parquet, whole_table, write_csv, write_parquet
 from userip_fast.bank.writer import LOCK_TIMEOUT_S, BankWriter
-from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError, shown
+from userip_fast.errors import (
+    ConfigError,
+    DataError,
+    FormatError,
+    MismatchError,
+    UnavailableError,
+    shown,
+)
 
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 
@@ -264,6 +272,33 @@ class FeatureBank:
             FormatError: Names the file and what is wrong with it.
         """
         self._generation.verify()
+
+    def to_arrow(self) -> pa.Table:
+        """`user_id`, a column of codes per field and, if any, `FIELD_probability`, in memory."""
+        return whole_table(self)
+
+    def to_pandas(self) -> Any:
+        """`to_arrow` as a pandas frame.
+
+        Raises:
+            UnavailableError: pandas is not installed.
+        """
+        return self._frame("pandas", lambda pandas, table: table.to_pandas())
+
+    def to_polars(self) -> Any:
+        """`to_arrow` as a polars frame.
+
+        Raises:
+            UnavailableError: polars is not installed.
+        """
+        return self._frame("polars", lambda polars, table: polars.from_arrow(table))
+
+    def _frame(self, library: str, make: Callable[[Any, pa.Table], Any]) -> Any:
+        try:
+            module = import_module(library)
+        except ImportError as e:
+            raise UnavailableError(f"to_{library}: {library} is not installed") from e
+        return make(module, self.to_arrow())
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
         """Writes `user_id`, a column of codes per field and, if any, `FIELD_probability`."""

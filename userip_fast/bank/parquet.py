@@ -28,16 +28,17 @@ _SCHEMA_KEY = FORMAT.encode()
 def write_parquet(bank: FeatureBank, path: str | os.PathLike[str]) -> None:
     """See `FeatureBank.to_parquet`; the file's metadata holds fields, fingerprint and metadata."""
     with atomic_file(path) as tmp:
-        pq.write_table(_whole_table(bank), tmp, compression="zstd")
+        pq.write_table(whole_table(bank), tmp, compression="zstd")
 
 
 def write_csv(bank: FeatureBank, path: str | os.PathLike[str]) -> None:
     """See `FeatureBank.to_csv`."""
     with atomic_file(path) as tmp:
-        pacsv.write_csv(_whole_table(bank), tmp)
+        pacsv.write_csv(whole_table(bank), tmp)
 
 
-def _whole_table(bank: FeatureBank) -> pa.Table:
+def whole_table(bank: FeatureBank) -> pa.Table:
+    """See `FeatureBank.to_arrow`; the schema's metadata holds fields, fingerprint and metadata."""
     return bank_table(
         bank.keys(),
         bank.codes(),

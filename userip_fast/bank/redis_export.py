@@ -69,7 +69,7 @@ def connect(url: str, timeout_s: float = 10.0) -> Any:
     try:
         import redis
     except ImportError as e:
-        raise UnavailableError("Redis needs the client: pip install 'userip-fast[redis]'") from e
+        raise UnavailableError("Redis needs the client: pip install redis") from e
     with _told(url):
         client = redis.Redis.from_url(
             url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s

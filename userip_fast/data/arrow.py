@@ -25,3 +25,7 @@ def to_numpy(array: pa.Array) -> NDArray[Any]:
     """Values without nulls; copied where Arrow's layout is not numpy's, as for booleans."""
     values: NDArray[Any] = array.to_numpy(zero_copy_only=False)
     return values
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,10 @@ class RowFilter:
     ``not``; a boolean column by itself. A row is kept where the predicate is true: where a null
     makes it unknown (three-valued logic, as in SQL), the row is dropped.
 
+    Attributes:
+        columns: Those it names.
+        numbers: Those of them that are compared with numbers.
+
     Raises:
         DataError: The text does not parse, or uses anything else.
     """
@@ -53,6 +58,19 @@ class RowFilter:
             raise self._error(f"cannot be parsed ({str(e)[:200]})") from e
         names = (node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name))
         self.columns: tuple[str, ...] = tuple(dict.fromkeys(names))
+        self.numbers = frozenset(self._compared_with_numbers())
+
+    def _compared_with_numbers(self) -> Iterator[str]:
+        for node in ast.walk(self._tree):
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                for a, b in pairwise(sides):
+                    for column, other in ((a, b), (b, a)):
+                        literals = (
+                            other.elts if isinstance(other, ast.List | ast.Tuple) else [other]
+                        )
+                        if isinstance(column, ast.Name) and all(map(_is_number, literals)):
+                            yield column.id
 
     def _error(self, why: str) -> DataError:
         return DataError(
@@ -158,3 +176,13 @@ class RowFilter:
         if text and (pa.types.is_temporal(kind) or pa.types.is_large_string(kind)):
             return value.cast(kind)
         return value
+
+
+def _is_number(node: ast.expr) -> bool:
+    if isinstance(node, ast.UnaryOp):
+        node = node.operand
+    return (
+        isinstance(node, ast.Constant)
+        and isinstance(node.value, int | float)
+        and not isinstance(node.value, bool)
+    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from numpy.typing import NDArray
 
 from userip_fast.data.filters import RowFilter
 from userip_fast.data.interactions import Interactions
-from userip_fast.data.read import Columns, build_interactions
-from userip_fast.data.sources import Source, TableLike, read_source
+from userip_fast.data.read import Columns, build_interactions, check_on_bad, read_items
+from userip_fast.data.sources import Part, Source, TableLike
 from userip_fast.data.text import TextTemplate
+from userip_fast.data.textfiles import TextForm
 from userip_fast.errors import DataError
 
 _TEMPLATE = ("feature", "adjective", "sentence", "sentiment")
@@ -43,6 +45,7 @@ def read_nete(
     on_bad: str = "error",
     min_history: int = 1,
     seed: int = 0,
+    form: TextForm | None = None,
 ) -> Interactions:
     """Reads reviews as rated interactions, without times.
 
@@ -55,6 +58,7 @@ def read_nete(
         split: "train", "validation" or "test".
         text: Item text; default "{features}", with `items` "{title}".
         filter, on_bad, min_history, seed: As for `read_interactions`.
+        form: How the item table is written, if it is a text file.
 
     Raises:
         DataError: As for `read_interactions`; or the pickle asks for anything but plain containers
@@ -72,16 +76,13 @@ def read_nete(
     table = _table(file, records)
     if items is None:
         table = table.append_column("features", _features(table, described))
-    log = Source(str(file), table, ((str(file), 0),), True)
+    log = Source(str(file), table, (Part(str(file), 0, 1),), True)
     template = TextTemplate(text or ("{features}" if items is None else "{title}"))
     catalogue = None
     if items is None:
         template.check(table.column_names, log.name)
     else:
-        as_text = {"item", *template.columns}
-        catalogue = read_source(items, None, what="items", as_text=as_text)
-        catalogue.require("item")
-        template.check(catalogue.table.column_names, catalogue.name)
+        catalogue = read_items(items, "item", template, form, check_on_bad(on_bad))
     return build_interactions(
         log,
         catalogue,
@@ -160,24 +161,80 @@ def _read_index(file: Path, n: int) -> NDArray[np.int64]:
     return np.sort(index)
 
 
+_SCALAR = re.compile(r"[iuf][1248]|b1|U[1-9][0-9]{0,2}")
+_MOST = 4096  # bytes of a scalar, which a few bytes of a pickle can ask for again and again
+
+
+class _Type:
+    """What stands for numpy's dtype while a scalar is unpickled; only plain kinds are read."""
+
+    def __init__(self, code: object, *_: object) -> None:
+        if not isinstance(code, str) or not _SCALAR.fullmatch(code):
+            raise pickle.UnpicklingError(f"it asks for a numpy scalar of type {code!r:.80}")
+        self.code = code
+
+    def __setstate__(self, state: object) -> None:
+        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+        if order not in ("<", ">", "|"):
+            raise pickle.UnpicklingError("it garbles the type of a numpy scalar")
+        self.code = f"{order}{self.code}"
+
+
+def _scalar(kind: object, data: object) -> Any:
+    """A numpy scalar as Python's own number, boolean or text."""
+    if not isinstance(kind, _Type) or not isinstance(data, bytes):
+        raise pickle.UnpicklingError("it garbles a numpy scalar")
+    if np.dtype(kind.code).itemsize != len(data):
+        raise pickle.UnpicklingError("it garbles the size of a numpy scalar")
+    return np.frombuffer(data, kind.code)[0].item()
+
+
+def _encode(text: object, encoding: object) -> bytes:
+    """How protocols below 3 write bytes."""
+    if not isinstance(text, str) or len(text) > _MOST or encoding != "latin1":
+        raise pickle.UnpicklingError("it encodes text otherwise than as bytes")
+    return text.encode("latin1")
+
+
+# What scalars of numpy are made by, and by what of ours: nothing of numpy is called.
+_MAKERS: dict[tuple[str, str], Any] = {
+    ("numpy", "dtype"): _Type,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("_codecs", "encode"): _encode,
+}
+
 # Opcodes of plain containers and scalars, by how their argument is laid out (`pickletools.opcodes`
 # describes them all). Whatever is not here, buffers and extension codes among it, is refused.
 _FIXED = {
     **dict.fromkeys(b".(0)]}lduast\x85\x86\x87eN\x88\x89\x94", 0),  # containers, None, bools
+    **dict.fromkeys(b"Rb", 0),  # to call and to set a state, of `_MAKERS`
     **dict.fromkeys(b"K\x80", 1),
     b"M"[0]: 2,
     b"J"[0]: 4,
     **dict.fromkeys(b"G\x95", 8),
 }
-_PREFIXED = {b"\x8c"[0]: 1, b"U"[0]: 1, b"\x8a"[0]: 1, b"X"[0]: 4, b"T"[0]: 4, b"\x8d"[0]: 8}
+_PREFIXED = {
+    b"C"[0]: 1,
+    b"B"[0]: 4,
+    b"\x8c"[0]: 1,
+    b"U"[0]: 1,
+    b"\x8a"[0]: 1,
+    b"X"[0]: 4,
+    b"T"[0]: 4,
+    b"\x8d"[0]: 8,
+}
 _LINE = frozenset(b"ILFVS")
 _MEMO = {b"q"[0]: 1, b"h"[0]: 1, b"r"[0]: 4, b"j"[0]: 4}
 _MEMO_LINE = frozenset(b"pg")
-_CLASS = frozenset(b"ci\x93")
+_CLASS, _CLASS_ON_STACK = b"c"[0], b"\x93"[0]
+_OF_SCALARS = frozenset(b"CBc\x93")
 
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _MAKERS:
+            return _MAKERS[module, name]
         raise pickle.UnpicklingError(f"it asks for the class {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
@@ -187,7 +244,8 @@ class _PlainUnpickler(pickle.Unpickler):
 def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
     """Loads a pickle of lists, tuples, dicts, text, numbers, bools and None.
 
-    No class is ever looked up, so nothing can be called. The opcodes are walked first: only those
+    No class is ever looked up: scalars of numpy, which records from a frame hold, are made by three
+    functions of ours, and nothing else can be called. The opcodes are walked first: only those
     of plain values may occur, and no memo index may exceed the file's size, so that a small file
     cannot ask for much memory.
 
@@ -196,8 +254,11 @@ def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
     """
     try:
         data = Path(path).read_bytes()
-        _walk(data)
-        return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
+        has_scalars = _walk(data)
+        found = _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
+        if has_scalars:
+            _check_plain(found)
+        return found
     except (OSError, EOFError, IndexError, KeyError, TypeError, AttributeError, ValueError) as e:
         raise DataError(f"{path}: not a pickle of plain values ({e})") from e
     except (pickle.UnpicklingError, MemoryError, OverflowError, RecursionError) as e:
@@ -207,17 +268,35 @@ def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
         ) from e
 
 
-def _walk(data: bytes) -> None:
-    """Checks opcodes up to the end, or to the first class, where `find_class` refuses."""
-    at, size = 0, len(data)
+def _check_plain(found: Any) -> None:
+    """Refuses what scalars of numpy are made of where it stands for itself."""
+    waiting, seen = [found], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list | tuple | dict):
+            if id(value) not in seen:
+                seen.add(id(value))
+                waiting += [*value, *value.values()] if isinstance(value, dict) else value
+        elif not isinstance(value, str | int | float | None):
+            raise pickle.UnpicklingError(f"it holds {type(value).__name__}")
+
+
+def _walk(data: bytes) -> bool:
+    """Checks opcodes up to the end, or to a class that `find_class` refuses.
+
+    Returns:
+        Whether there may be scalars of numpy, and what they are made of.
+    """
+    at, size, has_scalars = 0, len(data), False
     find: Callable[[bytes, int], int] = data.find
     while at < size:
         op = data[at]
         at += 1
+        has_scalars |= op in _OF_SCALARS
         if (fixed := _FIXED.get(op)) is not None:
             at += fixed
             if op == 0x2E:  # STOP
-                return
+                return has_scalars
         elif (width := _PREFIXED.get(op)) is not None:
             at += width + int.from_bytes(data[at : at + width], "little")
         elif (width := _MEMO.get(op)) is not None:
@@ -231,8 +310,14 @@ def _walk(data: bytes) -> None:
             if op in _MEMO_LINE and int(data[at:end]) > size:
                 raise pickle.UnpicklingError("a memo index exceeds the file's size")
             at = end + 1
-        elif op in _CLASS:
-            return
+        elif op == _CLASS:
+            end = find(b"\n", find(b"\n", at) + 1)
+            module, _, name = data[at:end].decode("ascii", "replace").partition("\n")
+            if end < 0 or (module, name) not in _MAKERS:
+                return has_scalars
+            at = end + 1
+        elif op == _CLASS_ON_STACK:
+            pass  # by names that were put there; `find_class` judges them
         else:
             raise pickle.UnpicklingError(f"it uses the opcode 0x{op:02x}")
     raise pickle.UnpicklingError("it ends too early")

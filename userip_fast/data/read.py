@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from userip_fast.data.interactions import Interactions, ReadAs
 from userip_fast.data.report import NUM_EXAMPLES, BadRows, RowChecks
 from userip_fast.data.sources import Source, TableLike, read_source
 from userip_fast.data.text import TextTemplate
+from userip_fast.data.textfiles import TextForm, text_form
+from userip_fast.data.values import numbers_of, times_of
 from userip_fast.errors import DataError
 from userip_fast.keys import hash_keys, key_order, mix64, seeded
 
@@ -41,18 +44,25 @@ def read_interactions(
     on_bad: str = "error",
     min_history: int = 1,
     seed: int = 0,
+    sep: str | None = None,
+    encoding: str | None = None,
+    header: str | Sequence[str] | None = None,
+    items_header: str | Sequence[str] | None = None,
 ) -> Interactions:
     """Reads and checks an interaction log and its items.
 
     Args:
-        interactions: Arrow table, .csv, .tsv, .parquet, .jsonl or .ndjson file, or a folder of
-            such. A `reviews.pickle` or its folder goes to `userip_fast.data.read_nete`, whose
-            columns are fixed.
+        interactions: A file of CSV, JSON lines or Parquet (RecBole's .inter too; text may be packed
+            by gzip or zstd); a folder of such, or a list of files and folders; or a table in
+            memory: of pandas, polars, DuckDB, Arrow, Hugging Face datasets, or whatever has
+            Arrow's C stream interface. A `reviews.pickle` or its folder goes to
+            `userip_fast.data.read_nete`, whose columns are fixed.
         items: The same kinds, one row per item. None: the columns of `text` are columns of the
             interactions, and an item's text is the first non-empty one seen for it.
         user, item: Key columns, integers (kept as int64) or strings; an empty string is a null.
         rating: Numeric column, or None. A rating that never varies counts as none.
-        time: Column of timestamps, dates, or numbers since 1970, or None. Numbers are seconds,
+        time: Column of timestamps, dates (as text by ISO 8601), or numbers since 1970, or None.
+            Numbers are seconds,
             milliseconds, microseconds or nanoseconds, whichever most of them can be (up to the
             year 5138); where it is not seconds, the log says so. Events are sorted by it within a
             user, ties in file order. Without it they are in an order fixed by `seed` and the keys
@@ -61,11 +71,18 @@ def read_interactions(
         filter: Rows to keep, see `RowFilter`; applied before any check.
         on_bad: "error" refuses the file if any row is bad; "skip" drops bad rows. Bad is: a null
             key, an item that is not in `items`, an item whose text is empty, a null, NaN or
-            infinite rating or time, a time in another unit than most, an item key that `items`
-            holds twice (the first row is kept).
+            infinite rating or time, or text that is none, a time in another unit than most, an item
+            key that `items` holds twice (the first row is kept), a row of a CSV file that has more
+            or fewer values than others or repeats the header, a line that is no JSON, text that is
+            not in the encoding of the file.
             Items that nobody interacts with may have empty text.
         min_history: Users with fewer events left are dropped and listed in `report`.
         seed: Of the fixed order when there is no time.
+        sep: What separates columns of a CSV log, such as ";", or "::"; items are looked at for it
+            first. None: what the name says, or else gives the columns asked for, which is logged.
+        encoding: Of text files, such as "latin-1". None is UTF-8, or UTF-16 with its mark.
+        header: Names of the columns of a CSV log without a header line.
+        items_header: The same for the items.
 
     Returns:
         The data; `data.report` says what was dropped and why.
@@ -75,6 +92,8 @@ def read_interactions(
             (unless skipped), or no user is left.
     """
     read_as = ReadAs(user, item, rating, time, text, filter, min_history)
+    form = text_form(sep, encoding, header)
+    items_form = replace(text_form(None, encoding, items_header, "items_header"), likely=form.sep)
     if isinstance(interactions, str | Path) and _is_nete(Path(interactions)):
         from userip_fast.data.nete import read_nete
 
@@ -98,6 +117,7 @@ def read_interactions(
             on_bad=on_bad,
             min_history=min_history,
             seed=seed,
+            form=items_form,
         )
         return replace(reviews, read_as=read_as)
     template = TextTemplate(text)
@@ -107,13 +127,18 @@ def read_interactions(
     wanted = [user, item, *(c for c in (rating, time) if c is not None), *filtered_by, *own_text]
     columns = list(dict.fromkeys(wanted))
     as_text = {user, item, *own_text} - {*filtered_by, rating, time}
-    log = read_source(interactions, columns, what="interactions", as_text=as_text)
-    catalogue = None
-    if items is not None:
-        as_text = {item, *template.columns}
-        catalogue = read_source(items, None, what="items", as_text=as_text)
-        catalogue.require(item)
-        template.check(catalogue.table.column_names, catalogue.name)
+    skip = check_on_bad(on_bad)
+    log = read_source(
+        interactions,
+        columns,
+        what="interactions",
+        as_text=as_text,
+        checked={c for c in (rating, time) if c is not None},
+        numbers=predicate.numbers if predicate else (),
+        form=form,
+        skip=skip,
+    )
+    catalogue = None if items is None else read_items(items, item, template, items_form, skip)
     found = build_interactions(
         log,
         catalogue,
@@ -125,6 +150,35 @@ def read_interactions(
         seed=seed,
     )
     return replace(found, read_as=read_as)
+
+
+def check_on_bad(on_bad: str) -> bool:
+    """Whether bad rows are skipped."""
+    if on_bad not in ("error", "skip"):
+        raise DataError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
+    return on_bad == "skip"
+
+
+def read_items(
+    items: TableLike, item: str, template: TextTemplate, form: TextForm | None, skip: bool
+) -> Source:
+    """The item table, with all its columns.
+
+    Raises:
+        DataError: See `read_source`; or the key or a column of the text is not there.
+    """
+    catalogue = read_source(
+        items,
+        None,
+        what="items",
+        as_text={item, *template.columns},
+        needed=(item, *template.columns),
+        form=form,
+        skip=skip,
+    )
+    catalogue.require(item)
+    template.check(catalogue.table.column_names, catalogue.name)
+    return catalogue
 
 
 def _is_nete(path: Path) -> bool:
@@ -157,8 +211,7 @@ def build_interactions(
 
     The other arguments and the errors are those of `read_interactions`.
     """
-    if on_bad not in ("error", "skip"):
-        raise DataError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
+    check_on_bad(on_bad)
     if min_history < 1:
         raise DataError(f"min_history must be at least 1, got {min_history}")
     checks = RowChecks()
@@ -182,7 +235,7 @@ def build_interactions(
     own = kept_users.take(good), checked.take(good)
     whole, short = histories(seen, *own, items, min_history, seed)
     report = BadRows(
-        rows_read=len(read),
+        rows_read=len(read) + checks.rows_lost,
         rows_filtered=len(read) - len(rows),
         counts=checks.counts,
         examples=checks.examples(),
@@ -243,6 +296,9 @@ def check_rows(
     """
     place = to_numpy(pc.fill_null(pc.index_in(item_keys, value_set=items.keys), -1))
     checks.start(log, rows)
+    checks.lose(log)
+    again = log.repeats_header(columns.user, columns.item)[rows]
+    checks.add("header again", columns.user, again, log.column(columns.user).take(rows))
     checks.add("null key", columns.user, to_numpy(pc.is_null(users)), users)
     checks.add("null key", columns.item, to_numpy(pc.is_null(item_keys)), item_keys)
     checks.add("unknown item", columns.item, place < 0, item_keys)
@@ -250,7 +306,7 @@ def check_rows(
     checks.add("empty text", columns.item, empty, item_keys)
     ratings = times = None
     if columns.rating is not None:
-        ratings, values = _ratings(log, columns.rating, rows)
+        ratings, values = _ratings(log, columns.rating, rows, checks)
         checks.add("rating is not a number", columns.rating, ~np.isfinite(ratings), values)
     if columns.time is not None:
         times, invalid, strange, values = _times(log, columns.time, rows, checks)
@@ -322,6 +378,9 @@ def items_of_catalogue(
 ) -> Items:
     keys = catalogue.keys(item)
     checks.start(catalogue, np.arange(len(keys)))
+    checks.lose(catalogue)
+    again = catalogue.repeats_header(item)
+    checks.add("header again", item, again, catalogue.column(item))
     checks.add("null key", item, to_numpy(pc.is_null(keys)), keys)
     first = np.zeros(len(keys), bool)
     first[first_rows(keys)] = True
@@ -371,9 +430,13 @@ def one_key_type(
 
 
 def _ratings(
-    log: Source, name: str, rows: NDArray[np.int64]
+    log: Source, name: str, rows: NDArray[np.int64], checks: RowChecks
 ) -> tuple[NDArray[np.float32], pa.Array]:
-    values = log.column(name).take(rows)
+    written = values = log.column(name).take(rows)
+    if pa.types.is_large_string(values.type):
+        values = numbers_of(values)
+        if not _some_parsed(log, name, written, values, checks):
+            values = written
     kind = values.type
     if not (
         pa.types.is_integer(kind)
@@ -384,7 +447,19 @@ def _ratings(
     ):
         raise DataError(f"{log.name}: rating column {name!r} is {kind}, not a number")
     floats = pc.fill_null(values.cast(pa.float32(), safe=False), np.float32("nan"))
-    return to_numpy(floats), values
+    return to_numpy(floats), written
+
+
+def _some_parsed(
+    log: Source, name: str, text: pa.Array, values: pa.Array, checks: RowChecks
+) -> bool:
+    """Whether a column of text is one of numbers or times at all: if not, it is refused as such.
+
+    In CSV all is text, so that one bad value does not make a column anything.
+    """
+    if values.null_count < len(values):
+        checks.parsed.add(name)
+    return not log.typed or name in checks.parsed or text.null_count == len(text)
 
 
 _UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
@@ -398,14 +473,20 @@ def _times(
 
     The unit of the first source whose numbers were looked at is that of all.
     """
-    values = log.column(name).take(rows)
+    written = values = log.column(name).take(rows)
+    if pa.types.is_large_string(values.type):
+        numbers = numbers_of(values)
+        times = times_of(values)
+        values = numbers if numbers.null_count < times.null_count else times
+        if not _some_parsed(log, name, written, values, checks):
+            values = written
     kind = values.type
     none = np.zeros(len(rows), bool)
     try:
         if pa.types.is_integer(kind) or pa.types.is_floating(kind):
             null = to_numpy(pc.is_null(values))
-            numbers = to_numpy(pc.fill_null(values, pa.scalar(0, kind)))
-            return (*_numbers_since_1970(numbers, null, name, checks), values)
+            filled = to_numpy(pc.fill_null(values, pa.scalar(0, kind)))
+            return (*_numbers_since_1970(filled, null, name, checks), written)
         if pa.types.is_timestamp(kind):
             unit = pa.timestamp("us", tz=kind.tz)
             whole = values.cast(unit, safe=False).cast(pa.int64())
@@ -420,7 +501,7 @@ def _times(
             f"{log.name}: time column {name!r} of type {kind} must hold numbers since 1970, "
             f"timestamps or dates ({e})"
         ) from e
-    return to_numpy(pc.fill_null(whole, 0)), to_numpy(pc.is_null(whole)), none, values
+    return to_numpy(pc.fill_null(whole, 0)), to_numpy(pc.is_null(whole)), none, written
 
 
 def _numbers_since_1970(

@@ -20,7 +20,10 @@ NUM_EXAMPLES = 10
 
 @dataclass(frozen=True)
 class BadRow:
-    """One offender: 1-based data row (a CSV header does not count) of `file`."""
+    """One offender: 1-based data row (a CSV header does not count) of `file`.
+
+    `column` is empty where the row as a whole is no row.
+    """
 
     file: str
     row: int
@@ -29,7 +32,8 @@ class BadRow:
     value: str
 
     def __str__(self) -> str:
-        return f"{self.file}, row {self.row}, column {self.column!r}: {self.rule} ({self.value})"
+        column = f", column {self.column!r}" if self.column else ""
+        return f"{self.file}, row {self.row}{column}: {self.rule} ({self.value})"
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,15 @@ class RowChecks:
         bad: Of the source at hand: which of its rows broke a rule so far.
         counts: Over all sources: rule -> rows.
         time_unit: What times that are numbers are counted in, once some were seen.
+        rows_lost: Rows that could not be read as such.
+        parsed: Columns of text in which some value was read as a number or a time.
     """
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
         self.time_unit: str | None = None
+        self.rows_lost = 0
+        self.parsed: set[str] = set()
         self._found: list[tuple[int, int, BadRow]] = []
         self._sources = 0
 
@@ -119,6 +127,14 @@ class RowChecks:
             example = BadRow(file, row, column, rule, repr(values[int(i)].as_py()))
             self._found.append((self._sources, int(self._rows[i]), example))
 
+    def lose(self, source: Source) -> None:
+        """Counts the rows that are missing in `source`, at hand, because they are none."""
+        for lost in source.lost:
+            self.rows_lost += len(lost)
+            for rule, count in lost.counts.items():
+                self.counts[rule] = self.counts.get(rule, 0) + count
+            self._found += [(self._sources, lost.before + e.row - 1, e) for e in lost.examples]
+
     def examples(self) -> tuple[BadRow, ...]:
         """The first offenders in the order of sources and rows."""
         found = sorted(self._found, key=lambda entry: entry[:2])
@@ -130,5 +146,15 @@ class RowChecks:
         lines += [f"  {count:,} x {rule}" for rule, count in self.counts.items()]
         lines.append(f"the first {len(self.examples())}:")
         lines += [f"  {example}" for example in self.examples()]
+        if any(e.rule == "unknown item" and _is_whole_float(e.value) for e in self.examples()):
+            lines.append(
+                "keys such as 13.0 were integers in a frame that had gaps: save them as integers "
+                "(pandas: frame[column].astype('Int64'))"
+            )
         lines.append('correct the files, or drop these rows with on_bad="skip" (--on-bad skip)')
         return DataError("\n".join(lines))
+
+
+def _is_whole_float(value: str) -> bool:
+    whole, _, rest = value.strip("'").partition(".")
+    return rest == "0" and whole.lstrip("-").isdigit()

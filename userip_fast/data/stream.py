@@ -17,7 +17,7 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from userip_fast.data.read import (
     Columns,
     Items,
     Rows,
+    check_on_bad,
     check_rows,
     first_rows,
     histories,
@@ -44,17 +45,23 @@ from userip_fast.data.read import (
     items_of_log,
     nobody_left,
     one_key_type,
+    read_items,
 )
 from userip_fast.data.report import NUM_EXAMPLES, BadRow, BadRows, RowChecks
 from userip_fast.data.sources import (
+    File,
+    Part,
     Source,
+    TableLike,
+    as_arrow,
     check_expansion,
+    is_path,
     list_files,
-    read_source,
-    refuse_columns,
+    name_of,
     validated,
 )
 from userip_fast.data.text import TextTemplate
+from userip_fast.data.textfiles import refuse_columns, text_form
 from userip_fast.errors import DataError, FormatError
 from userip_fast.files import (
     atomic_dir,
@@ -67,7 +74,7 @@ from userip_fast.files import (
 from userip_fast.keys import hash_keys
 from userip_fast.sums import check_seal, kept_sum, sealed
 
-_VERSION = 2
+_VERSION = 3
 _BATCH_ROWS = 1 << 16
 _PART_ROWS = 1 << 16  # rows of a part, on average at most
 _MAX_BITS = 13
@@ -265,8 +272,8 @@ def _values(lists: pa.Array) -> NDArray[Any]:
 
 
 def stream_interactions(
-    interactions: str | Path,
-    items: str | Path | None = None,
+    interactions: TableLike,
+    items: TableLike | None = None,
     *,
     work: str | Path,
     user: str = "user_id",
@@ -278,11 +285,15 @@ def stream_interactions(
     on_bad: str = "error",
     min_history: int = 1,
     seed: int = 0,
+    sep: str | None = None,
+    encoding: str | None = None,
+    header: str | Sequence[str] | None = None,
+    items_header: str | Sequence[str] | None = None,
 ) -> InteractionStream:
     """`read_interactions` for a log larger than memory: the same users, histories and checks.
 
     Args:
-        interactions: A Parquet file or a folder of such.
+        interactions: A Parquet file, a folder of such, or a list of these.
         items: As for `read_interactions`; items are held in memory.
         work: Folder for the sorted histories, about the size of the log. Files of the same content
             that were read into it before, with the same arguments, are not sorted again. (A file's
@@ -294,17 +305,28 @@ def stream_interactions(
     Raises:
         StorageError: `work` cannot be written.
     """
-    files = list_files(Path(interactions), "interactions")
-    if files[0].suffix.lower() != ".parquet":
+    check_on_bad(on_bad)
+    text_form(sep, encoding, header)
+    if not is_path(interactions):
         raise DataError(
-            f"interactions: {interactions} is not Parquet; only Parquet is read as a stream. "
-            "Convert it, or read it into memory"
+            f"interactions: a {type(interactions).__name__} is in memory; only Parquet files are "
+            "read as a stream. Use read_interactions"
+        )
+    files = list_files(interactions, "interactions")
+    if files[0].kind != "parquet":
+        raise DataError(
+            f"interactions: {name_of(interactions)} is not Parquet; only Parquet is read as a "
+            "stream. Convert it, or read it into memory"
         )
     read_as = ReadAs(user, item, rating, time, text, filter, min_history)
-    contents = [_contents(Path(interactions), files)]
-    if items is not None:
-        contents.append(_contents(Path(items), list_files(Path(items), "items")))
-    arguments = [_VERSION, asdict(read_as), on_bad, seed, contents]
+    items_form = replace(text_form(None, encoding, items_header, "items_header"), likely=sep)
+    contents = [_contents(files)]
+    if items is not None and is_path(items):
+        contents.append(_contents(list_files(items, "items")))
+    elif items is not None:
+        items = as_arrow(items, None, "the items table")
+        contents.append([("", _table_sum(items))])
+    arguments = [_VERSION, asdict(read_as), on_bad, seed, contents, asdict(items_form)]
     key = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()
     target = Path(work) / "histories"
     if (found := _sorted_before(target, key, read_as)) is not None:
@@ -314,18 +336,35 @@ def stream_interactions(
             return found
         sweep_leftovers(target.parent)
         columns = Columns(user, item, rating, time)
-        sorter = _Sorter(files, Path(interactions), items, columns, text, filter, on_bad)
+        template = TextTemplate(text)
+        catalogue = None
+        if items is not None:
+            catalogue = read_items(items, item, template, items_form, on_bad == "skip")
+        name = name_of(interactions)
+        sorter = _Sorter(files, name, catalogue, columns, template, filter, on_bad)
         with atomic_dir(target) as tmp:
             sorter.write(tmp, key, read_as, seed)
         return InteractionStream(target)
 
 
-def _contents(root: Path, files: Sequence[Path]) -> list[tuple[str, str]]:
-    """Name, which may hold values of columns (`key=value` folders), and sum of each file."""
-    try:
-        return [(f.relative_to(root).as_posix(), kept_sum(f)) for f in files]
-    except OSError as e:
-        raise DataError(f"{root} cannot be read: {e}") from e
+def _contents(files: Sequence[File]) -> list[tuple[str, str]]:
+    """Folders, which may hold values of columns (`key=value`), and sum of each file."""
+    found = []
+    for file in files:
+        try:
+            folder = file.path.parent.relative_to(file.root).as_posix()
+            found.append((folder, kept_sum(file.path)))
+        except OSError as e:
+            raise DataError(f"{file.path} cannot be read: {e}") from e
+    return found
+
+
+def _table_sum(table: pa.Table) -> str:
+    """SHA-256 of a table in memory, in one piece whatever its chunks were."""
+    buffer = pa.BufferOutputStream()
+    with pa.ipc.new_stream(buffer, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
 def _sorted_before(folder: Path, key: str, read_as: ReadAs) -> InteractionStream | None:
@@ -342,49 +381,42 @@ class _Sorter:
 
     def __init__(
         self,
-        files: Sequence[Path],
-        root: Path,
-        items: str | Path | None,
+        files: Sequence[File],
+        name: str,
+        catalogue: Source | None,
         columns: Columns,
-        text: str,
+        template: TextTemplate,
         filter: str | None,
         on_bad: str,
     ) -> None:
-        if on_bad not in ("error", "skip"):
-            raise DataError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
-        self.files, self.root, self.columns, self.on_bad = files, root, columns, on_bad
-        self.template = TextTemplate(text)
+        self.files, self.name, self.columns, self.on_bad = files, name, columns, on_bad
+        self.template, self.catalogue = template, catalogue
         self.predicate = RowFilter(filter) if filter is not None else None
         self.filter_columns = self.predicate.columns if self.predicate else ()
         self.checks = RowChecks()
-        if items is None:
-            self.catalogue: Source | None = None
+        if catalogue is None:
             self.items = self._items_of_log()
         else:
-            as_text = {columns.item, *self.template.columns}
-            self.catalogue = read_source(items, None, what="items", as_text=as_text)
-            self.catalogue.require(columns.item)
-            self.template.check(self.catalogue.table.column_names, self.catalogue.name)
-            self.items = items_of_catalogue(
-                self.catalogue, columns.item, self.template, self.checks
-            )
+            self.items = items_of_catalogue(catalogue, columns.item, template, self.checks)
         self.rows_read = self.rows_filtered = 0
         self.rows = self._count_rows()
         self.bits = max(0, min(_MAX_BITS, (self.rows // _PART_ROWS).bit_length()))
         self.waiting: list[list[pa.RecordBatch]] = [[] for _ in range(1 << self.bits)]
 
     def _count_rows(self) -> int:
-        try:
-            return sum(pq.read_metadata(file).num_rows for file in self.files)
-        except (OSError, pa.ArrowException) as e:
-            raise DataError(f"interactions: {self.root} cannot be read: {e}") from e
+        rows = 0
+        for file in self.files:
+            try:
+                rows += pq.read_metadata(file.path).num_rows
+            except (OSError, pa.ArrowException) as e:
+                raise DataError(f"interactions: {file.path} cannot be read: {e}") from e
+        return rows
 
     def _batches(self, names: Sequence[str]) -> Iterator[Source]:
         """The log in batches, each row traceable to its file."""
-        base = str(self.root if self.root.is_dir() else self.root.parent)
-        for file in self.files:
+        for file, root, *_ in self.files:
             try:
-                data = ds.dataset(str(file), partitioning="hive", partition_base_dir=base)
+                data = ds.dataset(str(file), partitioning="hive", partition_base_dir=str(root))
                 refuse_columns(names, data.schema.names, file)
                 check_expansion(file, names, _BATCH_ROWS)
                 done = 0
@@ -396,7 +428,8 @@ class _Sorter:
                     use_threads=False,
                 ):
                     table = pa.Table.from_batches([batch])
-                    yield validated(Source(str(self.root), table, ((str(file), -done),), True))
+                    part = Part(str(file), 0, done + 1)
+                    yield validated(Source(self.name, table, (part,), True))
                     done += batch.num_rows
             except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
                 raise DataError(f"interactions: {file} cannot be read: {e}") from e
@@ -450,7 +483,7 @@ class _Sorter:
             short_users += len(few)
         pa.default_memory_pool().release_unused()  # it would keep what sorting took
         report = BadRows(
-            rows_read=self.rows_read,
+            rows_read=self.rows_read + self.checks.rows_lost,
             rows_filtered=self.rows_filtered,
             counts=self.checks.counts,
             examples=self.checks.examples(),
@@ -459,7 +492,7 @@ class _Sorter:
             min_history=min_history,
         )
         if sum(part["users"] for part in parts) == 0:
-            raise nobody_left(str(self.root), report)
+            raise nobody_left(self.name, report)
         there = pa.array(~self.items.empty)
         table = self.items.table.filter(there)
         for name, column in (

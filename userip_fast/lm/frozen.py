@@ -154,7 +154,7 @@ class FrozenLM:
         if packed and not bitsandbytes:
             raise UnavailableError(
                 f"LM {path!r} is stored as {quantization} by bitsandbytes, which is not "
-                "installed: pip install 'userip-fast[nf4]'"
+                "installed: pip install bitsandbytes accelerate"
             )
         kwargs: dict[str, Any] = {"attn_implementation": attention.NAME, "dtype": dtype, **remote}
         if not packed and quantization.startswith("nf4") and bitsandbytes:

@@ -13,10 +13,13 @@ import json
 import logging
 import re
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 
@@ -70,8 +73,32 @@ def check_path(path: str) -> None:
             f"LM {path!r}: there is no such folder. (A hub id is OWNER/NAME, say "
             "openai-community/gpt2, and OWNER is not a folder here.)"
         )
+    elif not _is_cached(path) and _hub_is_away():
+        raise UnsupportedError(
+            f"LM {path!r}: there is no such folder; it is not in the Hugging Face hub's cache "
+            "either, and the hub cannot be reached"
+        )
     elif _hub_file(path, "adapter_config.json"):
         raise UnsupportedError(f"LM {path!r} is an adapter, not a whole LM; {_MERGE}")
+
+
+def _is_cached(path: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(path, "config.json"), str)
+
+
+def _hub_is_away() -> bool:
+    """Whether the hub's name leads nowhere, which its client takes a minute of retries to say."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies().get("https"):
+        return False  # it answers at once, or somebody else looks the name up
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return True
+    return False
 
 
 def _gguf(folder: Path) -> str:
