@@ -17,6 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import userip_fast as uf
+from userip_fast.em.scorer import log_prior
 from userip_fast.errors import ConfigError, DataError
 
 TASTE = uf.ProfileField("taste", "likes", codebook_size=4)
@@ -86,7 +87,7 @@ def test_probabilities_are_of_the_codes(place):
     taste, habit = profiler.predict_proba(rows_of(users))
     assert (taste.shape, habit.shape) == ((4, 4), (4, 2))
     np.testing.assert_allclose(taste.sum(1), 1, atol=1e-5)
-    prior = profiler.model_.codebooks[0].log_prior.exp().numpy()
+    prior = log_prior(profiler.model_.codebooks[0]).exp().numpy()
     np.testing.assert_allclose(taste[2], prior / prior.sum(), rtol=1e-5)
     joint = profiler.model_.profile([[]])
     np.testing.assert_allclose(habit[2], joint.reshape(4, 2).sum(0), rtol=1e-4)

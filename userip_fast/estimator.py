@@ -50,7 +50,6 @@ except ImportError as e:
         f"(extra sklearn): {e}"
     ) from e
 
-_DEFAULTS = {"em.estep": "posterior", "data.behaviour_context": "independent"}
 
 _Found = tuple[NDArray[np.int64], list[NDArray[np.float32]] | None]
 
@@ -116,7 +115,7 @@ class UserProfiler(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             DataError, ConfigError, UnsupportedError, UnavailableError: As `userip_fast.fit`.
         """
         fields = self._fields()
-        config = Config().override({**_DEFAULTS, "em.seed": self.seed, **(self.config or {})})
+        config = Config().override({"em.seed": self.seed, **(self.config or {})})
         data, _ = self._read(X, reset=True, fewest=max(f.codebook_size for f in fields))
         self.model_ = fit(data, self.lm, fields, config, self.out, show=self.show)
         self._history = None
