@@ -127,3 +127,20 @@ def test_words_of_any_script_are_drawn_without_a_word(tmp_path):
 def test_nothing_to_show_is_still_a_page(tmp_path):
     write_report(tmp_path / "report.html", {}, [], {})
     assert Page((tmp_path / "report.html").read_text()).tags.count("table") == 0
+
+
+@pytest.mark.parametrize(("told", "verdict"), [(0.9, "help to predict"), (1.2, "say little")])
+def test_it_tells_whether_profiles_help_new_users(tmp_path, told, verdict):
+    """And what a card's users choose more than others, with its interval."""
+    nll = {"told": told, "untold": 1.1, "item": 1.05, "constant": 1.09}
+    training = {"tokens": [1000, 2000], "loss": [3.0, 2.0], "nll": nll}
+    curves = {"scored": [1.2, 0.8], "held_out": [1.1, told]}
+    trait = {"what": "genres: <War>", "ratio": 2.04, "low": 1.5, "high": 2.7}
+    card = {**CARDS["genre"][0], "told": [trait], "reactions": {"liked": 0.25}}
+    for more in (training, {**training, **curves}, {"tokens": [1], "loss": [2.0]}):
+        path = tmp_path / "report.html"
+        write_report(path, METRICS, RECORDS, {"genre": [card]}, {"lm_training": more})
+        text = Page(path.read_text()).text
+        assert (verdict in text) is ("nll" in more)
+        assert "genres: <War> x2.0 (1.5 to 2.7)" in text
+        assert "liked 25%" in text

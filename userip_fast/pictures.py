@@ -43,12 +43,23 @@ def svg(draw: Draw, width: float = 4.6, height: float = 2.8) -> str:
     return found[found.index("<svg") :]  # without the XML prologue
 
 
-def lm_curve(tokens: Sequence[int], loss: Sequence[float]) -> str:
-    """Loss of the embedded LM's training."""
+def lm_curve(
+    tokens: Sequence[int],
+    loss: Sequence[float],
+    scored: Sequence[float] | None = None,
+    held_out: Sequence[float | None] | None = None,
+) -> str:
+    """Loss of the embedded LM's training: of all tokens, of what the E-step asks, and that of users
+    held out."""
 
     def draw(axes: Axes) -> None:
-        axes.plot(np.asarray(tokens) / 1000, loss, color=ACCENT, lw=1)
-        axes.set(xlabel="thousand tokens", ylabel="nats per token", title="training of the LM")
+        x = np.asarray(tokens) / 1000
+        axes.plot(x, loss, color=ACCENT, lw=1, label="all tokens")
+        if scored and held_out and None not in held_out:
+            axes.plot(x, scored, color=ACCENT, lw=1, ls=":", label="what is asked")
+            axes.plot(x, np.asarray(held_out, float), lw=1, color="#c05a2b", label="users held out")
+            axes.legend(frameon=False, fontsize=7)
+        axes.set(xlabel="thousand tokens", ylabel="nats", title="training of the LM")
 
     return svg(draw)
 

@@ -111,6 +111,7 @@ def write_report(
     more = more or {}
     fields = metrics.get("fields", {})
     body = ["<h1>userip_fast: collaborative IDs</h1>"]
+    body += _new_users(more.get("lm_training", {}).get("nll"))
     body += _pictures(metrics, records, cards, more)
     body += _ctr(more.get("ctr", {}))
     explained = more.get("explain", {})
@@ -140,6 +141,23 @@ def write_report(
         tmp.write_text(page, encoding="utf-8")
 
 
+def _new_users(nll: Mapping[str, float] | None) -> list[str]:
+    """How well the embedded LM predicts users whom it has not seen, and whether telling helps."""
+    if not nll:
+        return []
+    others = {name: x for name, x in nll.items() if name != "told"}
+    known = {
+        "untold": "told nothing of them",
+        "item": "by how the item fares with all",
+        "constant": "by how often each reaction occurs",
+    }
+    against = ", ".join(f"{x:.3f} {known.get(name, name)}" for name, x in others.items())
+    helps = nll["told"] < min(others.values(), default=float("inf"))
+    verdict = "Profiles help to predict new users" if helps else "Profiles say little of new users"
+    text = f"{verdict}: {nll['told']:.3f} nats told of ten events; {against}."
+    return [f"<p>{escape(text)}</p>"]
+
+
 def _pictures(
     metrics: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
@@ -150,7 +168,8 @@ def _pictures(
     try:
         drawn = []
         if training := more.get("lm_training"):
-            drawn.append(pictures.lm_curve(training["tokens"], training["loss"]))
+            curves = [training.get(name) for name in ("scored", "held_out")]
+            drawn.append(pictures.lm_curve(training["tokens"], training["loss"], *curves))
         told = [r for r in records if "nll_per_weight" in r]
         if told:
             drawn.append(pictures.nll_curve(told))

@@ -38,6 +38,7 @@ from userip_fast.ctr.statistics import in_words
 from userip_fast.data import read_interactions
 from userip_fast.errors import ConfigError, DataError
 from userip_fast.files import atomic_file, read_json, write_json
+from userip_fast.lm.embedded import RECIPE
 
 LABELS = {"ratings": None, "choices": CHOSEN}
 HEADLINE, BACKBONE = "new users, 10 events", "lightgbm"
@@ -98,7 +99,8 @@ def run_plan(
             merged["label"] = LABELS[label] or merged.get("label")
             ctr = CTRConfig(**_tuples(merged))
             folder = out / name / label / evaluation
-            want = {"ctr": merged, "config": asked}  # what the plan says, not a version's defaults
+            # What the plan says, not a version's defaults; and what an embedded LM's training is.
+            want = {"ctr": merged, "config": asked, "lm": RECIPE}
             stamp = folder / "settings.json"
             if (folder / "ctr.json").is_file() and stamp.is_file() and read_json(stamp) == want:
                 here[evaluation] = read_json(folder / "ctr.json")
