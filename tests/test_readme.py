@@ -106,7 +106,7 @@ def test_the_readmes_table_is_that_of_the_results():
         "goodbooks": "goodbooks-10k-sample", "MovieTweetings": "movietweetings-142k",
         "Complete Journey": "completejourney-sample", "Online Retail II": "online-retail-ii",
     }  # fmt: skip
-    clusters = ("kmeans_attributes", "kmeans_tfidf", "kmeans_states", "mf_clusters")
+    clusters = ("kmeans_attributes", "kmeans_tfidf", "mf_clusters", "mixture_ids")
     rows = re.findall(r"^\| ([^|]+), (liked|chosen|bought)\? \| (.+) \|$", README, re.MULTILINE)
     assert len(rows) == 6
     for name, asked, cells in rows:
@@ -117,7 +117,7 @@ def test_the_readmes_table_is_that_of_the_results():
         }
         best = max(area[f] for f in clusters if f in area)
         expected = [
-            max(found["floor"].values()), area["none"], area["ids"], best, area["mixture"],
-            area["foldin"], area["all"], area["all+ids"],
+            max(found["floor"].values()), area["none"], area["ids"], best, area["affinity"],
+            area["mixture"], area["foldin"], area["all"], area["all+ids"],
         ]  # fmt: skip
         assert [float(c) for c in cells.split(" | ")] == pytest.approx(expected, abs=6e-4)

@@ -200,7 +200,7 @@ def split(line):
 def test_one_line_and_exit_code_2(place, line, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
     monkeypatch.setenv("USERIP_FAST_CACHE", str(place / "cache"))
-    monkeypatch.setattr("userip_fast.lm.embedded._train", _must_not_start)
+    monkeypatch.setattr("userip_fast.lm.embedded.train", _must_not_start)
     args = [a.replace("OUT", str(tmp_path / "out")).replace("WORK", str(tmp_path / "work"))
             for a in split(line)]  # fmt: skip
     before = time.monotonic()

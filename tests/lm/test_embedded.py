@@ -16,8 +16,9 @@ from userip_fast.api import load_lm
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource, Told
 from userip_fast.config import Config, DataConfig, LMConfig
 from userip_fast.data import Catalogue
-from userip_fast.lm import embedded
-from userip_fast.lm.embedded import _Batches, _contrast, _Data, _Judges, _new_model, _SoftRows
+from userip_fast.lm import lessons, pretraining
+from userip_fast.lm.lessons import Batches, Data
+from userip_fast.lm.pretraining import _contrast, _Judges, _new_model, _SoftRows
 from userip_fast.prompts import ProfileField
 
 USERS = 60
@@ -29,8 +30,8 @@ SMALL = LMConfig(
 
 @pytest.fixture
 def make(monkeypatch):
-    monkeypatch.setattr(embedded, "_STEP_TOKENS", 150)
-    monkeypatch.setattr(embedded, "_PROMPT_TOKENS", 12)
+    monkeypatch.setattr(lessons, "STEP_TOKENS", 150)
+    monkeypatch.setattr(lessons, "_PROMPT_TOKENS", 12)
 
     def make(words=None, **kwargs):
         layout = tiny.template(2, 1).layout(tiny.tokenizer())
@@ -39,8 +40,8 @@ def make(monkeypatch):
         offsets = np.concatenate([[0], np.cumsum(behaviour.events)]).astype(np.int64)
         kinds = np.arange(events)  # each event is one of its own
         told = Told([f"t{i}" for i in kinds], None, np.ones(events, np.int64), kinds, offsets)
-        data = _Data.of(behaviour, layout, told, words, 0)
-        return _Batches(data, layout, np.random.default_rng(0)), layout
+        data = Data.of(behaviour, layout, told, words, 0)
+        return Batches(data, layout, np.random.default_rng(0)), layout
 
     return make
 
@@ -120,8 +121,8 @@ def test_what_tells_users_apart_is_the_difference_of_their_likelihoods(make):
     b = batches.next()
     with torch.no_grad():
         _, got = _contrast(model, soft, layout, b)
-        own = embedded._token_losses(model, soft, layout, b)
-        other = embedded._token_losses(model, soft, layout, replace(b, told=b.told.roll(1, 0)))
+        own = pretraining._token_losses(model, soft, layout, b)
+        other = pretraining._token_losses(model, soft, layout, replace(b, told=b.told.roll(1, 0)))
     losses = []
     for event in np.unique(b.event[(b.weight > 0).numpy()]):
         here = torch.from_numpy(b.event == event) & (b.weight > 0)
@@ -178,5 +179,5 @@ def test_training_ends_where_new_users_gain_nothing(tmp_path, monkeypatch, caplo
     spent = training["tokens"][-1]
     assert spent < 4_000_000
     best = int(np.argmin(training["held_out"]))
-    assert best >= len(training["held_out"]) - 1 - (embedded._DROPS + 1) * embedded._PATIENCE
+    assert best >= len(training["held_out"]) - 1 - (pretraining._DROPS + 1) * pretraining._PATIENCE
     assert "does not help it to predict them" in caplog.text

@@ -86,14 +86,14 @@ def wait_for(there, seconds=60.0):
 
 
 def test_of_two_that_want_the_same_lm_one_trains_it(monkeypatch, caplog):
-    trained, real = [], embedded._train
+    trained, real = [], embedded.train
 
     def train(*args):
         trained.append(1)
         wait_for(lambda: "trains the same LM" in caplog.text)
         return real(*args)
 
-    monkeypatch.setattr(embedded, "_train", train)
+    monkeypatch.setattr(embedded, "train", train)
     with ThreadPoolExecutor(2) as pool, caplog.at_level(logging.WARNING):
         first = pool.submit(uf.fit, read(), config=CONFIG)
         wait_for(lambda: trained)

@@ -1,0 +1,288 @@
+"""Pre-training of the embedded LM, until users held out gain nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from userip_fast.config import LMConfig
+from userip_fast.lm.foldin import FoldIn
+from userip_fast.lm.lessons import STEP_TOKENS, Batch, Batches, Data
+from userip_fast.packing import Behaviour, Int64
+from userip_fast.progress import progress
+from userip_fast.prompts import Layout
+
+if TYPE_CHECKING:
+    from userip_fast.behaviour import Told
+
+_DECAY = 0.1
+_CONTRAST = 8.0  # nats a token that a nat of telling users apart is worth
+_PASSES = 20  # over the log, at most
+_LOOKS = 40  # at held-out users
+_PATIENCE = 4  # looks in vain until steps become smaller
+_DROPS, _DROP = 2, 0.3  # how often they do, and by how much
+_LAST_PART = 0.4  # of the budget, in which they become smaller in any case
+_JUDGE_BATCHES = 16
+_TOLD = 10  # events that judges are told of
+_PRIOR = 10.0  # events that an item's reactions start with
+
+
+def train(
+    tokenizer: Any,
+    layout: Layout,
+    behaviour: Behaviour,
+    told: Told,
+    slots: Int64 | None,
+    config: LMConfig,
+    seed: int,
+    show: bool,
+) -> tuple[Any, FoldIn | None, dict[str, Any]]:
+    """The model, the language of its soft rows, and how training went (see `Judges`)."""
+    generator = np.random.default_rng(seed)
+    data = Data.of(behaviour, layout, told, slots, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _new_model(tokenizer, layout, behaviour, config)
+        soft = _SoftRows(model, layout, None if slots is not None else data.vectors.shape[1])
+    model.train()
+    batches = Batches(data, layout, generator)
+    parameters = [*model.parameters(), *soft.parameters()]
+    optimizer = _optimizer(parameters)
+    losses = _contrast if data.choices else _losses
+    # Half for language, half for what the E-step asks: of reactions it is one token of a dozen.
+    shares = (1.0, _CONTRAST) if data.choices else (0.5, 0.5)
+    steps = max(1, _budget(config, data) // STEP_TOKENS)
+    judges = _Judges(data, layout, seed)
+    every = max(1, steps // _LOOKS)
+    curve: dict[str, Any] = {n: [] for n in ("tokens", "loss", "scored", "held_out")}
+    recent: list[tuple[float, float]] = []
+    best, kept, in_vain, drops = math.inf, None, 0, 0
+    with progress("pre-training the LM", steps * STEP_TOKENS, "tokens", show) as bar:
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = _rate(step, steps, drops if judges.batches else None)
+            whole, scored = losses(model, soft, layout, batches.next())
+            loss = shares[0] * whole + shares[1] * scored
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            recent.append((whole.item(), scored.item()))
+            if (step + 1) % every and step + 1 < steps:
+                bar.advance(STEP_TOKENS, loss=recent[-1][0])
+                continue
+            held_out = judges.loss(model, soft)
+            bar.advance(STEP_TOKENS, loss=recent[-1][0], held_out=held_out)
+            curve["tokens"].append((step + 1) * STEP_TOKENS)
+            for name, values in zip(("loss", "scored"), zip(*recent)):
+                curve[name].append(sum(values) / len(values))
+            curve["held_out"].append(held_out if judges.batches else None)
+            recent, in_vain = [], in_vain + 1
+            if held_out < best or not judges.batches:
+                best, in_vain = held_out, 0
+                kept = [p.detach().clone() for p in parameters]
+            if in_vain == _PATIENCE:
+                # From the best so far by smaller steps, whose noise hides less.
+                drops, in_vain = drops + 1, 0
+                _restore(parameters, kept)
+                if drops > _DROPS:
+                    break
+    _restore(parameters, kept)
+    model.eval()
+    return model, soft.language(data), {**curve, "nll": judges.report(model, soft)}
+
+
+def _rate(step: int, steps: int, drops: int | None) -> float:
+    """Learning rate: a short way up, then level, lowered where held-out users gained nothing, and
+    in the last part of the budget down to a tenth; half a cosine where nobody is held out."""
+    up = min(1.0, (step + 1) / min(50, steps))
+    if drops is None:
+        return 3e-3 * up * (0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    down = min(1.0, (1 - step / steps) / _LAST_PART)
+    return 3e-3 * up * max(0.1, down) * _DROP**drops
+
+
+def _restore(parameters: list[Tensor], kept: list[Tensor] | None) -> None:
+    with torch.no_grad():
+        for p, value in zip(parameters, kept or ()):
+            p.copy_(value)
+
+
+def _new_model(tokenizer: Any, layout: Layout, behaviour: Behaviour, config: LMConfig) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden = config.embedded_hidden
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=math.ceil(8 * hidden / 3 / 64) * 64,
+            num_hidden_layers=config.embedded_layers,
+            num_attention_heads=config.embedded_heads,
+            max_position_embeddings=layout.behaviour_start
+            + max(1024, int(behaviour.position.max(initial=0)) + 1 - layout.behaviour_start),
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=None,
+            attn_implementation="sdpa",
+            # Llama's own 0.02 suits widths of thousands: here it costs most of the training.
+            initializer_range=hidden**-0.5,
+        )
+    )
+
+
+def _optimizer(parameters: list[Tensor]) -> torch.optim.AdamW:
+    decay = [p for p in parameters if p.dim() > 1]
+    plain = [p for p in parameters if p.dim() <= 1]
+    return torch.optim.AdamW(
+        [{"params": decay, "weight_decay": _DECAY}, {"params": plain, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+    )
+
+
+def _budget(config: LMConfig, data: Data) -> int:
+    """Tokens to train on: some passes over the log, and what the config allows at most."""
+    return min(config.embedded_tokens, _PASSES * max(len(data.behaviour.ids), STEP_TOKENS))
+
+
+def _losses(model: Any, soft: _SoftRows, layout: Layout, b: Batch) -> tuple[Tensor, Tensor]:
+    """Mean loss of all tokens asked for, and of what the E-step asks."""
+    told = _token_losses(model, soft, layout, b)
+    every = told.sum() / (b.target >= 0).sum().clamp_min(1)
+    return every, (told * b.weight).sum() / b.weight.sum().clamp_min(1e-9)
+
+
+def _contrast(model: Any, soft: _SoftRows, layout: Layout, b: Batch) -> tuple[Tensor, Tensor]:
+    """Mean loss of all tokens, and of telling who chose an item.
+
+    Whose choice is it, the user's or another one's of the batch? The answer is the difference of
+    the text's log likelihoods as it is told of the one and of the other: what the LM does not know
+    of the language, and how often the item is chosen at all, cancel, and what is left of the
+    gradient is taste. Its best answers are differences of pointwise mutual information (the
+    pairwise case of "Representation Learning with Contrastive Predictive Coding", 2018).
+    """
+    told = _token_losses(model, soft, layout, b)
+    every = told.sum() / (b.target >= 0).sum().clamp_min(1)
+    if len(b.ids) < 2:
+        return every, every.new_zeros(())
+    other = _token_losses(model, soft, layout, replace(b, told=b.told.roll(1, 0)))
+    events, inverse = np.unique(b.event, return_inverse=True)
+    at = torch.from_numpy(inverse.ravel())
+    gap = told.new_zeros(len(events)).index_add(0, at, ((other - told) * b.weight).flatten())
+    asked = told.new_zeros(len(events)).index_add(0, at, b.weight.flatten()) > 0
+    return every, F.softplus(-gap[asked]).mean()
+
+
+def _token_losses(model: Any, soft: _SoftRows, layout: Layout, b: Batch) -> Tensor:
+    """[B, T]; 0 where there is no loss."""
+    embed = model.get_input_embeddings()
+    at = torch.from_numpy(layout.soft_position).long()
+    x = embed(b.ids).index_copy(1, at, soft(b))
+    out = model(inputs_embeds=x, attention_mask=b.mask, position_ids=b.position, use_cache=False)
+    return F.cross_entropy(
+        out.logits.flatten(0, 1), b.target.flatten(), ignore_index=-100, reduction="none"
+    ).view_as(b.target)
+
+
+class _SoftRows(torch.nn.Module):
+    """What stands in the soft rows: a map of what is told, or words that are known."""
+
+    def __init__(self, model: Any, layout: Layout, rank: int | None) -> None:
+        super().__init__()
+        self.embed = [model.get_input_embeddings()]  # the model's own, no parameter of ours
+        self.field = np.repeat(
+            np.arange(layout.num_fields), [s.stop - s.start for s in layout.field_slices]
+        )
+        hidden = model.config.hidden_size
+        if rank is not None:
+            # So that what is told is as large as a token's embedding.
+            spread = model.config.initializer_range / math.sqrt(rank)
+            self.weight = torch.nn.Parameter(spread * torch.randn(layout.num_soft, rank, hidden))
+            self.bias = torch.nn.Parameter(torch.zeros(layout.num_soft, hidden))
+
+    def forward(self, b: Batch) -> Tensor:
+        """[B, S, D]."""
+        if b.words is not None:
+            found: Tensor = self.embed[0](b.words)
+            return found
+        return torch.einsum("bsr,srd->bsd", b.told[:, self.field], self.weight) + self.bias
+
+    def language(self, data: Data) -> FoldIn | None:
+        """For users to come; None where words are all that was told."""
+        if data.words is not None:
+            return None
+        spoken = np.flatnonzero(data.vectors.any(1))
+        return FoldIn(
+            [data.kind_names[i] for i in spoken],
+            torch.from_numpy(data.vectors[spoken]),
+            self.weight.detach().clone(),
+            self.bias.detach().clone(),
+        )
+
+
+class _Judges:
+    """Users who are not learned from: the same prompts of theirs, whenever they are asked.
+
+    Attributes:
+        batches: Told of at most `_TOLD` other events.
+    """
+
+    def __init__(self, data: Data, layout: Layout, seed: int) -> None:
+        self.data, self.layout = data, layout
+        self.batches: list[Batch] = []
+        if data.judges.any():
+            queue = Batches(data, layout, np.random.default_rng(seed), judging=True, told=_TOLD)
+            queue._shuffle()
+            self.batches = [queue.batch(b) for b in queue.queue[:_JUDGE_BATCHES]]
+
+    def loss(self, model: Any, soft: _SoftRows, told: bool = True) -> float:
+        """Of what the E-step asks, in nats; infinite without judges."""
+        if not self.batches:
+            return math.inf
+        losses, found = _contrast if self.data.choices else _losses, []
+        with torch.no_grad():
+            for b in self.batches:
+                asked = b if told else replace(b, told=torch.zeros_like(b.told))
+                found.append(float(losses(model, soft, self.layout, asked)[1]))
+        return sum(found) / len(found)
+
+    def report(self, model: Any, soft: _SoftRows) -> dict[str, float] | None:
+        """Of new users, who are `told` of ten events or `untold`, nats: of choices, per question
+        whose an item is, another's or theirs; of reactions, per event, and what they would be by
+        how often reactions go to the `item`, or at all (`constant`)."""
+        if not self.batches:
+            return None
+        told, untold = self.loss(model, soft), self.loss(model, soft, told=False)
+        if self.data.choices:
+            return {"told": told, "untold": untold}
+        events = np.concatenate([np.unique(b.event[(b.weight > 0).numpy()]) for b in self.batches])
+        weight = sum(float(b.weight.sum()) for b in self.batches) / len(events)
+        others = _baselines(self.data, events)
+        return {"told": told * weight, "untold": untold * weight, **others}
+
+
+def _baselines(data: Data, events: Int64) -> dict[str, float]:
+    """Nats per event of those [n] that never look at a user."""
+    users = (
+        np.searchsorted(
+            data.event[data.behaviour.offsets[:-1]], np.arange(len(data.kind)), side="right"
+        )
+        - 1
+    )
+    counts = np.bincount(data.kind[~data.judges[users]], minlength=len(data.kind_names))
+    _, text = np.unique([t for t, _ in data.kind_names], return_inverse=True)
+    _, word = np.unique([w for _, w in data.kind_names], return_inverse=True)
+    of_text, of_word = np.bincount(text, counts), np.bincount(word, counts)
+    kinds = data.kind[events]
+    share = (of_word + 1) / (of_word + 1).sum()
+    item = (counts + _PRIOR * share[word]) / (of_text[text] + _PRIOR)
+    return {
+        "constant": float(-np.log(share[word[kinds]]).mean()),
+        "item": float(-np.log(item[kinds]).mean()),
+    }
