@@ -62,7 +62,7 @@ def test_example(name, shared_dir, tmp_path, monkeypatch):
 
     monkeypatch.setattr("userip_fast.data.read_interactions", read_once)
     data, out = shared_dir / "data" / DATA[name], tmp_path / "run"
-    tiny = [x for setting in small_log.TINY for x in ("--set", setting)]
+    tiny = [x for setting in small_log.TINY for x in ("--set", setting)] + ["--estep", "gradient"]
     fit, infer, lookup = commands(name, data, out, USERS, *tiny, tmp_path=tmp_path)
     assert (fit[0], infer[0], lookup[:2]) == ("fit", "infer", ["bank", "lookup"])
 

@@ -24,7 +24,7 @@ from userip_fast.lm import PackedEngine
 
 USERS = 60
 FIELDS = (uf.ProfileField("taste", "The user's taste is", 1, 4), uf.ProfileField("b", "b", 1, 3))
-EM = EMConfig(steps=2, rounds=3, lr=0.2, block_users=7, codebook_update="ema")
+EM = EMConfig(estep="gradient", steps=2, rounds=3, lr=0.2, block_users=7, codebook_update="ema")
 
 
 @pytest.fixture(autouse=True)

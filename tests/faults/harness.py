@@ -67,7 +67,15 @@ from userip_fast.sums import check_sums, folder_sums, sealed
 USERS, SHARDS = 40, 3
 CONFIG = Config(
     data=DataConfig(rating="rating", max_tokens=60),
-    em=EMConfig(steps=1, rounds=3, lr=0.2, block_users=9, codebook_update="ema", kmeans_restarts=2),
+    em=EMConfig(
+        estep="gradient",
+        steps=1,
+        rounds=3,
+        lr=0.2,
+        block_users=9,
+        codebook_update="ema",
+        kmeans_restarts=2,
+    ),
     fields=(uf.ProfileField("taste", "The user's taste is", 1, 4), uf.ProfileField("b", "b", 1, 3)),
 )
 SMALL_LM = replace(

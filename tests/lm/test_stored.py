@@ -26,7 +26,7 @@ from userip_fast.sums import cache_folder, kept_sum, sealed
 LM = LMConfig(embedded_hidden=16, embedded_heads=2, embedded_layers=1, embedded_tokens=4_000,
               embedded_vocab=320)  # fmt: skip
 CONFIG = Config(
-    data=DataConfig(max_tokens=60), lm=LM, em=EMConfig(steps=1),
+    data=DataConfig(max_tokens=60), lm=LM, em=EMConfig(estep="gradient", steps=1),
     fields=(uf.ProfileField("taste", "The user's taste is", 1, 4),),
 )  # fmt: skip
 
