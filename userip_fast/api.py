@@ -40,7 +40,7 @@ from userip_fast.model import (
     read_codebooks,
     truncated_users,
 )
-from userip_fast.names import ItemCounts, Traits, code_cards
+from userip_fast.names import ItemCounts, Traits, code_cards, named_share
 from userip_fast.packing import Behaviour
 from userip_fast.prompts import Layout, ProfileField, PromptTemplate
 from userip_fast.reach import Reach
@@ -200,12 +200,8 @@ def _fit(
     _, nll, weight, cost = trainer.add_up(totals).tolist()
     told = Reach(*trainer.add_up(np.array(astuple(told))).tolist())
     counts.merge(processes)
-    model.cards = {
-        name: [card.to_dict() for card in cards]
-        for name, cards in code_cards(
-            model.lm, config.fields, model.codebooks, counts, data.item_text
-        ).items()
-    }
+    cards = code_cards(model.lm, config.fields, model.codebooks, counts, data.item_text)
+    model.cards = {name: [card.to_dict() for card in own] for name, own in cards.items()}
     usage = {
         f.name: book.usage(z.long())
         for f, book, z in zip(config.fields, model.codebooks, code_ids.T)
@@ -255,6 +251,7 @@ def _fit(
                     "codes": len(u.counts),
                     "perplexity": u.perplexity,
                     "dead": u.dead,
+                    "named": named_share(cards[name]),
                     "counts": u.counts.tolist(),
                 }
                 for name, u in usage.items()
