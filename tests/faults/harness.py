@@ -802,7 +802,7 @@ def two_at_once(world: World, folder: Path, rounds: int, counts: Counts) -> None
 
     def train() -> None:
         os.environ["USERIP_FAST_CACHE"] = str(folder / "cache")
-        with patched(embedded, "_train", note):
+        with patched(embedded, "train", note):
             uf.fit(structured.read_log(), config=SMALL_LM)
 
     def until_it_trains() -> None:
