@@ -52,7 +52,8 @@ def run(tmp_path_factory):
         patch.setenv("USERIP_FAST_CACHE", str(folder / "cache"))
         log, items = small_log.write(folder)
         data = read_interactions(log, items, rating="rating", time="timestamp")
-        config = Config().override(dict(s.split("=") for s in small_log.TINY))
+        sets = ("em.estep=gradient", *small_log.TINY)
+        config = Config().override(dict(s.split("=") for s in sets))
         fields = [{"name": "taste", "prompt": "Taste is", "codebook_size": 3}]
         config = Config.from_dict({**config.to_dict(), "fields": fields})
         config = replace(config, data=replace(config.data, rating="rating", time="timestamp"))

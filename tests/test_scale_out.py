@@ -186,7 +186,14 @@ def torchrun_fit(files, out, *options):
 
 
 def test_torchrun_with_two_processes_gives_the_same_bits(files, whole, tmp_path):
-    sets = ["rounds=3", "steps=2", "lr=0.2", "block_users=7", "codebook_update=ema"]
+    sets = [
+        "estep=gradient",
+        "rounds=3",
+        "steps=2",
+        "lr=0.2",
+        "block_users=7",
+        "codebook_update=ema",
+    ]
     torchrun_fit(files, tmp_path / "run", *[x for s in sets for x in ("--set", f"em.{s}")])
     same_result(tmp_path / "run", whole)
 

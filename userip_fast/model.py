@@ -406,7 +406,7 @@ class Model:
                 "few combinations of codes; fit a model with these"
             )
         if self._table is None or self._table.codebooks is not self.codebooks:
-            engine = self.ready_trainer().engine
+            engine = (self.trainer or self.ready_trainer()).engine
             self._table = EventTable(
                 engine, self.format, self.codebooks, self.config.em, self.calibration
             )

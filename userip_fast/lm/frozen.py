@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import threading
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from userip_fast.lm.fp8 import GateReport
 
 logger = logging.getLogger("userip_fast.lm")
+
+_LOADING = threading.Lock()
 
 
 class FrozenLM:
@@ -161,7 +164,8 @@ class FrozenLM:
             kwargs["quantization_config"] = _bnb_config(quantization, dtype)
         if device.type == "cuda":
             kwargs["device_map"] = {"": device}
-        with told(f"LM {path!r} cannot be loaded"):
+        # transformers makes models under switches of the whole process.
+        with told(f"LM {path!r} cannot be loaded"), _LOADING:
             model, info = AutoModelForCausalLM.from_pretrained(
                 path, output_loading_info=True, **kwargs
             )
