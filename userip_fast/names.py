@@ -3,7 +3,8 @@
 A code's name is made of attribute values, words of item texts and items that its users choose more
 often than all users do. What stands out is chosen on one half of the users, and told with the
 figures of the other half: of thousands of words some always look special among those they were
-looked for in. Both halves lie in folds, so that intervals are over users and not over events.
+looked for in. Codes were read from the same choices, so a name describes, it does not forecast.
+Both halves lie in folds, so that intervals are over users and not over events.
 """
 
 from __future__ import annotations
