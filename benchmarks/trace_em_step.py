@@ -32,13 +32,14 @@ from userip_fast.lm.trace import Architecture, Workload
 COMMITTED = Path(__file__).with_name("results") / "trace_em_step.json"
 WORK = Workload(pack_tokens=8192, user_tokens=302, soft_rows=2, prefix_rows=32)
 MODES = ("bf16", "fp8")
-# Kernels of our operators where they are not one (a work list is one more).
+# Kernels of our operators where they are not one; a pack's three work lists are added to a step.
 LAUNCHES = {
-    "soft_prompt_attention": 2,
-    "soft_prompt_attention_backward": 4,
+    "packed_attention_backward": 2,
+    "soft_prompt_attention_backward": 2,
     "prepend_soft_prompts_backward": 6,
     "select_backward": 2,  # of torch: zeros, and a copy into them
 }
+WORK_LISTS = 3
 _GEMM = {"mm", "addmm", "bmm", "linear", "matmul", "_scaled_mm"}
 _NOTHING = {
     "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach",
@@ -127,8 +128,10 @@ class Counting(TorchDispatchMode):
             if made and all(any(x is y for y in read) for x in made):
                 return
         size = sum(map(_bytes, made)) + sum(map(_bytes, read))
-        if func._schema.is_mutable:  # what is written is an argument too
-            size -= sum(map(_bytes, made)) if name in _FILL else 0
+        if func._schema.is_mutable:  # what is written is an argument, and its result the same
+            size -= sum(map(_bytes, made))
+            size += _bytes(read[0]) if "userip_fast" in str(func) else 0
+            size -= _bytes(read[0]) if name in _FILL else 0
         if name in _GATHER:
             size = 2 * sum(map(_bytes, made))
         if name == "select_backward":
@@ -145,11 +148,7 @@ class Counting(TorchDispatchMode):
             return
         now.bytes += size
         wide, narrow = ({x.dtype.itemsize for x in side} for side in (read, made))
-        is_float8 = any(x.dtype == torch.float8_e4m3fn for x in made)
-        if is_float8 and name not in _COPY | {"rms_norm_e4m3", "gated_e4m3", "gated_backward_e4m3"}:
-            now.casts += launches
-            now.cast_bytes += size
-        elif name == "_to_copy" and wide != narrow:
+        if name == "cast_rows" or (name == "_to_copy" and wide != narrow):
             now.casts += launches
             now.cast_bytes += size
         elif name in _COPY or name in _FILL:
@@ -186,6 +185,7 @@ def _passes(architecture: Architecture, model: Any, work: Workload) -> dict[str,
     with architecture.step_on_meta(model, work) as (nll, theta), Counting() as counting:
         loss = nll().sum()
         forward, counting.now = counting.now, Traffic()
+        forward.launches += WORK_LISTS
         torch.autograd.grad(loss, theta)
     return {"forward": forward, "backward": counting.now}
 

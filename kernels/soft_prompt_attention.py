@@ -107,7 +107,7 @@ def _load(
 
 @triton.jit
 def _store(ptr, x, first, end, head, HEADS: tl.constexpr, DIM: tl.constexpr):
-    """The inverse of `_load`, into a contiguous [T, HEADS, DIM]."""
+    """The inverse of `_load`, into [T, HEADS, DIM], or some heads of rows of HEADS."""
     r = tl.arange(0, x.shape[0])
     d = tl.arange(0, x.shape[1])
     base = ptr + (tl.cast(first, tl.int64) * HEADS + head) * DIM
@@ -265,7 +265,7 @@ def _dq_kernel(
     stride_pkt, stride_pkh, stride_pvt, stride_pvh,
     T, P, num_fields, scale, window, softcap,
     H: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROW_HEADS: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta [H, T] for `_dkdv_kernel`; d_out and out are contiguous."""
@@ -278,7 +278,7 @@ def _dq_kernel(
         return
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if start < 0:
-        _store(dq_ptr, dq, first, end, head, H, DIM)
+        _store(dq_ptr, dq, first, end, head, ROW_HEADS, DIM)
         return
     row = _marks(segment_ptr, position_ptr, first, end, 0, BLOCK_M, WINDOW)
     inside = row[0] < end
@@ -303,7 +303,7 @@ def _dq_kernel(
             position_ptr, j, end, kv_head, num_fields, scale, window, softcap,
             BLOCK_N, DIM, True, WINDOW, SOFTCAP, DESC,
         )  # fmt: skip
-    _store(dq_ptr, dq * scale, first, end, head, H, DIM)
+    _store(dq_ptr, dq * scale, first, end, head, ROW_HEADS, DIM)
 
 
 @triton.jit
@@ -312,7 +312,7 @@ def _dkdv_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     T, num_fields, scale, window, softcap,
     H: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROW_HEADS: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N columns, BLOCK_M rows at a time; scores are transposed, [N, M]."""
@@ -325,8 +325,8 @@ def _dkdv_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if start < 0:
-        _store(dk_ptr, dk, first, end, kv_head, HKV, DIM)
-        _store(dv_ptr, dv, first, end, kv_head, HKV, DIM)
+        _store(dk_ptr, dk, first, end, kv_head, ROW_HEADS, DIM)
+        _store(dv_ptr, dv, first, end, kv_head, ROW_HEADS, DIM)
         return
     k_tile = _load((k, stride_kt, stride_kh), first, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
     v_tile = _load((v, stride_vt, stride_vh), first, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
@@ -348,8 +348,8 @@ def _dkdv_kernel(
             dp = tl.dot(v_tile, tl.trans(grad), input_precision="ieee")
             ds = p * (dp - delta[None, :]) * slope
             dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
-    _store(dk_ptr, dk * scale, first, end, kv_head, HKV, DIM)
-    _store(dv_ptr, dv, first, end, kv_head, HKV, DIM)
+    _store(dk_ptr, dk * scale, first, end, kv_head, ROW_HEADS, DIM)
+    _store(dv_ptr, dv, first, end, kv_head, ROW_HEADS, DIM)
 
 
 def tiling(kernel: str, dim: int, dtype: torch.dtype, desc: bool) -> Tiling:
@@ -377,16 +377,25 @@ _DESCRIPTOR_TILINGS = {
 }
 
 
+WorkLists = dict[tuple[int, bool], Tensor]
+"""Work lists of one pack, by tile and order; its layers share them."""
+
+
 def _work_list(
-    cu_seqlens: Tensor, rows: int, tile: int, last_first: bool, block: int = 128
-) -> tuple[Tensor, int]:
+    cu_seqlens: Tensor, rows: int, tile: int, last_first: bool, block: int = 128,
+    lists: WorkLists | None = None,
+) -> tuple[Tensor, int]:  # fmt: skip
     """The work list [capacity, 3] and its capacity, a bound that depends on T and U alone."""
     users = cu_seqlens.shape[0] - 1
     capacity = rows // tile + users + 1
-    work = cu_seqlens.new_empty(capacity, 3)
-    _work_list_kernel[(users + 1, 4)](
-        work, cu_seqlens, rows, users, capacity, TILE=tile, LAST_FIRST=last_first, BLOCK_U=block
-    )
+    work = None if lists is None else lists.get((tile, last_first))
+    if work is None:
+        work = cu_seqlens.new_empty(capacity, 3)
+        _work_list_kernel[(users + 1, 4)](
+            work, cu_seqlens, rows, users, capacity, TILE=tile, LAST_FIRST=last_first, BLOCK_U=block
+        )
+        if lists is not None:
+            lists[tile, last_first] = work
     return work, capacity
 
 
@@ -431,6 +440,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor,
     segment: Tensor, prefix_segment: Tensor, cu_seqlens: Tensor, position: Tensor,
     prefix_position: Tensor, num_fields: int, scale: float, window: int, softcap: float,
+    lists: WorkLists | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [T, H, d] and lse [H, T] fp32; arguments as `soft_prompt_attention_reference`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -440,7 +450,7 @@ def forward(
     desc = _descriptors_fit((q, k, v, prefix_k, prefix_v))
     constants = _constants(q, k, window, softcap, desc)
     cut, block_d = tiling("fwd", q.shape[2], q.dtype, desc), constants["BLOCK_D"]
-    work, capacity = _work_list(cu_seqlens, q.shape[0], cut.own, last_first=True)
+    work, capacity = _work_list(cu_seqlens, q.shape[0], cut.own, last_first=True, lists=lists)
     _fwd_kernel[(capacity * q.shape[1],)](
         _source(q, cut.own, block_d, desc),
         *(_source(x, cut.step, block_d, desc) for x in (k, v, prefix_k, prefix_v)),
@@ -458,9 +468,15 @@ def backward(
     segment: Tensor, prefix_segment: Tensor, cu_seqlens: Tensor, position: Tensor,
     prefix_position: Tensor, out: Tensor, lse: Tensor,
     num_fields: int, scale: float, window: int, softcap: float,
+    lists: WorkLists | None = None, into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq [T, H, d], dk and dv [T, Hkv, d]; arguments as the reference's backward pass."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    """dq [T, H, d], dk and dv [T, Hkv, d]; arguments as the reference's backward pass.
+
+    `into`: where to write them; rows may lie a multiple of d apart, heads side by side.
+    """
+    if into is None:
+        into = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = into
     if q.numel() == 0:
         return dq, dk, dv
     d_out, delta, rows = d_out.contiguous(), torch.empty_like(lse), q.shape[0]
@@ -469,7 +485,7 @@ def backward(
     block_d = constants["BLOCK_D"]
 
     cut = tiling("dq", q.shape[2], q.dtype, desc)
-    work, capacity = _work_list(cu_seqlens, rows, cut.own, last_first=True)
+    work, capacity = _work_list(cu_seqlens, rows, cut.own, last_first=True, lists=lists)
     _dq_kernel[(capacity * q.shape[1],)](
         _source(q, cut.own, block_d, desc),
         *(_source(x, cut.step, block_d, desc) for x in (k, v, prefix_k, prefix_v)),
@@ -477,14 +493,14 @@ def backward(
         lse, delta, dq, work, segment, prefix_segment, position, prefix_position,
         *(n for x in (q, k, v, prefix_k, prefix_v) for n in x.stride()[:2]),
         rows, prefix_k.shape[0], num_fields, scale, window, softcap,
-        BLOCK_M=cut.own, BLOCK_N=cut.step, **constants,
+        BLOCK_M=cut.own, BLOCK_N=cut.step, ROW_HEADS=dq.stride(0) // q.shape[2], **constants,
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
 
     desc = desc and block_d <= 128  # at 256 wgmma's layouts of dk and dv spill, mma.sync's do not
     cut = tiling("dkdv", q.shape[2], q.dtype, desc)
     constants["DESC"] = desc
-    work, capacity = _work_list(cu_seqlens, rows, cut.own, last_first=False)
+    work, capacity = _work_list(cu_seqlens, rows, cut.own, last_first=False, lists=lists)
     _dkdv_kernel[(capacity * k.shape[1],)](
         _source(q, cut.step, block_d, desc),
         *(_source(x, cut.own, block_d, desc) for x in (k, v)),
@@ -492,7 +508,7 @@ def backward(
         lse, delta, dk, dv, work, segment, position,
         *(n for x in (q, k, v) for n in x.stride()[:2]),
         rows, num_fields, scale, window, softcap,
-        BLOCK_M=cut.step, BLOCK_N=cut.own, **constants,
+        BLOCK_M=cut.step, BLOCK_N=cut.own, ROW_HEADS=dk.stride(0) // k.shape[2], **constants,
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     return dq, dk, dv

@@ -14,8 +14,8 @@ from soft_prompt_cases import (
 
 from userip_fast.ops import soft_prompt_attention
 from userip_fast.ops.soft_prompt_attention import (
-    _soft_prompt_attention,
-    _soft_prompt_attention_backward,
+    attention_forward,
+    attention_backward,
 )
 
 
@@ -94,11 +94,11 @@ def test_opcheck(impl):
     settings = (*(case.options[x] for x in ("num_fields", "scale", "window", "softcap")), 0, impl)
     leaves = [x.detach().requires_grad_() for x in case.tensors[:3]]
     args = (*leaves, *case.tensors[3:], *case.pack, *settings)
-    torch.library.opcheck(_soft_prompt_attention, args)
+    torch.library.opcheck(attention_forward.op, args)
     plain = (*case.tensors, *case.pack)
-    out, lse = _soft_prompt_attention(*plain, *settings)
+    out, lse = attention_forward(*plain, *settings)
     torch.library.opcheck(
-        _soft_prompt_attention_backward, (torch.ones_like(out), *plain, out, lse, *settings)
+        attention_backward.op, (torch.ones_like(out), *plain, out, lse, *settings)
     )
 
 

@@ -62,6 +62,8 @@ def compile_variant(kernel: str, dim: int, extras: bool, kv_heads: int, arch: in
         "SOFTCAP": extras,
         "DESC": desc,
     }
+    if kernel != "fwd":
+        constants["ROW_HEADS"] = 32 + 2 * kv_heads  # as the packed block has them
     return compile_kernel(
         fn,
         signature,

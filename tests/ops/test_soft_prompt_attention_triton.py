@@ -8,8 +8,8 @@ from soft_prompt_cases import CASES, Case, compare, gradients, make_case, run_op
 
 from userip_fast.errors import UnavailableError
 from userip_fast.ops.soft_prompt_attention import (
-    _soft_prompt_attention,
-    _soft_prompt_attention_backward,
+    attention_forward,
+    attention_backward,
 )
 from userip_fast.testing import poisoned_memory
 
@@ -106,12 +106,12 @@ def test_opcheck():
     settings = (1, 0.3, 0, 0.0, 0, "triton")
     leaves = [x.detach().requires_grad_() for x in case.tensors[:3]]
     torch.library.opcheck(
-        _soft_prompt_attention, (*leaves, *case.tensors[3:], *case.pack, *settings)
+        attention_forward.op, (*leaves, *case.tensors[3:], *case.pack, *settings)
     )
     plain = (*case.tensors, *case.pack)
-    out, lse = _soft_prompt_attention(*plain, *settings)
+    out, lse = attention_forward(*plain, *settings)
     torch.library.opcheck(
-        _soft_prompt_attention_backward, (torch.ones_like(out), *plain, out, lse, *settings)
+        attention_backward.op, (torch.ones_like(out), *plain, out, lse, *settings)
     )
 
 

@@ -32,6 +32,7 @@ class PackContext:
         windows: When a list, each layer appends its sliding window to it (0 for none).
         stop: The function raises `Attended` instead of returning.
         attended: [R, H, d], what the function returns instead of looking at its arguments.
+        work_lists: Of the pack, made by the first layer that needs them.
     """
 
     segment: Tensor
@@ -47,6 +48,7 @@ class PackContext:
     stop: bool = False
     attended: Tensor | None = None
     impl: str = "auto"
+    work_lists: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False)
 
 
 class Attended(Exception):  # noqa: N818 - a way out, not an error
@@ -94,7 +96,8 @@ def packed_attention(
         )
     if userip.attended is not None:
         return userip.attended.unsqueeze(0), None
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d], strided
+    # [T, H, d], strided; `x[0]` would fill zeros and copy in backward.
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if userip.capture is not None:
         userip.capture.append((k.detach().contiguous(), v.detach().contiguous()))
     if userip.windows is not None:

@@ -7,6 +7,7 @@ on padded, whole prompts; it is the oracle and the profile's baseline.
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -21,10 +22,13 @@ from userip_fast.lm import attention
 from userip_fast.lm.attention import PackContext
 from userip_fast.lm.frozen import FrozenLM
 from userip_fast.lm.last_layer import last_layer, rows_behind_attention
+from userip_fast.lm.stack import Stack, stack_of
 from userip_fast.lm.stored import told
 from userip_fast.ops import linear_cross_entropy, prepend_soft_prompts
 from userip_fast.packing import Pack
 from userip_fast.prompts import Layout
+
+logger = logging.getLogger("userip_fast.lm")
 
 _FEW = 0.75  # loss rows over rows up to which the last layer's second look at them pays
 
@@ -66,6 +70,8 @@ class PackedEngine:
         lm, layout: The frozen LM and the prompt.
         impl: Implementation of attention.
         probe: Whether to try the model on a small pack first.
+        whole: Whether layers run as a `Stack`: "auto" (on a GPU, where the model was fused and is
+            of that form), "off", or an implementation of its operators.
 
     Raises:
         UnsupportedError: The model does something on packed rows that it does not do on one user's,
@@ -73,20 +79,38 @@ class PackedEngine:
     """
 
     def __init__(
-        self, lm: FrozenLM, layout: Layout, impl: str = "auto", *, probe: bool = True
+        self,
+        lm: FrozenLM,
+        layout: Layout,
+        impl: str = "auto",
+        *,
+        probe: bool = True,
+        whole: str = "auto",
     ) -> None:
         self.lm, self.layout, self.impl = lm, layout, impl
         self.prefix_segment = _tensor(layout.prefix_segment, lm.device)
         self.prefix_position = _tensor(layout.prefix_position, lm.device)
         self.last_layer = last_layer(lm.model)
+        self.stack: Stack | None = None
+        if whole == "auto":
+            whole = "off" if lm.device.type == "cpu" or impl == "cpu" else "triton"
+        stack = None if whole == "off" else stack_of(lm.model, whole)
         with told(f"{type(lm.model).__name__} cannot be run on packed rows"):
             if probe:
-                self._probe()
+                self._probe(stack)
+            else:
+                self.stack = stack
             self.prefix = self._prefix_keys_values()
 
     def nll(self, pack: Pack, soft_rows: Tensor) -> Tensor:
         """See `Engine.nll`."""
         rows: Tensor | None = pack.loss_rows
+        if self.stack is not None:
+            again = None
+            if len(pack.cu_rows) - 1 != pack.num_users:  # several may ask of one row
+                rows, again = torch.unique(pack.loss_rows, return_inverse=True)
+            hidden = self._hidden(pack, soft_rows, rows)
+            return self.loss(hidden if again is None else hidden[again], pack)
         if self.last_layer is None or not 0 < len(pack.loss_rows) <= _FEW * pack.num_tokens:
             rows = None
         elif len(pack.cu_rows) - 1 != pack.num_users:  # several may ask of one row
@@ -108,6 +132,14 @@ class PackedEngine:
 
     def hidden_states(self, pack: Pack, soft_rows: Tensor, rows: Tensor | None = None) -> Tensor:
         """[T, D] final hidden states of the pack; with `rows` [R] given, of these rows alone."""
+        hidden = self._hidden(pack, soft_rows, rows)
+        if rows is None or self.stack is None:
+            return hidden
+        whole = hidden.new_zeros(pack.num_tokens, hidden.shape[1])
+        return whole.index_copy(0, rows, hidden)
+
+    def _hidden(self, pack: Pack, soft_rows: Tensor, rows: Tensor | None = None) -> Tensor:
+        """As `hidden_states`, but [R, D] from a stack."""
         x = prepend_soft_prompts(
             self.lm.token_embedding,
             soft_rows.reshape(-1, self.lm.hidden_size).to(self.lm.dtype),
@@ -130,6 +162,8 @@ class PackedEngine:
     def _forward(
         self, x: Tensor, position: Tensor, context: PackContext, rows: Tensor | None = None
     ) -> Tensor:
+        if self.stack is not None:
+            return self.stack(x, position, context, self._attention_impl(x), rows)
         with ExitStack() as stack:
             stack.enter_context(self.lm.attention(attention.NAME))
             if rows is not None:
@@ -141,7 +175,13 @@ class PackedEngine:
                 use_cache=False,
                 userip=context,
             )
-        return out.last_hidden_state[0]
+        return out.last_hidden_state.squeeze(0)
+
+    def _attention_impl(self, x: Tensor) -> str:
+        """By name; a stack leaves nothing to choose."""
+        if self.impl != "auto":
+            return self.impl
+        return "reference" if x.device.type == "cpu" else "triton"
 
     def _plain(self, lengths: list[int], **options: Any) -> PackContext:
         """Users of so many rows each, all of them behaviour, without a prefix."""
@@ -159,8 +199,11 @@ class PackedEngine:
         )
 
     @torch.no_grad()
-    def _probe(self) -> None:
-        """Two small users packed against the second alone; and the windows of all layers."""
+    def _probe(self, stack: Stack | None) -> None:
+        """Two small users packed against the second alone; and the windows of all layers.
+
+        A stack that reads them otherwise than the modules do is not used.
+        """
         name, lm = type(self.lm.model).__name__, self.lm
         vocabulary = lm.token_embedding.shape[0]
         x = lm.embed(torch.arange(3, 13, device=lm.device) % vocabulary)
@@ -179,12 +222,21 @@ class PackedEngine:
             alone = lm.model.base_model(inputs_embeds=x[None, 5:], use_cache=False)
         want = alone.last_hidden_state[0]
         limit = torch.finfo(lm.dtype).eps ** 0.5 * float(want.abs().max())
-        for got, expected in ((whole, want), (picked, want[[1, 4]])):
-            if not float((got - expected).abs().max()) <= limit:
-                raise UnsupportedError(
-                    f"{name} reads packed users in another way than a user alone; "
-                    "use em.engine=reference"
-                )
+        pairs = ((whole, want), (picked, want[[1, 4]]))
+        if not all(float((got - x).abs().max()) <= limit for got, x in pairs):
+            raise UnsupportedError(
+                f"{name} reads packed users in another way than a user alone; "
+                "use em.engine=reference"
+            )
+        if stack is None:
+            return
+        self.stack = stack
+        whole = self._forward(x, context.position, self._plain([5, 5]))[5:]
+        picked = self._forward(x, context.position, self._plain([5, 5]), rows)
+        pairs = ((whole, want), (picked, want[[1, 4]]))
+        if not all(float((got - x).abs().max()) <= limit for got, x in pairs):
+            self.stack = None
+            logger.info("%s is not what its layers look like: it runs module by module", name)
 
     @torch.no_grad()
     def _prefix_keys_values(self) -> list[tuple[Tensor, Tensor]]:

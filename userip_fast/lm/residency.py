@@ -180,6 +180,12 @@ class LayerStream:
             self._enter(layer)
         return self.views[self.slot][index]
 
+    def joined(self, layer: int, first: int, count: int) -> Tensor:
+        """[sum N, K] of `count` linears of one K that follow one another without a gap."""
+        weight = self.weight(layer, first)
+        rows = sum(w.shape[0] for w in self.layers[layer][first : first + count])
+        return weight.as_strided((rows, weight.shape[1]), weight.stride(), weight.storage_offset())
+
     def _enter(self, layer: int) -> None:
         before, self.current = self.current, layer
         if layer not in self.held:

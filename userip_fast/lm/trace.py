@@ -181,10 +181,12 @@ class Architecture:
 
     def _trace(self, model: Any, recompute: bool, work: Workload) -> int:
         set_recompute(model, recompute)
-        with self.step_on_meta(model, work) as (nll, theta):
-            with _PeakTracker(self.device_type) as tracker:
-                torch.autograd.grad(nll().sum(), theta)
+        with self.step_on_meta(model, work) as (nll, theta), self._tracker() as tracker:
+            torch.autograd.grad(nll().sum(), theta)
         return tracker.peak
+
+    def _tracker(self) -> _PeakTracker:
+        return _PeakTracker(self.device_type)
 
     @contextmanager
     def step_on_meta(

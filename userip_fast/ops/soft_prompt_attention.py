@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from userip_fast.ops._dispatch import resolve
+from userip_fast.ops._step import differentiable, step_op
 from userip_fast.ops._triton import why_not as why_not_triton
 
 _OP = "soft_prompt_attention"
@@ -179,8 +180,8 @@ def soft_prompt_attention_backward_reference(
     return dq, dk, dv
 
 
-@torch.library.custom_op("userip_fast::soft_prompt_attention", mutates_args=())
-def _soft_prompt_attention(
+@step_op("soft_prompt_attention")
+def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -219,7 +220,7 @@ def _soft_prompt_attention(
     return soft_prompt_attention_reference(q, k, v, prefix_k, prefix_v, *pack, *settings)
 
 
-@_soft_prompt_attention.register_fake
+@attention_forward.op.register_fake
 def _(q, *args):  # type: ignore[no-untyped-def]
     if args[-1] == "cpu":
         return q.new_empty(q.shape), q.new_empty(0)
@@ -227,8 +228,8 @@ def _(q, *args):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=acc)
 
 
-@torch.library.custom_op("userip_fast::soft_prompt_attention_backward", mutates_args=())
-def _soft_prompt_attention_backward(
+@step_op("soft_prompt_attention_backward")
+def attention_backward(
     d_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -273,7 +274,7 @@ def _soft_prompt_attention_backward(
     )
 
 
-@_soft_prompt_attention_backward.register_fake
+@attention_backward.op.register_fake
 def _(d_out, q, k, v, *args):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -298,14 +299,17 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs[:10], *output)
     ctx.mark_non_differentiable(output[1])
     ctx.settings = inputs[10:]
+    ctx.set_materialize_grads(False)  # the lse has none, which would be zeros else
 
 
 def _backward(ctx, d_out, _d_lse):  # type: ignore[no-untyped-def]
-    grads = _soft_prompt_attention_backward(d_out, *ctx.saved_tensors, *ctx.settings)
+    if d_out is None:
+        return (None,) * 16
+    grads = attention_backward(d_out, *ctx.saved_tensors, *ctx.settings)
     return *grads, *[None] * 13
 
 
-_soft_prompt_attention.register_autograd(_backward, setup_context=_setup_context)
+_attention = differentiable(attention_forward, _setup_context, _backward)
 
 
 def soft_prompt_attention(
@@ -377,7 +381,7 @@ def soft_prompt_attention(
     order = ("cpu", "reference", "triton") if on_cpu else ("triton", "reference", "cpu")
     chosen = resolve(_OP, impl, {name: why_not[name] for name in (*order, "varlen")})
     settings = (num_fields, scale, window, softcap, max_seqlen or 0)
-    return _soft_prompt_attention(q, k, v, prefix_k, prefix_v, *pack, *settings, chosen)[0]
+    return _attention(q, k, v, prefix_k, prefix_v, *pack, *settings, chosen)[0]
 
 
 def _check(
