@@ -120,7 +120,7 @@ class Counting(TorchDispatchMode):
         name, now = func.overloadpacket.__name__, self.now
         read = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if name in _WAIT or any(x.device.type != "meta" for x in made) and read:
+        if name in _WAIT or (any(x.device.type != "meta" for x in made) and read):
             now.waits += 1
         if name in _NOTHING or func.is_view:
             return

@@ -11,7 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from userip_fast.kernels.frozen_block import _act, _warps
 
 _TILE = 1024  # values per program, or per step of one
@@ -34,9 +33,7 @@ def _e4m3(x, scale):
 
 
 @triton.jit
-def _cast_rows_kernel(
-    x_ptr, y_ptr, scale_ptr, D, stride_x, TILE: tl.constexpr, HELD: tl.constexpr
-):
+def _cast_rows_kernel(x_ptr, y_ptr, scale_ptr, D, stride_x, TILE: tl.constexpr, HELD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, TILE)
     if HELD:
@@ -244,14 +241,10 @@ def gated_halves_e4m3(x: Tensor, y: Tensor, scale: Tensor, act: int) -> None:
     """Writes y [T, F] in e4m3 and its scales; one launch."""
     rows, width = y.shape
     if y.numel():
-        _halves_e4m3_kernel[(rows,)](
-            x, y, scale, width, GELU=act == 1, TILE=2 * _TILE, num_warps=8
-        )
+        _halves_e4m3_kernel[(rows,)](x, y, scale, width, GELU=act == 1, TILE=2 * _TILE, num_warps=8)
 
 
-def gated_halves_backward_e4m3(
-    dy: Tensor, x: Tensor, dx: Tensor, scale: Tensor, act: int
-) -> None:
+def gated_halves_backward_e4m3(dy: Tensor, x: Tensor, dx: Tensor, scale: Tensor, act: int) -> None:
     """Writes dx [T, 2 F] in e4m3 and its scales; one launch."""
     rows, width = dy.shape
     if dy.numel():

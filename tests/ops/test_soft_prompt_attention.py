@@ -14,8 +14,8 @@ from soft_prompt_cases import (
 
 from userip_fast.ops import soft_prompt_attention
 from userip_fast.ops.soft_prompt_attention import (
-    attention_forward,
     attention_backward,
+    attention_forward,
 )
 
 

@@ -8,8 +8,8 @@ from soft_prompt_cases import CASES, Case, compare, gradients, make_case, run_op
 
 from userip_fast.errors import UnavailableError
 from userip_fast.ops.soft_prompt_attention import (
-    attention_forward,
     attention_backward,
+    attention_forward,
 )
 from userip_fast.testing import poisoned_memory
 
@@ -105,9 +105,7 @@ def test_opcheck():
     case = make_case([3], names=(2,), heads=1, kv_heads=1)
     settings = (1, 0.3, 0, 0.0, 0, "triton")
     leaves = [x.detach().requires_grad_() for x in case.tensors[:3]]
-    torch.library.opcheck(
-        attention_forward.op, (*leaves, *case.tensors[3:], *case.pack, *settings)
-    )
+    torch.library.opcheck(attention_forward.op, (*leaves, *case.tensors[3:], *case.pack, *settings))
     plain = (*case.tensors, *case.pack)
     out, lse = attention_forward(*plain, *settings)
     torch.library.opcheck(
