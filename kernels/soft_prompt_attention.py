@@ -16,7 +16,9 @@ Rows that belong to nobody are one more "user", whose outputs are zeros.
 Tiles are read through tensor descriptors (TMA, so that the dots become wgmma) on sm_90, and
 through pointers elsewhere, where descriptors would lose cp.async; the source is the same. Through
 a descriptor, rows past a user's end hold the next user's values: the causal mask hides them as
-columns and an infinite lse hides them as rows, provided that they are finite.
+columns and an infinite lse hides them as rows; in a user's last tile they are set to zero before
+they are multiplied by zeros, since they may be NaN. Two kernels have no registers for that, dQ at
+head size 256 and dK/dV at 128 with groups: there rows past a user's end must be finite.
 """
 
 from __future__ import annotations
@@ -128,6 +130,13 @@ def _marks(
 
 
 @triton.jit
+def _own_rows(tile, first, end):
+    """Zeros in rows from `end` on: what a neighbour has there may be NaN, and 0 NaN is NaN."""
+    inside = first + tl.arange(0, tile.shape[0]) < end
+    return tl.where(inside[:, None], tile, 0.0)
+
+
+@triton.jit
 def _tanh(x):
     """tanh to fp32 rounding: Cephes' polynomial near 0, where (1 - e) / (1 + e) cancels."""
     z = x * x
@@ -177,6 +186,7 @@ def _fwd_step(
     acc, m, total, q_tile, row, keys, values, segment_ptr, position_ptr, j, end, kv_head,
     num_fields, scale, window, softcap, BLOCK_N: tl.constexpr, DIM: tl.constexpr,
     OWN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """One column tile of the online softmax; a tile that a row cannot see leaves it unchanged."""
     BLOCK_D: tl.constexpr = q_tile.shape[1]
@@ -189,6 +199,8 @@ def _fwd_step(
     p = tl.exp2(s - m_new[:, None])
     shrink = tl.exp2(m - m_new)
     v_tile = _load(values, j, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
+    if TAIL:
+        v_tile = _own_rows(v_tile, j, end)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
     return acc, m_new, total * shrink + tl.sum(p, 1)
 
@@ -227,14 +239,23 @@ def _fwd_kernel(
         acc, m, total = _fwd_step(
             acc, m, total, q_tile, row, prefix_keys, prefix_values, prefix_segment_ptr,
             prefix_position_ptr, j, P, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, False, WINDOW, SOFTCAP, DESC,
+            BLOCK_N, DIM, False, WINDOW, SOFTCAP, DESC, False,
         )  # fmt: skip
-    for j in range(start, tl.minimum(first + BLOCK_M, end), BLOCK_N):
+    stop = tl.minimum(first + BLOCK_M, end)
+    full = start + (stop - start) // BLOCK_N * BLOCK_N if DESC else stop
+    for j in range(start, full, BLOCK_N):
         acc, m, total = _fwd_step(
             acc, m, total, q_tile, row, keys, values, segment_ptr,
             position_ptr, j, end, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, True, WINDOW, SOFTCAP, DESC,
+            BLOCK_N, DIM, True, WINDOW, SOFTCAP, DESC, False,
         )  # fmt: skip
+    if DESC:
+        if full < stop:
+            acc, m, total = _fwd_step(
+                acc, m, total, q_tile, row, keys, values, segment_ptr,
+                position_ptr, full, end, kv_head, num_fields, scale, window, softcap,
+                BLOCK_N, DIM, True, WINDOW, SOFTCAP, DESC, True,
+            )  # fmt: skip
     _store(out_ptr, acc / total[:, None], first, end, head, H, DIM)
     tl.store(lse_at, m + tl.log2(total), mask=row[0] < end)
 
@@ -244,11 +265,14 @@ def _dq_step(
     dq, q_tile, grad, lse, delta, row, keys, values, segment_ptr, position_ptr, j, end, kv_head,
     num_fields, scale, window, softcap, BLOCK_N: tl.constexpr, DIM: tl.constexpr,
     OWN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     BLOCK_D: tl.constexpr = q_tile.shape[1]
     col = _marks(segment_ptr, position_ptr, j, end, NOBODY, BLOCK_N, WINDOW)
     k_tile = _load(keys, j, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
     v_tile = _load(values, j, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
+    if TAIL:
+        k_tile, v_tile = _own_rows(k_tile, j, end), _own_rows(v_tile, j, end)
     s, slope = _scores(q_tile, k_tile, scale, softcap, SOFTCAP)
     ok = _visible(_down(row), _across(col), num_fields, window, OWN, WINDOW)
     p = tl.where(ok, tl.exp2(s - lse[:, None]), 0.0)
@@ -295,15 +319,53 @@ def _dq_kernel(
         dq = _dq_step(
             dq, q_tile, grad, lse, delta, row, prefix_keys, prefix_values, prefix_segment_ptr,
             prefix_position_ptr, j, P, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, False, WINDOW, SOFTCAP, DESC,
+            BLOCK_N, DIM, False, WINDOW, SOFTCAP, DESC, False,
         )  # fmt: skip
-    for j in range(start, tl.minimum(first + BLOCK_M, end), BLOCK_N):
+    stop = tl.minimum(first + BLOCK_M, end)
+    CLEAN: tl.constexpr = DESC and BLOCK_D <= 128  # it spills at 256
+    full = start + (stop - start) // BLOCK_N * BLOCK_N if CLEAN else stop
+    for j in range(start, full, BLOCK_N):
         dq = _dq_step(
             dq, q_tile, grad, lse, delta, row, keys, values, segment_ptr,
             position_ptr, j, end, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, True, WINDOW, SOFTCAP, DESC,
+            BLOCK_N, DIM, True, WINDOW, SOFTCAP, DESC, False,
         )  # fmt: skip
+    if CLEAN:
+        if full < stop:
+            dq = _dq_step(
+                dq, q_tile, grad, lse, delta, row, keys, values, segment_ptr,
+                position_ptr, full, end, kv_head, num_fields, scale, window, softcap,
+                BLOCK_N, DIM, True, WINDOW, SOFTCAP, DESC, True,
+            )  # fmt: skip
     _store(dq_ptr, dq * scale, first, end, head, ROW_HEADS, DIM)
+
+
+@triton.jit
+def _dkdv_step(
+    dk, dv, k_tile, v_tile, col, queries, gradients, lse_ptr, delta_ptr, segment_ptr,
+    position_ptr, i, end, head, T, num_fields, scale, window, softcap, BLOCK_M: tl.constexpr,
+    DIM: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
+    TAIL: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows of one query head."""
+    BLOCK_D: tl.constexpr = k_tile.shape[1]
+    row = _marks(segment_ptr, position_ptr, i, end, 0, BLOCK_M, WINDOW)
+    inside = row[0] < end
+    at = tl.cast(head, tl.int64) * T + row[0]
+    lse = tl.load(lse_ptr + at, mask=inside, other=float("inf"))
+    delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
+    q_tile = _load(queries, i, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
+    grad = _load(gradients, i, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
+    if TAIL:
+        q_tile, grad = _own_rows(q_tile, i, end), _own_rows(grad, i, end)
+    s, slope = _scores(k_tile, q_tile, scale, softcap, SOFTCAP)
+    ok = _visible(_across(row), _down(col), num_fields, window, True, WINDOW)
+    p = tl.where(ok, tl.exp2(s - lse[None, :]), 0.0)
+    dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+    dp = tl.dot(v_tile, tl.trans(grad), input_precision="ieee")
+    ds = p * (dp - delta[None, :]) * slope
+    dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+    return dk, dv
 
 
 @triton.jit
@@ -331,23 +393,26 @@ def _dkdv_kernel(
     k_tile = _load((k, stride_kt, stride_kh), first, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
     v_tile = _load((v, stride_vt, stride_vh), first, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
     col = _marks(segment_ptr, position_ptr, first, end, NOBODY, BLOCK_N, WINDOW)
+    queries, gradients = (q, stride_qt, stride_qh), (d_out, H * DIM, DIM)
+    CLEAN: tl.constexpr = DESC and (BLOCK_D <= 64 or H == HKV)  # groups spill at 128
+    full = first + (end - first) // BLOCK_M * BLOCK_M if CLEAN else end
     for g in range(H // HKV):
         head = kv_head * (H // HKV) + g
-        for i in range(first, end, BLOCK_M):
-            row = _marks(segment_ptr, position_ptr, i, end, 0, BLOCK_M, WINDOW)
-            inside = row[0] < end
-            at = tl.cast(head, tl.int64) * T + row[0]
-            lse = tl.load(lse_ptr + at, mask=inside, other=float("inf"))
-            delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
-            q_tile = _load((q, stride_qt, stride_qh), i, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
-            grad = _load((d_out, H * DIM, DIM), i, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
-            s, slope = _scores(k_tile, q_tile, scale, softcap, SOFTCAP)
-            ok = _visible(_across(row), _down(col), num_fields, window, True, WINDOW)
-            p = tl.where(ok, tl.exp2(s - lse[None, :]), 0.0)
-            dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
-            dp = tl.dot(v_tile, tl.trans(grad), input_precision="ieee")
-            ds = p * (dp - delta[None, :]) * slope
-            dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+        for i in range(first, full, BLOCK_M):
+            dk, dv = _dkdv_step(
+                dk, dv, k_tile, v_tile, col, queries, gradients, lse_ptr, delta_ptr, segment_ptr,
+                position_ptr, i, end, head, T, num_fields, scale, window, softcap,
+                BLOCK_M, DIM, WINDOW, SOFTCAP, DESC, False,
+            )  # fmt: skip
+    if CLEAN:
+        if full < end:
+            for g in range(H // HKV):
+                head = kv_head * (H // HKV) + g
+                dk, dv = _dkdv_step(
+                    dk, dv, k_tile, v_tile, col, queries, gradients, lse_ptr, delta_ptr,
+                    segment_ptr, position_ptr, full, end, head, T, num_fields, scale, window,
+                    softcap, BLOCK_M, DIM, WINDOW, SOFTCAP, DESC, True,
+                )  # fmt: skip
     _store(dk_ptr, dk * scale, first, end, kv_head, ROW_HEADS, DIM)
     _store(dv_ptr, dv, first, end, kv_head, ROW_HEADS, DIM)
 

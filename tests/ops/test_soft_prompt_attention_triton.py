@@ -169,3 +169,55 @@ def test_compiled_in_a_cuda_graph_follows_new_lengths():
         old.copy_(new)
     graph.replay()
     assert torch.equal(out, run_op("triton")(case))
+
+
+@pytest.mark.parametrize("by_descriptor", [False, True])
+def test_a_spoiled_user_spoils_nobody_else(by_descriptor, monkeypatch):
+    """Rows past a user's end in its last tile are its neighbour's, who may hold NaN: 0 NaN is NaN.
+
+    Through descriptors they are read; so is it on sm_90, where this runs as `test_spoiled_on_gpu`.
+    """
+    spoiled_user("cpu", torch.float32, 8, by_descriptor, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+def test_spoiled_on_gpu(dim):
+    spoiled_user("cuda", torch.bfloat16, dim, None, None)
+
+
+def spoiled_user(device, dtype, dim, by_descriptor, monkeypatch):
+    from userip_fast.kernels import soft_prompt_attention as kernels
+
+    if by_descriptor is not None:
+        monkeypatch.setattr(kernels, "_descriptors_fit", lambda tensors: by_descriptor)
+    lengths = [21, 18, 37] if device == "cpu" else [90, 75, 130]
+    rows, heads, kv_heads, prefix = sum(lengths), 2, 1, 5
+    generator = torch.Generator().manual_seed(0)
+
+    def made(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    q, d_out = made(rows, heads, dim), made(rows, heads, dim)
+    k, v = made(rows, kv_heads, dim), made(rows, kv_heads, dim)
+    prefix_kv = made(prefix, kv_heads, dim), made(prefix, kv_heads, dim)
+    ints = {"dtype": torch.int32, "device": device}
+    pack = (
+        torch.ones(rows, **ints), torch.full((prefix,), -1, **ints),
+        torch.tensor([0, *torch.tensor(lengths).cumsum(0)], **ints),
+        torch.arange(rows, **ints), torch.arange(prefix, **ints),
+    )  # fmt: skip
+    settings = (1, dim**-0.5, 0, 0.0)
+
+    def run():
+        out, lse = kernels.forward(q, k, v, *prefix_kv, *pack, *settings)
+        return out, *kernels.backward(d_out, q, k, v, *prefix_kv, *pack, out, lse, *settings)
+
+    want = run()
+    a, b = lengths[0], lengths[0] + lengths[1]
+    for x in (q, k, v, d_out):
+        x[a:b] = torch.nan
+    for got, clean in zip(run(), want, strict=True):
+        assert torch.equal(got[:a], clean[:a])
+        assert torch.equal(got[b:], clean[b:])
+        assert bool(got[a:b].isnan().all())
