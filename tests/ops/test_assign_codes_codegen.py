@@ -194,8 +194,8 @@ def test_no_spills_and_tensor_cores_everywhere():
             for i, r in enumerate(few):
                 if i % 4 >= 2 or i == 12:
                     assert (r.counts["CARRIED"], r.counts["PENDING"]) == (0, 0), (i, r)
-            assert rank.counts["CARRIED"] == 0
-            assert by_tma[0].counts["CARRIED"] > 0  # of the ranking kernel, which sums in the core
+            # The ranking kernel means to sum in the core: what is looked for can be seen.
+            assert min(rank.counts["CARRIED"], by_tma[0].counts["CARRIED"]) > 0
             # Only the sums of few codes, in tiles of whole rows, have too few rows for wgmma.
             slow = [i for i, r in enumerate(by_tma) if r.counts["HMMA"] > 0]
             assert slow == [4, 5]
