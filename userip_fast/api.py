@@ -172,6 +172,7 @@ def _fit(
     model.codebooks = result.codebooks
     model.start, model.head = result.start, result.head
     model.calibration = result.calibration
+    model.keep_table(result.table)
     if old is not None:
         orders = orders_like(old, model)
         model.codebooks = [b.reordered(order) for b, order in zip(model.codebooks, orders)]

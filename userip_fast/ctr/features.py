@@ -188,6 +188,7 @@ class Profiles:
                 found = trainer.fit(source, checkpoints=run / "checkpoints", resume=True)
                 model.codebooks, model.start = found.codebooks, found.start
                 model.head, model.calibration = found.head, found.calibration
+                model.keep_table(found.table)
                 model.save(run / "model")
                 trainer.forget(run / "checkpoints")
             self._fitted[feature, seed] = model
