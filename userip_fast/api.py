@@ -304,7 +304,8 @@ def load_lm(
     def behaviour_of(tokenizer: Any, layout: Layout) -> tuple[Behaviour, Told]:
         truncated_users(source, tokenizer, config.data.on_bad)  # before a minute of training
         everyone = 0, source.num_users
-        return source.block(tokenizer, layout, *everyone), source.told(tokenizer, *everyone)
+        told = source.told(tokenizer, *everyone, repeats=True)
+        return source.block(tokenizer, layout, *everyone), told
 
     folder = embedded_lm(
         source.rendered(),

@@ -139,8 +139,11 @@ class DataConfig:
         longest = 256 if self.max_tokens is None else self.max_tokens
         chunk = min(longest, self.chunk_tokens)
         if self.max_tokens is None and self.behaviour_context == "independent":
-            return 2**31 - 1, chunk
+            return UNLIMITED, chunk
         return longest, chunk
+
+
+UNLIMITED = 2**31 - 1  # tokens
 
 
 @dataclass(frozen=True)

@@ -270,7 +270,8 @@ class Model:
         for u, (own, went) in enumerate(zip(users, told, strict=True)):
             if len(own) != len(went):
                 raise DataError(f"user {u} has {len(own)} items and {len(went)} reactions")
-            kinds += [(t, words[r]) for t, r in zip(self._texts_of(own, texts), went)]
+            new = [(t, words[r]) for t, r in zip(self._texts_of(own, texts), went)]
+            kinds += new if self.format.repeats else dict.fromkeys(new)
             offsets[u + 1] = len(kinds)
         log_resp, _ = table.posterior(table.rows(kinds), offsets)
         found = log_resp.exp().numpy()
@@ -321,12 +322,13 @@ class Model:
         """
         table = self.event_table()
 
-        def tell(item: Any, reaction: Any) -> npt.NDArray[np.float32]:
+        def tell(item: Any, reaction: Any) -> tuple[int, npt.NDArray[np.float32]]:
             kind = self._texts_of([item], texts)[0], self._word(reaction)
-            return table.values[int(table.rows([kind])[0])].numpy()
+            row = int(table.rows([kind])[0])
+            return row, table.values[row].numpy()
 
-        half = self.calibration.half_events
-        profile = Profile(table.grid.log_prior.numpy(), table.grid.sizes, tell, half)
+        how = self.calibration.half_events, self.format.repeats
+        profile = Profile(table.grid.log_prior.numpy(), table.grid.sizes, tell, *how)
         told = [None] * len(items) if reactions is None else reactions
         if len(items) != len(told):
             raise DataError(f"a user has {len(items)} items and {len(told)} reactions")
@@ -798,14 +800,14 @@ def behaviour_source(
         _check_truncated(len(stream.empty), names, data.num_users, fmt, on_bad)
         some = min(_TOLD_USERS, stream.num_users)
         who = "users" if some == stream.num_users else f"of the first {some:,} users"
-        stream.reach(tokenizer, 0, some).warn(fmt.max_tokens, who)
+        stream.reach(tokenizer, 0, some).warn(*fmt.limits[:2], who)
         return stream
     source = BehaviourSource(fmt.events(data, catalogue), fmt)
     empty = truncated_users(source, tokenizer, on_bad)
     if len(empty):
         keep = np.setdiff1d(np.arange(data.num_users), empty)
         source = BehaviourSource(fmt.events(data.select_users(keep), catalogue), fmt)
-    source.reach(tokenizer, 0, source.num_users).warn(fmt.max_tokens)
+    source.reach(tokenizer, 0, source.num_users).warn(*fmt.limits[:2])
     return source
 
 

@@ -246,6 +246,7 @@ class Inputs:
             "views": self._about,
             **self.profiles.key("ids"),
         }
+        del key["table"]  # it needs none
 
         def compute() -> Arrays:
             found = {}

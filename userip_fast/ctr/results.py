@@ -36,6 +36,7 @@ from userip_fast.ctr.config import CHOSEN, CLUSTERS, DIN, CTRConfig
 from userip_fast.ctr.evaluate import evaluate_ctr
 from userip_fast.ctr.statistics import in_words
 from userip_fast.data import read_interactions
+from userip_fast.em.calibrate import TABLE_RECIPE
 from userip_fast.errors import ConfigError, DataError
 from userip_fast.files import atomic_file, read_json, write_json
 from userip_fast.lm.embedded import RECIPE
@@ -99,8 +100,9 @@ def run_plan(
             merged["label"] = LABELS[label] or merged.get("label")
             ctr = CTRConfig(**_tuples(merged))
             folder = out / name / label / evaluation
-            # What the plan says, not a version's defaults; and what an embedded LM's training is.
-            want = {"ctr": merged, "config": asked, "lm": RECIPE}
+            # What the plan says, not a version's defaults; and what an embedded LM's training and
+            # an event table are.
+            want = {"ctr": merged, "config": asked, "lm": RECIPE, "table": TABLE_RECIPE}
             stamp = folder / "settings.json"
             if (folder / "ctr.json").is_file() and stamp.is_file() and read_json(stamp) == want:
                 here[evaluation] = read_json(folder / "ctr.json")

@@ -22,6 +22,8 @@ from userip_fast.ops import profile_posterior
 from userip_fast.packing import Int64
 from userip_fast.prefetch import Prefetch
 
+TABLE_RECIPE = 2
+"""Changes with what a fit makes of the same data, LM and settings."""
 CHUNK = 4_096  # users whose sums are added before they join the others': part of the result
 _HALF_EVENTS = (math.inf, 100.0, 30.0, 10.0, 3.0)
 _PRIORS = (math.inf, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
