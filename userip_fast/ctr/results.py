@@ -6,7 +6,8 @@ A plan is a YAML file; `benchmarks/results.yaml` is the one behind docs/results.
     config: {em: {estep: posterior}}          of every profile model (Config)
     quick: {ctr: {...}, config: {...},        laid over both by --quick
             evaluations: [name]}              and which of them it runs
-    evaluations: {name: {protocol: cold}}     one table each, further CTRConfig settings
+    evaluations: {name: {protocol: cold}}     one table each, further CTRConfig settings; and which
+                                              `labels` it is for
     datasets:
       name:
         interactions: FILE                    below the data folder
@@ -96,7 +97,10 @@ def run_plan(
             short.get("evaluations") or dataset.get("evaluations") or plan["evaluations"]
         ):
             settings, over = plan["evaluations"][evaluation], short.get("ctr", {})
+            if label not in settings.get("labels", [label]):
+                continue
             merged = {**plan.get("ctr", {}), **dataset.get("ctr", {}), **settings, **over}
+            merged.pop("labels", None)
             merged["label"] = LABELS[label] or merged.get("label")
             ctr = CTRConfig(**_tuples(merged))
             folder = out / name / label / evaluation
