@@ -73,7 +73,7 @@ def calibrate(
             )
             resp = log_resp.double().exp() * torch.from_numpy(~judge)[:, None]
             user = np.repeat(np.arange(len(judge)), np.diff(offsets))
-            observed += by_kind(torch.from_numpy(rows), torch.from_numpy(user), resp, len(values))
+            add_by_kind(observed, torch.from_numpy(rows), torch.from_numpy(user), resp)
     usually = expected(observed, values, events, fmt) if counted else observed
     best, most, best_prior = plain, -math.inf, math.inf
     for prior in _PRIORS if counted and judges.count else _PRIORS[:1]:
@@ -143,9 +143,10 @@ def chunks(source: Source, tokenizer: object, users: int) -> Iterator[tuple[int,
         yield from found
 
 
-def by_kind(kinds: Tensor, user: Tensor, resp: Tensor, num_kinds: int) -> Tensor:
-    """[E, Z] sum of `resp` [U, Z] over the events [N] of each kind, in order of users."""
-    order = torch.sort(kinds, stable=True).indices
-    ends = torch.bincount(kinds, minlength=num_kinds).cumsum(0)
-    offsets = torch.cat([ends.new_zeros(1), ends])
-    return F.embedding_bag(user[order], resp, offsets, mode="sum", include_last_offset=True)
+def add_by_kind(into: Tensor, kinds: Tensor, user: Tensor, resp: Tensor) -> None:
+    """Adds to `into` [E, Z] the sums of `resp` [U, Z] over the events [N] of each kind, in order of
+    users; kinds without events cost nothing."""
+    ordered, order = torch.sort(kinds, stable=True)
+    there, count = torch.unique_consecutive(ordered, return_counts=True)
+    offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    into[there] += F.embedding_bag(user[order], resp, offsets, mode="sum", include_last_offset=True)

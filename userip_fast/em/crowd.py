@@ -21,7 +21,7 @@ from torch import Tensor
 from userip_fast.behaviour import Source, Told
 from userip_fast.codebook import Codebook, UsageStats
 from userip_fast.config import EMConfig
-from userip_fast.em.calibrate import by_kind, chunks
+from userip_fast.em.calibrate import add_by_kind, chunks
 from userip_fast.em.counted import expected
 from userip_fast.em.lifts import Calibration, Usual, log_lifts, log_norm
 from userip_fast.em.posterior import PosteriorEStep
@@ -262,7 +262,7 @@ class Crowd:
                 # NumPy adds rows one after another whatever the number of threads.
                 used[j] += torch.from_numpy(r[trains].double().exp().numpy().sum(0))
                 counts[j] += torch.bincount(codes[trains, j], minlength=k)
-            shares += by_kind(kinds, user, resp, len(table))
+            add_by_kind(shares, kinds, user, resp)
             own = trains[user]
             own_rows += int(self.tokens[kinds[own]].sum())
             totals[1] += float((grid.log_prior[at] - joint)[trains].sum())
