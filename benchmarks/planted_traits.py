@@ -1,10 +1,10 @@
 """Traits that no code was told of: are they found?
 
-    python benchmarks/planted_traits.py [--users 3000] [--nats 0.5] [--codes 16] [--seeds 3]
+    python benchmarks/planted_traits.py [--users 6000] [--nats 0.5] [--codes 16] [--seeds 3]
 
 Users have one of two genders and one of three ages, which the log does not hold. They rate 20
-drawn items; of a genre that theirs likes better, the log odds to like an item are higher by --nats
-(gender and age each have their own genres), and the rest is chance. Codes are fitted as by default
+drawn items, and like items of a genre that theirs likes better with a log probability that is
+higher by --nats (gender and age each have their own genres); the rest is chance. Codes are fitted as by default
 and compared with both traits on users that neither codes nor LM were learned from: bits of mutual
 information, and how often there are as many when traits are shuffled among users (p). The last line
 is JSON.
@@ -38,10 +38,11 @@ def log(users: int, nats: float, seed: int) -> tuple[uf.Interactions, dict[str, 
     for genre in range(len(GENRES)):
         # A half of the genres are liked better by a gender, the other half by an age.
         name, groups = ("gender", 2) if genre % 2 else ("age", 3)
-        likes[:, genre] = nats * (traits[name] == genre // 2 % groups)
+        # Log odds of -nats and nats have log probabilities that are nats apart.
+        likes[:, genre] = nats * (2 * (traits[name] == genre // 2 % groups) - 1)
     user = np.repeat(np.arange(users), EVENTS)
     item = random.integers(ITEMS, size=len(user))
-    odds = likes[user, item % len(GENRES)] + random.normal(0, 0.3, ITEMS)[item] - nats / 2
+    odds = likes[user, item % len(GENRES)] + random.normal(0, 0.3, ITEMS)[item]
     liked = random.random(len(user)) < 1 / (1 + np.exp(-odds))
     events = pa.table({"user_id": user, "item_id": item, "rating": np.where(liked, 5.0, 2.0)})
     titles = [f"a {GENRES[i % len(GENRES)]} film {i}" for i in range(ITEMS)]
@@ -67,7 +68,7 @@ def found(users: int, nats: float, codes: int, seed: int) -> dict[str, dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--users", type=int, default=3000)
+    parser.add_argument("--users", type=int, default=6000)
     parser.add_argument("--nats", type=float, default=0.5)
     parser.add_argument("--codes", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)

@@ -83,11 +83,16 @@ def teach(
         tokens: To train on, at most.
     """
     data = Data.of(behaviour, layout, told, None, seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        soft = _SoftRows(
-            lm.embed, layout, data.vectors.shape[1], lm.hidden_size, lm.embedding_rms, lm.device
-        )
+    soft = _SoftRows(lm.embed, layout, data.vectors.shape[1], lm.hidden_size, lm.device)
+    # A row like those of text, and the same for all users until something is learned: an LM that
+    # cannot change makes noise of rows that it has never met.
+    ids, counts = np.unique(behaviour.ids, return_counts=True)
+    rows = lm.embed(torch.from_numpy(ids).long().to(lm.device)).double().cpu()
+    mean = torch.from_numpy(counts).double() @ rows / counts.sum()
+    mean *= lm.embedding_rms / mean.square().mean().sqrt()
+    with torch.no_grad():
+        soft.weight.zero_()
+        soft.bias.copy_(mean.float().expand_as(soft.bias))
     # The language cannot change: what the E-step asks is all there is to learn.
     judges = _Judges(data, layout, seed, _TAUGHT_JUDGES)
     steps = _budget(tokens, data)
@@ -265,7 +270,6 @@ class _SoftRows(torch.nn.Module):
     Args:
         embed: The LM's embedding of token ids, no parameter of ours.
         rank: Length of what is told; None for words.
-        size: Root mean square of an embedding; None for one as it is initialised.
         device: Where the LM runs.
     """
 
@@ -275,7 +279,6 @@ class _SoftRows(torch.nn.Module):
         layout: Layout,
         rank: int | None,
         hidden: int,
-        size: float | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
@@ -286,7 +289,7 @@ class _SoftRows(torch.nn.Module):
         )
         if rank is not None:
             # So that what is told is as large as a token's embedding.
-            spread = (hidden**-0.5 if size is None else size) / math.sqrt(rank)
+            spread = hidden**-0.5 / math.sqrt(rank)
             self.weight = torch.nn.Parameter(spread * torch.randn(layout.num_soft, rank, hidden))
             self.bias = torch.nn.Parameter(torch.zeros(layout.num_soft, hidden))
 
