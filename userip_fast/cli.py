@@ -462,6 +462,48 @@ def infer(
 
 
 @app.command()
+def profiles(
+    ctx: typer.Context,
+    model: Annotated[Path, _panel(_RUN, "Model folder that fit wrote, RUN/model.")],
+    interactions: Log,
+    out: Annotated[Path, _panel(_RUN, "Parquet file that gets the profiles.")],
+    items: Items = None,
+    user: User = None,
+    item: Item = None,
+    rating: Rating = None,
+    time: Time = None,
+    text: ItemText = None,
+    filter: Filter = None,
+    sep: Sep = None,
+    encoding: Encoding = None,
+    header: Header = None,
+    items_header: ItemsHeader = None,
+    on_bad: OnBad = None,
+    min_history: MinHistory = None,
+    stream: Stream = None,
+    top: Annotated[int, _panel(_RUN, "Best items of each user, so many.")] = 0,
+    device: Device = None,
+    max_users: MaxUsers = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write users' codes, the probabilities of all codes, and their best items as a table.
+
+    What a recommender takes beside the codes; a bank holds codes alone.
+    """
+    _silence_transformers()
+    from userip_fast.flags import FORM_OF_FILES, flag_values
+    from userip_fast.model import Model
+    from userip_fast.profile_export import export_profiles
+
+    fitted = Model.load(model, device=device)
+    settings = fitted.config.override({**FORM_OF_FILES, **flag_values(ctx.params)})
+    data = _read(interactions, items, settings, max_users, quiet, stream)
+    rule = settings.data.on_bad
+    users = export_profiles(fitted, data, out, top=top, on_bad=rule, show=not quiet)
+    _say(f"{out}: profiles of {users:,} users")
+
+
+@app.command()
 def ctr(
     ctx: typer.Context,
     interactions: Log,
