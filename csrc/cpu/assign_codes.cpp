@@ -2,26 +2,22 @@
 // assign_codes_isa.h, compiled here for each instruction set and chosen at run time.
 #include "cpu/assign_codes.h"
 
-#include <omp.h>
 #include <pybind11/stl.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <exception>
 #include <limits>
 #include <memory>
-#include <mutex>
 #include <numeric>
 #include <string>
-#include <thread>
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/threads.h"
 
 namespace userip_fast::assign_codes {
 namespace {
@@ -176,37 +172,6 @@ Buffer allocate(int64_t count) {
     return Buffer(p);
 }
 
-// Runs body(item, thread) for every item, dynamically; the first exception is rethrown here, since
-// none may leave a parallel region.
-template <typename Body>
-void parallel_for(int64_t items, const Body& body) {
-    std::exception_ptr error;
-    std::mutex mutex;
-    const auto one = [&](int64_t item, int thread) {
-        try {
-            body(item, thread);
-        } catch (...) {
-            const std::lock_guard<std::mutex> lock(mutex);
-            if (!error) error = std::current_exception();
-        }
-    };
-    const int threads = int(std::clamp<int64_t>(items, 1, omp_get_max_threads()));
-#if defined(__SANITIZE_THREAD__)  // libgomp is not instrumented: its barriers would look like races
-    std::atomic<int64_t> next{0};
-    std::vector<std::thread> workers;
-    for (int t = 0; t < threads; ++t) {
-        workers.emplace_back([&, t] {
-            for (int64_t i; (i = next++) < items;) one(i, t);
-        });
-    }
-    for (std::thread& worker : workers) worker.join();
-#else
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t i = 0; i < items; ++i) one(i, omp_get_thread_num());
-#endif
-    if (error) std::rethrow_exception(error);
-}
-
 // Sums beyond this many codes do not stay in cache beside x: they get a pass of their own.
 constexpr int64_t kFusedCodes = 64;
 // Floats that all partial sums together may take beside the codebook's own size.
@@ -232,7 +197,7 @@ void sum_by_code(const Isa& isa, const Problem& p, int64_t j, const float* scale
     }
     constexpr int64_t kSlab = 1024;
     const int64_t slabs = (p.dim + kSlab - 1) / kSlab;
-    parallel_for(size * slabs, [&](int64_t item, int) {
+    threads::parallel_for(size * slabs, [&](int64_t item, int) {
         const int64_t k = item / slabs, begin = item % slabs * kSlab;
         const int64_t width = std::min(kSlab, p.dim - begin);
         float x[kSlab], part[kSlab] = {};
@@ -269,7 +234,7 @@ void run(const Isa& isa, Problem& p, const uint8_t* active, int64_t* counts, flo
         first[j + 1] = first[j] + book.size;
         for (int64_t i = 0; i < book.num_panels; ++i) panels.push_back({j, i});
     }
-    parallel_for(int64_t(panels.size()), [&](int64_t i, int) {
+    threads::parallel_for(int64_t(panels.size()), [&](int64_t i, int) {
         const auto [j, index] = panels[i];
         Book part = p.books[j];  // one panel of it, as a book of its own
         const int64_t code = index * part.width;
@@ -318,8 +283,8 @@ void run(const Isa& isa, Problem& p, const uint8_t* active, int64_t* counts, flo
             }
         }
     }
-    std::vector<Scratch> scratch(omp_get_max_threads());
-    parallel_for(int64_t(items.size()), [&](int64_t i, int thread) {
+    std::vector<Scratch> scratch(threads::count());
+    threads::parallel_for(int64_t(items.size()), [&](int64_t i, int thread) {
         const Item& item = items[i];
         if (item.sums != nullptr) {
             std::fill_n(item.sums, p.books[item.book].size * p.dim, 0.0f);
@@ -340,7 +305,7 @@ void run(const Isa& isa, Problem& p, const uint8_t* active, int64_t* counts, flo
             std::vector<float> scale;
             if (p.normalize) {
                 scale.resize(p.rows);
-                parallel_for((p.rows + 255) / 256, [&](int64_t i, int) {
+                threads::parallel_for((p.rows + 255) / 256, [&](int64_t i, int) {
                     std::vector<float> x(p.dim);
                     for (int64_t n = i * 256; n < std::min(p.rows, i * 256 + 256); ++n) {
                         isa.load(p, j, n, 0, p.dim, 1.0f, x.data());
@@ -354,7 +319,7 @@ void run(const Isa& isa, Problem& p, const uint8_t* active, int64_t* counts, flo
             const int64_t count = p.books[j].size * p.dim;
             const float* partial = item->sums;
             constexpr int64_t kSlab = 1024;
-            parallel_for((count + kSlab - 1) / kSlab, [&](int64_t i, int) {
+            threads::parallel_for((count + kSlab - 1) / kSlab, [&](int64_t i, int) {
                 const int64_t begin = i * kSlab, width = std::min(kSlab, count - begin);
                 double total[kSlab] = {};
                 for (int64_t s = 0; s < partials[j]; ++s) {

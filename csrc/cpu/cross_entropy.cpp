@@ -15,6 +15,7 @@
 
 #include "check.h"
 #include "cpu/avx2.h"
+#include "cpu/threads.h"
 
 namespace userip_fast {
 namespace {
@@ -83,13 +84,14 @@ void cross_entropy_rows(uintptr_t logits, int64_t num_rows, int64_t vocab, uintp
         USERIP_CHECK(targets[r] >= 0 && targets[r] < vocab, "target",
                      "ids below the vocabulary size", targets[r]);
     }
-#pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < num_rows; ++r) {
-        reinterpret_cast<float*>(nll)[r] =
-            row(reinterpret_cast<float*>(logits) + r * vocab, vocab,
-                reinterpret_cast<const float*>(bias), softcap, targets[r],
-                reinterpret_cast<const float*>(weight)[r], need_grad);
-    }
+    threads::parallel_runs(num_rows, 8 * vocab, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            reinterpret_cast<float*>(nll)[r] =
+                row(reinterpret_cast<float*>(logits) + r * vocab, vocab,
+                    reinterpret_cast<const float*>(bias), softcap, targets[r],
+                    reinterpret_cast<const float*>(weight)[r], need_grad);
+        }
+    });
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 
 #include "check.h"
 #include "cpu/avx2.h"
+#include "cpu/threads.h"
 
 namespace userip_fast {
 namespace {
@@ -149,60 +150,65 @@ const float* offset_or_null(uintptr_t address, int64_t by) {
 void rms_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t y, uintptr_t total,
               uintptr_t rstd, int64_t rows, int64_t dim, float eps, float offset) {
     USERIP_CHECK((residual == 0) == (total == 0), "residual, total", "both or none", "one");
-#pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < rows; ++r) {
-        const int64_t i = r * dim;
-        at(rstd)[r] =
-            norm_row(at<const float>(x) + i, offset_or_null(residual, i), at<const float>(weight),
-                     at(y) + i, total == 0 ? nullptr : at(total) + i, dim, eps, offset);
-    }
+    threads::parallel_runs(rows, 2 * dim, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            const int64_t i = r * dim;
+            at(rstd)[r] =
+                norm_row(at<const float>(x) + i, offset_or_null(residual, i), at<const float>(weight),
+                         at(y) + i, total == 0 ? nullptr : at(total) + i, dim, eps, offset);
+        }
+    });
 }
 
 void rms_norm_backward(uintptr_t dy, uintptr_t d_total, uintptr_t x, uintptr_t rstd,
                        uintptr_t weight, uintptr_t dx, int64_t rows, int64_t dim, float offset) {
-#pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < rows; ++r) {
-        const int64_t i = r * dim;
-        norm_row_backward(at<const float>(dy) + i, offset_or_null(d_total, i),
-                          at<const float>(x) + i, at<const float>(rstd)[r], at<const float>(weight),
-                          at(dx) + i, dim, offset);
-    }
+    threads::parallel_runs(rows, 3 * dim, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            const int64_t i = r * dim;
+            norm_row_backward(at<const float>(dy) + i, offset_or_null(d_total, i),
+                              at<const float>(x) + i, at<const float>(rstd)[r], at<const float>(weight),
+                              at(dx) + i, dim, offset);
+        }
+    });
 }
 
 // act: 0 SiLU, 1 GELU (tanh).
 void gated(uintptr_t gate, uintptr_t up, uintptr_t y, int64_t values, int act) {
     USERIP_CHECK(act == 0 || act == 1, "act", "0 or 1", act);
     const auto run = act == 0 ? gate_chunk<Silu> : gate_chunk<GeluTanh>;
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < values; i += kChunk) {
-        run(at<const float>(gate) + i, at<const float>(up) + i, at(y) + i,
-            std::min(kChunk, values - i));
-    }
+    threads::parallel_runs((values + kChunk - 1) / kChunk, 4 * kChunk, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * kChunk; i < std::min(values, end * kChunk); i += kChunk) {
+            run(at<const float>(gate) + i, at<const float>(up) + i, at(y) + i,
+                std::min(kChunk, values - i));
+        }
+    });
 }
 
 void gated_backward(uintptr_t dy, uintptr_t gate, uintptr_t up, uintptr_t d_gate, uintptr_t d_up,
                     int64_t values, int act) {
     USERIP_CHECK(act == 0 || act == 1, "act", "0 or 1", act);
     const auto run = act == 0 ? gate_chunk_backward<Silu> : gate_chunk_backward<GeluTanh>;
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < values; i += kChunk) {
-        run(at<const float>(dy) + i, at<const float>(gate) + i, at<const float>(up) + i,
-            at(d_gate) + i, at(d_up) + i, std::min(kChunk, values - i));
-    }
+    threads::parallel_runs((values + kChunk - 1) / kChunk, 4 * kChunk, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * kChunk; i < std::min(values, end * kChunk); i += kChunk) {
+            run(at<const float>(dy) + i, at<const float>(gate) + i, at<const float>(up) + i,
+                at(d_gate) + i, at(d_up) + i, std::min(kChunk, values - i));
+        }
+    });
 }
 
 // x [rows, heads, dim] with a row stride, y contiguous; cosine and sine [rows, dim].
 void rope(uintptr_t x, int64_t row_stride, uintptr_t cosine, uintptr_t sine, uintptr_t y,
           int64_t rows, int64_t heads, int64_t dim, bool backward) {
     USERIP_CHECK(dim % 2 == 0, "dim", "even", dim);
-#pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t h = 0; h < heads; ++h) {
-            rotate(at<const float>(x) + r * row_stride + h * dim, at<const float>(cosine) + r * dim,
-                   at<const float>(sine) + r * dim, at(y) + (r * heads + h) * dim, dim / 2,
-                   backward ? -1.0f : 1.0f);
+    threads::parallel_runs(rows, 2 * heads * dim, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            for (int64_t h = 0; h < heads; ++h) {
+                rotate(at<const float>(x) + r * row_stride + h * dim, at<const float>(cosine) + r * dim,
+                       at<const float>(sine) + r * dim, at(y) + (r * heads + h) * dim, dim / 2,
+                       backward ? -1.0f : 1.0f);
+            }
         }
-    }
+    });
 }
 
 }  // namespace

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/threads.h"
 
 #define USERIP_AVX2 __attribute__((target("avx2,fma,f16c")))
 
@@ -206,19 +207,21 @@ void dequantize(const Weight& w, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
     advise_huge_pages(out, (r1 - r0) * width * sizeof(*out));
     if (width == w.cols) {  // one run of codes: cut where it balances
         const int64_t begin = r0 * w.cols, total = (r1 - r0) * w.cols;
-#pragma omp parallel for schedule(static)
-        for (int64_t i = 0; i < total; i += kMaxDecode) {
-            decode<Store>(w, begin + i, std::min(kMaxDecode, total - i), out + i);
-        }
+        threads::parallel_runs(total, 1, [&](int64_t from, int64_t to) {
+            for (int64_t i = from; i < to; i += kMaxDecode) {
+                decode<Store>(w, begin + i, std::min(kMaxDecode, to - i), out + i);
+            }
+        });
         return;
     }
-#pragma omp parallel for schedule(static)
-    for (int64_t r = r0; r < r1; ++r) {
-        for (int64_t c = 0; c < width; c += kMaxDecode) {
-            decode<Store>(w, r * w.cols + c0 + c, std::min(kMaxDecode, width - c),
-                          out + (r - r0) * width + c);
+    threads::parallel_runs(r1 - r0, width, [&](int64_t from, int64_t to) {
+        for (int64_t r = from; r < to; ++r) {
+            for (int64_t c = 0; c < width; c += kMaxDecode) {
+                decode<Store>(w, (r0 + r) * w.cols + c0 + c, std::min(kMaxDecode, width - c),
+                              out + r * width + c);
+            }
         }
-    }
+    });
 }
 
 USERIP_AVX2 inline float sum8(__m256 x) {
@@ -284,14 +287,13 @@ USERIP_AVX2 void linear_rows(const Weight& w, const float* x, int64_t ldx, int64
 template <class Store>
 void linear(const Weight& w, const float* x, int64_t ldx, int64_t batch, const float* bias,
             float* y) {
-#pragma omp parallel
-    {
+    const int64_t groups = (w.rows + kRows - 1) / kRows;
+    threads::parallel_runs(groups, kRows * w.cols * (2 + batch) / 2, [&](int64_t from, int64_t to) {
         std::vector<float> sums(batch * kRows * 8);
-#pragma omp for schedule(static)
-        for (int64_t n0 = 0; n0 < w.rows; n0 += kRows) {
-            linear_rows<Store>(w, x, ldx, batch, bias, y, n0, sums);
+        for (int64_t g = from; g < to; ++g) {
+            linear_rows<Store>(w, x, ldx, batch, bias, y, g * kRows, sums);
         }
-    }
+    });
 }
 
 // What Python passes: addresses of (packed, absmax, nested_absmax, nested_map, offset), the last

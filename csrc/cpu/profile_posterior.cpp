@@ -6,8 +6,6 @@
 
 #if defined(__x86_64__)
 
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -17,6 +15,7 @@
 
 #include "check.h"
 #include "cpu/avx2.h"
+#include "cpu/threads.h"
 
 namespace userip_fast {
 namespace {
@@ -161,47 +160,39 @@ void profile_posterior(uintptr_t table, int64_t num_kinds, int64_t codes, uintpt
     std::atomic<int64_t> bad_user{num_users}, bad_kind{num_events};
     std::vector<double> prior(t.padded, -std::numeric_limits<double>::infinity());
     std::copy_n(reinterpret_cast<const double*>(log_prior), codes, prior.begin());
-#pragma omp parallel if (num_events * codes > 1 << 15)
-    {
-        // Shares of users that have about equally many events (and a softmax each, say four).
-        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        const auto share = [&](int64_t i) {
-            const int64_t work = (num_events + 4 * num_users) / threads * i;
-            int64_t low = 0, high = num_users;
-            while (low < high) {
-                const int64_t mid = low + (high - low) / 2;
-                (first[mid] + 4 * mid < work ? low = mid + 1 : high = mid);
-            }
-            return i == 0 ? 0 : i == threads ? num_users : low;
-        };
-        const int64_t begin = share(thread), end = share(thread + 1);
-        bool good = true;
-        for (int64_t u = begin; u < end && good; ++u) {
+    const auto add = t.weights == nullptr ? add_events<false> : add_events<true>;
+    const auto users = [&](int64_t begin, int64_t end) {
+        for (int64_t u = begin; u < end; ++u) {
             if (first[u] < 0 || first[u] > first[u + 1] || first[u + 1] > num_events) {
-                bad_user = u, good = false;
+                bad_user = u;
+                return;
             }
         }
-        if (good) {
-            std::vector<double> sums(kTogether * t.padded);
-            auto* add = t.weights == nullptr ? add_events<false> : add_events<true>;
-            for (int64_t from = begin; from < end; from += kTogether) {
-                const int64_t to = std::min(end, from + kTogether);
-                const int64_t wrong = first_bad(t, first[from], first[to]);
-                if (wrong < first[to]) {
-                    bad_kind = wrong;
-                    break;
-                }
-                for (int64_t u = from; u < to; ++u) {
-                    add(t, first[u], first[u + 1], prior.data(), &sums[(u - from) * t.padded]);
-                }
-                for (int64_t u = from; u < to; ++u) {
-                    normalise(&sums[(u - from) * t.padded], codes,
-                              reinterpret_cast<float*>(log_resp) + u * codes,
-                              reinterpret_cast<double*>(evidence) + u);
-                }
+        std::vector<double> sums(kTogether * t.padded);
+        for (int64_t from = begin; from < end; from += kTogether) {
+            const int64_t to = std::min(end, from + kTogether);
+            const int64_t wrong = first_bad(t, first[from], first[to]);
+            if (wrong < first[to]) {
+                bad_kind = wrong;
+                return;
+            }
+            for (int64_t u = from; u < to; ++u) {
+                add(t, first[u], first[u + 1], prior.data(), &sums[(u - from) * t.padded]);
+            }
+            for (int64_t u = from; u < to; ++u) {
+                normalise(&sums[(u - from) * t.padded], codes,
+                          reinterpret_cast<float*>(log_resp) + u * codes,
+                          reinterpret_cast<double*>(evidence) + u);
             }
         }
-    }
+    };
+    // By the mean number of events, and a softmax, say as dear as four: who has more is a run that
+    // takes longer, while others go on with the rest.
+    threads::parallel_runs((num_users + kTogether - 1) / kTogether,
+                           codes * (num_events * kTogether / std::max<int64_t>(num_users, 1) + 64),
+                           [&](int64_t begin, int64_t end) {
+                               users(begin * kTogether, std::min(num_users, end * kTogether));
+                           });
     USERIP_CHECK(bad_user == num_users, "profile_posterior: offsets", "ascending numbers of events",
                  first[bad_user]);
     USERIP_CHECK(bad_kind == num_events, "profile_posterior: kinds", "rows of the table",
