@@ -237,6 +237,7 @@ namespace userip_fast {
 void bind_threads(py::module_& m) {
     m.def("set_thread_limit", &threads::set_limit, py::arg("limit"),
           "Most threads of a kernel; 0 for as many as OpenMP says.");
+    m.def("thread_limit", [] { return threads::limit.load(); }, "What set_thread_limit has set.");
     m.def("num_threads", &threads::count, "Threads that a kernel called from here uses.");
     m.def("crowded", &threads::crowded,
           "Whether other processes want the processors that this one runs on. While they do, "
