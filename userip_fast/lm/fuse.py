@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from userip_fast.lm.bf16 import ATTRIBUTE
 from userip_fast.ops._products import frozen_linear
 from userip_fast.ops.frozen_block import candidates, gated, rms_norm, rotate
 
@@ -115,6 +116,10 @@ def _linear(module: Any, like: Tensor) -> _Candidate | None:
         return None
 
     def forward(self: Any, input: Tensor) -> Tensor:
+        half = getattr(self, ATTRIBUTE, None)
+        if half is not None and not torch.is_grad_enabled():
+            y = nn.functional.linear(input.to(half.dtype), half).float()
+            return y if self.bias is None else y.add_(self.bias)
         return frozen_linear(input, self.weight, self.bias)
 
     def compare() -> tuple[Any, Any]:
