@@ -102,8 +102,6 @@ inline void normalise(const double* sums, int64_t padded, int64_t users, int64_t
 inline int64_t first_bad(const Table& t, int64_t begin, int64_t end) {
     int64_t n = begin;
     for (; n + kNumbers <= end; n += kNumbers) {
-        // At a page's end the processor stops reading ahead; a hint may point past what is ours.
-        _mm_prefetch(reinterpret_cast<const char*>(t.kinds + n) + 4096, _MM_HINT_T0);
         if (!all_within(t.kinds + n, t.num_kinds - 1)) break;
     }
     while (n < end && t.kinds[n] >= 0 && t.kinds[n] < t.num_kinds) ++n;
@@ -119,6 +117,11 @@ inline int64_t judge(const Table& t, const int64_t* first, int64_t begin, int64_
         const int64_t wrong = first_bad(t, first[from], first[to]);
         if (wrong < first[to]) return wrong;
         for (int64_t u = from; u < to; ++u) {
+            // The kinds of those after the next: at a page's end the processor stops reading ahead,
+            // and asked for all at once they wait for each other. A hint may point past what is ours.
+            for (int64_t n = first[u]; n < first[u + 1]; n += 8) {
+                _mm_prefetch(reinterpret_cast<const char*>(t.kinds + n) + 8192, _MM_HINT_T0);
+            }
             add(t, first[u], first[u + 1], prior, sums + (u - from) * t.padded);
         }
         normalise(sums, t.padded, to - from, t.codes, log_resp + from * t.codes, evidence + from);
