@@ -35,7 +35,7 @@ def loaded() -> str | None:
     Of processor time on one thread other load is kept out, as far as caches and memory allow.
     """
     cores = threads.affinity()
-    if clock is time.perf_counter and LOAD_BEFORE > 0.3 * cores:
+    if clock is time.perf_counter and 0.3 * cores < LOAD_BEFORE:
         return f"load average {LOAD_BEFORE:.2f} on {cores} processors when it began: no gates"
     return None
 
@@ -72,6 +72,7 @@ def apply_arguments(arguments: argparse.Namespace) -> None:
     """
     global clock
     threads.settle()
+    isa.settle()  # measures, the first time; no contender should pay for that
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.clock == "cpu":

@@ -39,7 +39,16 @@ from typing import Any
 
 import pytest
 import torch
-from _timing import add_arguments, apply_arguments, compare, loaded, machine, peak_mib, run_script, time_ms
+from _timing import (
+    add_arguments,
+    apply_arguments,
+    compare,
+    loaded,
+    machine,
+    peak_mib,
+    run_script,
+    time_ms,
+)
 
 from userip_fast import isa, ops
 

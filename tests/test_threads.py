@@ -1,4 +1,4 @@
-"""How many threads: affinity, quotas of control groups of either version, and what was asked for."""
+"""How many threads: affinity, quotas of control groups, and what was asked for."""
 
 import os
 
@@ -25,7 +25,8 @@ def files(root, **texts):
         ("0::/of/the/host\n", {"cpu_max": "50000 100000\n"}, 0.5),  # as a container sees it
         ("0::/", {"cpu_max": "max 100000\n"}, None),
         ("0::/", {"cpu_max": "nonsense"}, None),
-        ("3:cpu,cpuacct:/c\n", {"cpu__c__cfs_quota_us": "250000", "cpu__c__cfs_period_us": "100000"},
+        ("3:cpu,cpuacct:/c\n",
+         {"cpu__c__cfs_quota_us": "250000", "cpu__c__cfs_period_us": "100000"},
          2.5),
         ("3:cpu:/c\n", {"cpu__c__cfs_quota_us": "-1", "cpu__c__cfs_period_us": "100000"}, None),
         ("3:memory:/c\n", {"cpu__c__cfs_quota_us": "1", "cpu__c__cfs_period_us": "1"}, None),
@@ -41,7 +42,9 @@ def test_no_control_groups(tmp_path):
     assert threads.quota(tmp_path, tmp_path / "none") is None
 
 
-@pytest.mark.parametrize(("granted", "want"), [(None, 64), (2.0, 2), (1.5, 2), (0.1, 1), (99.0, 64)])
+@pytest.mark.parametrize(
+    ("granted", "want"), [(None, 64), (2.0, 2), (1.5, 2), (0.1, 1), (99.0, 64)]
+)
 def test_processors(monkeypatch, granted, want):
     monkeypatch.setattr(threads, "affinity", lambda: 64)
     monkeypatch.setattr(threads, "quota", lambda: granted)

@@ -102,7 +102,8 @@ def cpu_name() -> str:
 def _key() -> str:
     file = Path(getattr(_extension.load(), "__file__", ""))
     size = file.stat().st_size if file.is_file() else 0
-    return f"{cpu_name()}; userip_fast {__version__}, extension of {size} bytes, torch {torch.__version__}"
+    build = f"userip_fast {__version__}, extension of {size} bytes, torch {torch.__version__}"
+    return f"{cpu_name()}; {build}"
 
 
 def _store() -> Path:

@@ -129,7 +129,7 @@ USERIP_ISA_END
 #define USERIP_ISA_ENTRY(ns)                                                           \
     Isa {                                                                              \
         #ns, ns::kLanes, ns::kBlockRows, std::min<int64_t>(ns::kPanel, 16), &ns::pack, \
-            &ns::assign, &ns::load                                                 \
+            &ns::assign, &ns::load                                                     \
     }
 
 // Those this processor can run, by isa::Set.

@@ -297,8 +297,8 @@ inline float squared_distance(const float* x, const float* c, int64_t dim) {
     float sums[16];
 #pragma GCC unroll 4
     for (int i = 0; i < kStep; ++i) {
-        store_vec(sums + i * kLanes, (acc[i] + acc[kStep + i]) +
-                                         (acc[2 * kStep + i] + acc[3 * kStep + i]));
+        store_vec(sums + i * kLanes,
+                  (acc[i] + acc[kStep + i]) + (acc[2 * kStep + i] + acc[3 * kStep + i]));
     }
 #pragma GCC unroll 4
     for (int half = 8; half > 0; half /= 2) {

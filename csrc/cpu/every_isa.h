@@ -32,7 +32,7 @@ USERIP_ISA_END
 #undef USERIP_WIDE
 #undef USERIP_REGISTERS
 // Of what the op has by one name in each of them, that of the set chosen for it.
-#define USERIP_OF_SET(op, name)                              \
+#define USERIP_OF_SET(op, name)                                \
     (isa::chosen(isa::op) == isa::kAvx512     ? avx512::name   \
      : isa::chosen(isa::op) == isa::kAvx512vl ? avx512vl::name \
                                               : avx2::name)

@@ -57,7 +57,7 @@ void rms_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t y, ui
             const int64_t i = r * dim;
             at(rstd)[r] =
                 norm(at<const float>(x) + i, offset_or_null(residual, i), at<const float>(weight),
-                         at(y) + i, total == 0 ? nullptr : at(total) + i, dim, eps, offset);
+                     at(y) + i, total == 0 ? nullptr : at(total) + i, dim, eps, offset);
         }
     });
 }
@@ -69,8 +69,8 @@ void rms_norm_backward(uintptr_t dy, uintptr_t d_total, uintptr_t x, uintptr_t r
         for (int64_t r = begin; r < end; ++r) {
             const int64_t i = r * dim;
             norm_backward(at<const float>(dy) + i, offset_or_null(d_total, i),
-                              at<const float>(x) + i, at<const float>(rstd)[r], at<const float>(weight),
-                              at(dx) + i, dim, offset);
+                          at<const float>(x) + i, at<const float>(rstd)[r], at<const float>(weight),
+                          at(dx) + i, dim, offset);
         }
     });
 }
@@ -79,24 +79,26 @@ void rms_norm_backward(uintptr_t dy, uintptr_t d_total, uintptr_t x, uintptr_t r
 void gated(uintptr_t gate, uintptr_t up, uintptr_t y, int64_t values, int act) {
     USERIP_CHECK(act == 0 || act == 1, "act", "0 or 1", act);
     const auto run = rows_of_set().gate[act];
-    threads::parallel_runs((values + kChunk - 1) / kChunk, 4 * kChunk, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin * kChunk; i < std::min(values, end * kChunk); i += kChunk) {
-            run(at<const float>(gate) + i, at<const float>(up) + i, at(y) + i,
-                std::min(kChunk, values - i));
-        }
-    });
+    threads::parallel_runs(
+        (values + kChunk - 1) / kChunk, 4 * kChunk, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin * kChunk; i < std::min(values, end * kChunk); i += kChunk) {
+                run(at<const float>(gate) + i, at<const float>(up) + i, at(y) + i,
+                    std::min(kChunk, values - i));
+            }
+        });
 }
 
 void gated_backward(uintptr_t dy, uintptr_t gate, uintptr_t up, uintptr_t d_gate, uintptr_t d_up,
                     int64_t values, int act) {
     USERIP_CHECK(act == 0 || act == 1, "act", "0 or 1", act);
     const auto run = rows_of_set().gate_backward[act];
-    threads::parallel_runs((values + kChunk - 1) / kChunk, 4 * kChunk, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin * kChunk; i < std::min(values, end * kChunk); i += kChunk) {
-            run(at<const float>(dy) + i, at<const float>(gate) + i, at<const float>(up) + i,
-                at(d_gate) + i, at(d_up) + i, std::min(kChunk, values - i));
-        }
-    });
+    threads::parallel_runs(
+        (values + kChunk - 1) / kChunk, 4 * kChunk, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin * kChunk; i < std::min(values, end * kChunk); i += kChunk) {
+                run(at<const float>(dy) + i, at<const float>(gate) + i, at<const float>(up) + i,
+                    at(d_gate) + i, at(d_up) + i, std::min(kChunk, values - i));
+            }
+        });
 }
 
 // x [rows, heads, dim] with a row stride, y contiguous; cosine and sine [rows, dim].
@@ -107,9 +109,9 @@ void rope(uintptr_t x, int64_t row_stride, uintptr_t cosine, uintptr_t sine, uin
     threads::parallel_runs(rows, 2 * heads * dim, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
             for (int64_t h = 0; h < heads; ++h) {
-                rotate(at<const float>(x) + r * row_stride + h * dim, at<const float>(cosine) + r * dim,
-                       at<const float>(sine) + r * dim, at(y) + (r * heads + h) * dim, dim / 2,
-                       backward ? -1.0f : 1.0f);
+                rotate(at<const float>(x) + r * row_stride + h * dim,
+                       at<const float>(cosine) + r * dim, at<const float>(sine) + r * dim,
+                       at(y) + (r * heads + h) * dim, dim / 2, backward ? -1.0f : 1.0f);
             }
         }
     });

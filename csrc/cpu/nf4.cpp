@@ -129,15 +129,15 @@ void dequantize(const Weight& w, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
         for (int64_t r = from; r < to; ++r) {
             for (int64_t c = 0; c < width; c += kMaxDecode) {
                 decode(w, (r0 + r) * w.cols + c0 + c, std::min(kMaxDecode, width - c),
-                              out + r * width + c);
+                       out + r * width + c);
             }
         }
     });
 }
 
 // x: [batch, ldx].
-void linear(const Weight& w, const float* x, int64_t ldx, int64_t batch, const float* bias, float* y,
-            LinearRows* linear_rows) {
+void linear(const Weight& w, const float* x, int64_t ldx, int64_t batch, const float* bias,
+            float* y, LinearRows* linear_rows) {
     const int64_t groups = (w.rows + kRows - 1) / kRows;
     threads::parallel_runs(groups, kRows * w.cols * (2 + batch) / 2, [&](int64_t from, int64_t to) {
         std::vector<float> sums(batch * kRows * 16);

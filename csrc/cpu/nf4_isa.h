@@ -1,5 +1,5 @@
-// Decoding and multiplying of nf4.cpp, once per instruction set. Products are summed in sixteen lanes
-// whatever a vector holds, so all sets give the same bits.
+// Decoding and multiplying of nf4.cpp, once per instruction set. Products are summed in sixteen
+// lanes whatever a vector holds, so all sets give the same bits.
 
 // How a value leaves the decoder. `Rounded<T>` keeps fp32 storage but the precision of T, which is
 // what a product in T with fp32 accumulation reads. Scales are finite, so no NaN comes here.
@@ -49,8 +49,8 @@ struct StoreRoundedFp16 {
 constexpr int64_t kStep = 64;
 inline void levels(const uint8_t* packed, Vec* out) {
     const __m512i order = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    const __m512i bytes = _mm512_castsi256_si512(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    const __m512i bytes =
+        _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
     const __m512i by = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
     const Vec table = _mm512_loadu_ps(kLevels);
 #pragma GCC unroll 4
@@ -126,6 +126,42 @@ inline void levels(const uint8_t* packed, Vec* out) {
     out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1));
 }
 
+// 16-bit values of a block: its sixteen are rounded once and looked up byte by byte, not their
+// levels.
+struct HalfTable {
+    __m256i low, high;  // the bytes of each, twice
+
+    template <class Store>
+    static HalfTable of(Vec scale) {
+        uint16_t values[16];
+        Store::put(values, mul(load(kLevels), scale));
+        Store::put(values + 8, mul(load(kLevels + 8), scale));
+        const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+        const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + 8));
+        const __m128i byte = _mm_set1_epi16(0xff);
+        const __m128i low = _mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte));
+        const __m128i high = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
+        return {_mm256_broadcastsi128_si256(low), _mm256_broadcastsi128_si256(high)};
+    }
+
+    // 32 values from 16 bytes, dealt so that interleaving within halves ends with consecutive ones.
+    void put(const uint8_t* packed, uint16_t* out) const {
+        const __m256i twice =
+            _mm256_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, 8, 8, 9, 9, 10, 10, 11, 11,  //
+                             4, 4, 5, 5, 6, 6, 7, 7, 12, 12, 13, 13, 14, 14, 15, 15);
+        const __m256i bytes = _mm256_shuffle_epi8(
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed))),
+            twice);
+        const __m256i even =
+            _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi16(0x000f));
+        const __m256i odd = _mm256_and_si256(bytes, _mm256_set1_epi16(0x0f00));
+        const __m256i code = _mm256_or_si256(even, odd);
+        const __m256i l = _mm256_shuffle_epi8(low, code), h = _mm256_shuffle_epi8(high, code);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi8(l, h));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_unpackhi_epi8(l, h));
+    }
+};
+
 #endif
 
 // Codes [begin, begin + count) of the flattened weight, count <= kMaxDecode.
@@ -146,6 +182,12 @@ void decode(const Weight& w, int64_t begin, int64_t count, typename Store::Out* 
         const float scale = scales[block];
         if (i % 2 == 1) one(i++, scale);
         const Vec all = splat(scale);
+#if !USERIP_WIDE
+        if constexpr (sizeof(typename Store::Out) == 2) {
+            const auto table = HalfTable::of<Store>(all);
+            for (; i + kStep <= stop; i += kStep, out += kStep) table.put(w.packed + i / 2, out);
+        }
+#endif
         for (; i + kStep <= stop; i += kStep, out += kStep) {
             Vec level[kStep / kLanes];
             levels(w.packed + i / 2, level);
@@ -236,7 +278,8 @@ void linear_rows(const Weight& w, const float* x, int64_t ldx, int64_t batch, co
 }
 
 inline Kernels kernels() {
-    return {{decode<StoreFloat>, decode<StoreRoundedBf16>, decode<StoreRoundedFp16>},
-            {decode<StoreBf16>, decode<StoreFp16>},
-            {linear_rows<StoreFloat>, linear_rows<StoreRoundedBf16>, linear_rows<StoreRoundedFp16>}};
+    return {
+        {decode<StoreFloat>, decode<StoreRoundedBf16>, decode<StoreRoundedFp16>},
+        {decode<StoreBf16>, decode<StoreFp16>},
+        {linear_rows<StoreFloat>, linear_rows<StoreRoundedBf16>, linear_rows<StoreRoundedFp16>}};
 }

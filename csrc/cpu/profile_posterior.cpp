@@ -25,7 +25,8 @@ constexpr int64_t kTogether = 16;   // users whose sums wait for their softmax: 
 constexpr int64_t kLine = 16;       // floats in a cache line
 constexpr int64_t kNear = 1 << 22;  // floats of a table that caches hold, which need not be asked
 
-constexpr double kNever = -std::numeric_limits<double>::infinity();  // log p of a code past the last
+constexpr double kNever =
+    -std::numeric_limits<double>::infinity();  // log p of a code past the last
 
 struct Table {
     const float* rows;
@@ -63,9 +64,9 @@ void profile_posterior(uintptr_t table, int64_t num_kinds, int64_t codes, uintpt
             }
         }
         std::vector<double> sums(kTogether * t.padded, kNever);
-        const int64_t wrong = judge(t, first, begin, end, prior.data(), sums.data(),
-                                    reinterpret_cast<float*>(log_resp),
-                                    reinterpret_cast<double*>(evidence));
+        const int64_t wrong =
+            judge(t, first, begin, end, prior.data(), sums.data(),
+                  reinterpret_cast<float*>(log_resp), reinterpret_cast<double*>(evidence));
         if (wrong < first[end]) bad_kind = wrong;
     };
     // By the mean number of events, and a softmax, say as dear as four: who has more is a run that

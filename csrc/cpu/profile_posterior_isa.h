@@ -2,8 +2,8 @@
 // which order depends on the column alone, so all sets give the same bits.
 
 // sum[0 : kWidth kLanes] = prior + rows of events [begin, end), the columns from `column` on; but
-// for kWhole only `left` are there, of one vector. Events take turns in kChains sums, so that one addition need not wait for
-// another.
+// for kWhole only `left` are there, of one vector. Events take turns in kChains sums, so that one
+// addition need not wait for another.
 template <int kWidth, int kChains, bool kWhole, bool kWeighted>
 inline void add_columns(const Table& t, int64_t begin, int64_t end, int64_t column, int64_t left,
                         const double* prior, double* sum) {
@@ -118,7 +118,8 @@ inline int64_t judge(const Table& t, const int64_t* first, int64_t begin, int64_
         if (wrong < first[to]) return wrong;
         for (int64_t u = from; u < to; ++u) {
             // The kinds of those after the next: at a page's end the processor stops reading ahead,
-            // and asked for all at once they wait for each other. A hint may point past what is ours.
+            // and asked for all at once they wait for each other. A hint may point past what is
+            // ours.
             for (int64_t n = first[u]; n < first[u + 1]; n += 8) {
                 _mm_prefetch(reinterpret_cast<const char*>(t.kinds + n) + 8192, _MM_HINT_T0);
             }

@@ -204,8 +204,7 @@ void set_limit(int most) {
 bool crowded() {
     State& s = state();
     using namespace std::chrono;
-    const int64_t now =
-        duration_cast<microseconds>(steady_clock::now().time_since_epoch()).count();
+    const int64_t now = duration_cast<microseconds>(steady_clock::now().time_since_epoch()).count();
     if (now >= s.next_look_us.load(std::memory_order_relaxed) && s.looking.try_lock()) {
         const std::lock_guard<std::mutex> lock(s.looking, std::adopt_lock);
         s.next_look_us = now + 20000;

@@ -50,8 +50,8 @@ inline Vec exp(Vec x) {
     return zero_where_less(x, splat(-87.3f), mul(p, power_of_two(n)));
 }
 
-// log(x) of normal numbers x >= 1 to about 1 ulp (Cephes): x = m 2^n with m about 1, and a polynomial
-// in m - 1. Of anything else, NaN included, it is NaN or worse.
+// log(x) of normal numbers x >= 1 to about 1 ulp (Cephes): x = m 2^n with m about 1, and a
+// polynomial in m - 1. Of anything else, NaN included, it is NaN or worse.
 inline Vec log(Vec x) {
     const Vec root = splat(1.41421356f), one = splat(1.0f), whole = mantissa(x);
     const Vec half = mul(whole, splat(0.5f));

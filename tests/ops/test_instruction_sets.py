@@ -128,7 +128,9 @@ def test_the_choice_is_measured_kept_and_read_again(module, tmp_path, monkeypatc
         assert settle() == {op: sets[-1] for op, sets in usable.items()}
 
 
-def test_without_a_folder_to_keep_it_in_it_is_measured_each_time(module, tmp_path, monkeypatch, caplog):
+def test_without_a_folder_to_keep_it_in_it_is_measured_each_time(
+    module, tmp_path, monkeypatch, caplog
+):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("USERIP_FAST_CACHE", str(tmp_path / "file" / "cache"))
     if all(len(sets) < 2 for sets in isa.choices(module).values()):

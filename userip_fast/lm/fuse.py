@@ -2,9 +2,10 @@
 
 Four kinds of module are looked for, and each class is tried on random input before it is touched:
 RMSNorms (`weight` and an epsilon), gated MLPs (`gate_proj`, `up_proj`, `down_proj`, `act_fn`),
-attention that calls `apply_rotary_pos_emb`, and frozen fp32 linears (`ops/_products.py`). Of a module that passes, `forward` is overridden on the
-instance; its class, other models and the library stay as they are. Attention runs its own code with
-another RoPE in the place of that name. What does not pass is left alone and named in the log.
+attention that calls `apply_rotary_pos_emb`, and frozen fp32 linears (`ops/_products.py`). Of a
+module that passes, `forward` is overridden on the instance; its class, other models and the library
+stay as they are. Attention runs its own code with another RoPE in the place of that name. What does
+not pass is left alone and named in the log.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from userip_fast import isa
 
 def onednn() -> Any | None:
     """torch's own binding of oneDNN's linear layer, None where this build has none."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    library: Any = torch.backends.mkldnn
+    if not (library.is_available() and library.enabled):
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
