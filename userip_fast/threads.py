@@ -13,6 +13,8 @@ import os
 from functools import cache
 from pathlib import Path
 
+from userip_fast import _extension
+
 logger = logging.getLogger("userip_fast")
 
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -73,6 +75,14 @@ def processors() -> int:
     """Processors that this process can keep busy: its affinity, or its quota where that is less."""
     granted = quota()
     return max(1, affinity() if granted is None else min(affinity(), math.ceil(granted)))
+
+
+def look() -> None:
+    """Has waiting threads sleep where other processes want the processors; CPU kernels look by
+    themselves, so this is for loops that call none."""
+    module = _extension.load()
+    if module is not None:
+        module.crowded()
 
 
 @cache

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <system_error>
 #include <thread>
 
 #include "bindings.h"
@@ -44,8 +45,11 @@ Value wait_until(const std::atomic<Value>& value, const Done& done) {
 class Pool {
   public:
     void run(int64_t items, int threads, detail::Run run, const void* body) {
-        for (; workers_ < threads - 1; ++workers_) {
-            std::thread([this, born = turn_.load()] { work(born); }).detach();
+        try {
+            for (; workers_ < threads - 1; ++workers_) {
+                std::thread([this, born = turn_.load()] { work(born); }).detach();
+            }
+        } catch (const std::system_error&) {  // no more threads to be had: those there do it
         }
         next_ = 0, items_ = items, run_ = run, body_ = body, slots_ = 1, threads_ = threads;
         const uint32_t turn = turn_.load(std::memory_order_relaxed) + 1;
@@ -107,36 +111,42 @@ class Pool {
 // long as the machine is crowded. LLVM's and Intel's runtimes can be told.
 class Quiet {
   public:
-    void set(bool wanted) {
-        if (wanted == on_) return;
+    void set([[maybe_unused]] bool wanted) {
 #if defined(__linux__) && !defined(__SANITIZE_THREAD__)
+        if (wanted == on_) return;
         using Blocktime = void (*)(int);
         if (auto* set = reinterpret_cast<Blocktime>(dlsym(RTLD_DEFAULT, "kmp_set_blocktime"))) {
             set(wanted ? 0 : 200);
-        } else if (wanted) {
+            on_ = wanted;
+        } else if (wanted && omp_get_max_threads() > 1) {
+            // Where there are no threads to be had, it stays as it is.
             const int more = std::max(2, omp_get_num_procs() - omp_get_max_threads() + 3);
-            on_ = true;
-            thread_ = new std::thread([this, more] {
+            on_ = true;  // before the thread looks
+            try {
+                thread_ = new std::thread([this, more] {
 #pragma omp parallel num_threads(more)
-                asm volatile("" ::: "memory");
-                std::unique_lock<std::mutex> lock(mutex_);
-                changed_.wait(lock, [this] { return !on_; });
-            });
-        } else {
+                    asm volatile("" ::: "memory");
+                    std::unique_lock<std::mutex> lock(mutex_);
+                    changed_.wait(lock, [this] { return !on_; });
+                });
+            } catch (const std::system_error&) {
+                thread_ = nullptr;
+            }
+        } else if (!wanted) {
             {
                 const std::lock_guard<std::mutex> lock(mutex_);
                 on_ = false;
             }
             changed_.notify_all();
-            thread_->join();
+            if (thread_ != nullptr) thread_->join();
             delete thread_;
+            thread_ = nullptr;
         }
 #endif
-        on_ = wanted;
     }
 
   private:
-    bool on_ = false;
+    [[maybe_unused]] bool on_ = false;
     std::mutex mutex_;
     std::condition_variable changed_;
     std::thread* thread_ = nullptr;
@@ -183,10 +193,8 @@ void look(State& s, int64_t now_us) {
     s.cpu_us = cpu, s.switches = usage.ru_nivcsw;
     if (now) s.since_us = now_us;
     if (was && now_us - s.since_us < 1000000) return;  // quiet for a second first
-    if (was != now) {
-        s.crowded = now;
-        s.quiet.set(now);
-    }
+    s.crowded = now;
+    s.quiet.set(now);
 #endif
 }
 
