@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from userip_fast import threads
 from userip_fast.bank import BankWriter
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource, Told
 from userip_fast.behaviour_stream import StreamSource
@@ -136,6 +137,7 @@ def fit(
         data = data.head_users(max_users)
     old = None if like is None else read_codebooks(os.fspath(like))
     processes = start_processes()
+    threads.settle()
     with open_run(out, writes=processes.rank == 0) as run:
         return _fit(data, loaded, config, run, processes, resume, probabilities, old, show)
 

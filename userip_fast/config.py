@@ -156,7 +156,9 @@ class LMConfig:
     """"auto" is nf4-double, and none of the embedded LM, which is small. bitsandbytes quantises
     where it is installed, else we do: same bits."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; "auto" is float32 on a CPU, bfloat16 on a GPU."""
+    """Compute dtype; "auto" is float32 on a CPU, bfloat16 on a GPU. On a CPU with bf16 instructions
+    "auto" also multiplies in bf16 where no gradient is needed, if that is faster and the LM says
+    the same (`userip_fast/lm/bf16.py`)."""
     device: str = "auto"
     residency: Literal["auto", "resident", "streamed", "fp8"] = "auto"
     """How the weights lie in memory; "auto" is resident where it fits, else streamed."""

@@ -32,6 +32,7 @@ from userip_fast.lm.trace import Architecture, Workload
 from userip_fast.text_tokens import text_tokenizer
 
 if TYPE_CHECKING:
+    from userip_fast.lm.bf16 import BF16Report
     from userip_fast.lm.fp8 import GateReport
 
 logger = logging.getLogger("userip_fast.lm")
@@ -59,12 +60,14 @@ class FrozenLM:
         folder: What `load` read; None for a model handed over as it is.
         plan: How `load` decided to keep and run it; None for a model handed over as it is.
         fp8_report: What the FP8 gate found, in that residency.
+        bf16_report: What a trial of bf16 products found, where there was one.
     """
 
     folder: Path | None = None
     plan: Plan | None = None
     architecture: Architecture | None = None
     fp8_report: GateReport | None = None
+    bf16_report: BF16Report | None = None
     foldin: FoldIn | None = None
 
     def __init__(
@@ -228,6 +231,10 @@ class FrozenLM:
         set_recompute(self.model, recompute)
         if fused:
             logger.info("fused element-wise parts of %s", dict(fuse(self.model)) or "no module")
+            if config.dtype == "auto" and config.memory_gib is None:  # half as much again
+                from userip_fast.lm.bf16 import try_out
+
+                self.bf16_report = try_out(self)
 
     def _make_plan(self, config: LMConfig, work: Workload, four_bit: bool, fused: bool) -> None:
         self.architecture = Architecture(

@@ -19,6 +19,7 @@ from userip_fast.lm.lessons import STEP_TOKENS, Batch, Batches, Data
 from userip_fast.packing import Behaviour, Int64
 from userip_fast.progress import progress
 from userip_fast.prompts import Layout
+from userip_fast.threads import look
 
 if TYPE_CHECKING:
     from userip_fast.behaviour import Told
@@ -140,6 +141,7 @@ def _learn(
                 group["lr"] = _rate(step, steps, drops if judges.batches else None, warm)
             whole, scored = losses(model, soft, layout, batches.next())
             loss = shares[0] * whole + shares[1] * scored
+            look()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

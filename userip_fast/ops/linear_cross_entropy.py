@@ -18,6 +18,7 @@ from torch import Tensor
 from userip_fast import _extension
 from userip_fast.ops import _triton
 from userip_fast.ops._dispatch import WhyNot, resolve
+from userip_fast.ops._products import product
 
 _CHUNK_BYTES = 64 << 20  # logits of one chunk: the scratch, whatever vocabulary and rows
 
@@ -85,12 +86,14 @@ def _chunked(
     bias = None if bias is None else bias.to(dtype).contiguous()
     token_nll = hidden.new_empty(rows, dtype=torch.float32)
     d_hidden = torch.empty_like(hidden) if need_grad else hidden.new_empty(0, dim)
-    scratch = hidden.new_empty(step, vocab, dtype=dtype)
+    whole = wide and weight.dtype == dtype
+    scratch = hidden.new_empty(0 if whole else step, vocab, dtype=dtype)
     for i in range(0, rows, step):
         part = slice(i, min(rows, i + step))
         h = hidden[part].to(dtype)
-        logits = scratch[: h.shape[0]]
-        for v in range(0, vocab, columns):
+        logits = hidden.new_empty(0)  # frees the chunk before
+        logits = product(h, weight) if whole else scratch[: h.shape[0]]
+        for v in range(0, 0 if whole else vocab, columns):
             block = slice(v, v + columns)
             torch.mm(h, weight[block].to(dtype).T, out=logits[:, block])
         args = (target[part], loss_weight[part], token_nll[part])
@@ -106,7 +109,7 @@ def _chunked(
                 logits.data_ptr(), h.shape[0], vocab, b, softcap, t, w, out, need_grad
             )
         if need_grad:
-            gradient = logits[:, :columns] @ weight[:columns].to(dtype)
+            gradient = product(logits[:, :columns], weight[:columns].to(dtype).t())
             for v in range(columns, vocab, columns):
                 block = slice(v, v + columns)
                 gradient.addmm_(logits[:, block], weight[block].to(dtype))
