@@ -242,7 +242,10 @@ Template = Annotated[
 ]
 Lm = Annotated[
     str | None,
-    _panel(_FIELDS, "Folder or hub id; 'default': a small Llama trained on this log."),
+    _panel(
+        _FIELDS,
+        "Folder, GGUF file, hub id, 'small'; 'default': a Llama trained on this log.",
+    ),
 ]
 Settings = Annotated[
     list[str] | None, _panel(_RUN, "Any setting: em.lr=0.02, lm.dtype=bfloat16, ...")

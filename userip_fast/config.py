@@ -148,10 +148,11 @@ class LMConfig:
     """Which frozen LM reads the prompts, and in which form its weights are kept."""
 
     path: str = "default"
-    """"default" pre-trains a small Llama on the training users' text; else a folder or hub id."""
+    """"default" pre-trains a small Llama on the training users' text; else a folder, a GGUF
+    file, a hub id, or "small": SmolLM2-135M-Instruct (extra `lm-small`)."""
     quantization: Literal["auto", "none", "nf4", "nf4-double"] = "auto"
-    """"auto" is nf4-double, and none of the embedded LM, which is small. bitsandbytes quantises
-    where it is installed, else we do: same bits."""
+    """"auto" is nf4-double, and none of the embedded LM, which is small, and of GGUF files, which
+    are rounded already. bitsandbytes quantises where it is installed, else we do: same bits."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; "auto" is float32 on a CPU, bfloat16 on a GPU."""
     device: str = "auto"

@@ -122,13 +122,12 @@ def test_a_hub_id_is_looked_for(tmp_path, monkeypatch):
     refused("some-owner/some-model", "cannot be loaded")  # tests are offline
 
 
-def test_gguf_and_single_files_say_what_to_name(folder):
-    (folder / "model.gguf").write_bytes(b"GGUF")
-    refused(folder / "model.gguf", r"is a file; name the folder.*gguf_file=NAME")
+def test_single_files_say_what_to_name(folder):
+    refused(folder / "model.safetensors", "is a file; name the folder it lies in")
     (folder / "model.safetensors").unlink()
-    refused(folder, r"neither model\.safetensors nor.*gguf_file=NAME")
+    refused(folder, r"neither model\.safetensors nor pytorch_model\.bin")
     (folder / "config.json").unlink()
-    refused(folder, r"without config\.json.*gguf_file=NAME")
+    refused(folder, r"without config\.json; name the folder that save_pretrained wrote")
 
 
 @pytest.mark.parametrize(

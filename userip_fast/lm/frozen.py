@@ -21,7 +21,7 @@ from torch import Tensor
 
 from userip_fast.config import LMConfig
 from userip_fast.errors import ConfigError, MismatchError, UnavailableError, UnsupportedError
-from userip_fast.lm import attention, stored
+from userip_fast.lm import attention, gguf, stored
 from userip_fast.lm.foldin import FoldIn
 from userip_fast.lm.fuse import fuse, pays
 from userip_fast.lm.memory import Plan, budget_bytes, choose
@@ -56,7 +56,7 @@ class FrozenLM:
             `logit_scale * hidden states`.
         token_embedding, embedding_scale: Token t enters the model as `embedding_scale * row t`.
         embedding_rms: Root mean square of an entry of an embedded token; the unit of `em.lr`.
-        folder: What `load` read; None for a model handed over as it is.
+        folder: What `load` read, a folder or a GGUF file; None for a model handed over as it is.
         plan: How `load` decided to keep and run it; None for a model handed over as it is.
         fp8_report: What the FP8 gate found, in that residency.
     """
@@ -127,7 +127,8 @@ class FrozenLM:
         """Loads a model folder or hub id, and settles how its weights are kept.
 
         Args:
-            path: A folder in Hugging Face format, or a hub id.
+            path: A folder in Hugging Face format, a hub id, a GGUF file or a folder with one, or a
+                short name (`userip_fast.lm.gguf`).
             config: Quantisation, dtype, device, residency; whether to read all bytes again.
             work: What an E-step will ask of it; decides what fits into memory.
 
@@ -141,19 +142,25 @@ class FrozenLM:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         config = config or LMConfig()
-        stored.check_path(path)
+        file = gguf.file_of(path)
+        where: dict[str, Any] = {"pretrained_model_name_or_path": path}
+        if file is None:
+            stored.check_path(path)
+        else:
+            where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         attention.register()
         device = resolve_device(config.device)
         dtype = _resolve_dtype(config.dtype, device)
         remote = {"trust_remote_code": config.trust_remote_code}
         with told(f"LM {path!r} cannot be loaded"):
-            hf_config = AutoConfig.from_pretrained(path, **remote)
-            tokenizer = AutoTokenizer.from_pretrained(path, **remote)
+            hf_config = AutoConfig.from_pretrained(**where, **remote)
+            tokenizer = AutoTokenizer.from_pretrained(**where, **remote)
         packed = getattr(hf_config, "quantization_config", None)
-        quantization = config.quantization.replace("auto", "nf4-double")
+        quantization = config.quantization.replace("auto", "nf4-double" if file is None else "none")
         if packed:
             quantization = stored.quantization_of(path, packed)
-        bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
+        # Of a GGUF file we quantise, not bitsandbytes: it takes part in transformers' own loading.
+        bitsandbytes = file is None and importlib.util.find_spec("bitsandbytes") is not None
         if packed and not bitsandbytes:
             raise UnavailableError(
                 f"LM {path!r} is stored as {quantization} by bitsandbytes, which is not "
@@ -167,7 +174,7 @@ class FrozenLM:
         # transformers makes models under switches of the whole process.
         with told(f"LM {path!r} cannot be loaded"), _LOADING:
             model, info = AutoModelForCausalLM.from_pretrained(
-                path, output_loading_info=True, **kwargs
+                **where, output_loading_info=True, **kwargs
             )
         if missing := sorted(info["missing_keys"]):
             raise UnsupportedError(
@@ -183,7 +190,7 @@ class FrozenLM:
             quantize_linears(model, nested=quantization == "nf4-double")
         with told(f"LM {path!r} cannot be used"):  # its files may hold any value of any type
             lm = cls(model, tokenizer, source=str(path), quantization=quantization)
-            lm.folder = stored.folder_of(path)
+            lm.folder = file or stored.folder_of(path)
             lm.foldin = None if lm.folder is None else FoldIn.load(lm.folder)
             lm.fingerprint = stored.fingerprint(lm.folder, tokenizer, again=config.verify)
         lm._settle(config, work or Workload())
