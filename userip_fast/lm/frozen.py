@@ -24,6 +24,7 @@ from userip_fast.errors import ConfigError, MismatchError, UnavailableError, Uns
 from userip_fast.lm import attention, gguf, stored
 from userip_fast.lm.foldin import FoldIn
 from userip_fast.lm.fuse import fuse, pays
+from userip_fast.lm.masks import Near, near_of_modules
 from userip_fast.lm.memory import Plan, budget_bytes, choose
 from userip_fast.lm.nf4 import is_linear4bit, quantize_linears
 from userip_fast.lm.residency import set_recompute, settle
@@ -52,8 +53,8 @@ class FrozenLM:
         quantization: "none", "nf4" or "nf4-double".
         fingerprint: Digest of every byte that decides what it computes; of a stored LM as it is
             stored (`userip_fast.lm.stored`), else of the tensors handed over.
-        head_weight, head_bias, softcap, logit_scale: The frozen head: `ops.linear_cross_entropy` of
-            `logit_scale * hidden states`.
+        head_weight, head_bias, softcap, logit_scale: The frozen head, as `ops.linear_cross_entropy`
+            takes it.
         token_embedding, embedding_scale: Token t enters the model as `embedding_scale * row t`.
         embedding_rms: Root mean square of an entry of an embedded token; the unit of `em.lr`.
         folder: What `load` read, a folder or a GGUF file; None for a model handed over as it is.
@@ -100,7 +101,7 @@ class FrozenLM:
             getattr(text_config, "logits_scaling", None) or 1.0
         )
         self.softcap = float(getattr(text_config, "final_logit_softcapping", None) or 0.0)
-        self.max_positions = int(getattr(text_config, "max_position_embeddings", 2**31 - 1))
+        self.max_positions = _positions(model, text_config)
         scale = getattr(embedding, "embed_scale", 1.0)
         self.embedding_scale = float(scale)
         rows = self.embed(
@@ -113,6 +114,11 @@ class FrozenLM:
     def fingerprint(self) -> str:
         """See the class."""
         return stored.model_fingerprint(self.model, self.tokenizer)
+
+    @cached_property
+    def near(self) -> dict[int, Near]:
+        """What the masks of each attention module narrow by, by the module's id."""
+        return near_of_modules(self.model)
 
     def is_known_as(self, fingerprint: str) -> bool:
         """Whether a fingerprint, of either kind, is this LM's; files are read again before a no."""
@@ -312,19 +318,8 @@ class FrozenLM:
                 f"{name} does not call attention through transformers' attention interface"
             )
         text_config = self.model.config.get_text_config()
-        rope = getattr(text_config, "rope_parameters", None) or getattr(
-            text_config, "rope_scaling", None
-        )
-        # One for all layers, or one for each type of layer.
-        parts = [rope, *rope.values()] if isinstance(rope, dict) else [rope or {}]
-        for part in parts:
-            kind = stored.entry(part, "rope_type", "default")
-            if kind in ("dynamic", "longrope"):
-                raise UnsupportedError(
-                    f"{name} uses rope type {kind!r}, whose angles depend on the batch"
-                )
         kinds = set(getattr(text_config, "layer_types", None) or [])
-        if strange := sorted(kinds - {"full_attention", "sliding_attention"}):
+        if strange := sorted(kinds - attention.KINDS):
             raise UnsupportedError(f"{name} has layers of type {strange[0]!r}")
         ids = torch.arange(2, device=self.device)
         scaled = self.token_embedding[ids] * torch.tensor(self.embedding_scale, dtype=self.dtype)
@@ -338,9 +333,10 @@ class FrozenLM:
             if change > 0.05 * hidden[0, 0].abs().max():
                 raise UnsupportedError(f"{name} lets a token see later ones: not a causal LM")
             want = self.model(**inputs).logits[0, -1].float()
-            got = (self.logit_scale * hidden[0, -1:] @ self.head_weight.T).float()[0]
+            got = (hidden[0, -1:] @ self.head_weight.T).float()[0]
             if self.head_bias is not None:
                 got = got + self.head_bias.float()
+            got = self.logit_scale * got
             if self.softcap:
                 got = self.softcap * torch.tanh(got / self.softcap)
         if not torch.allclose(got, want, rtol=2e-2, atol=2e-2 * float(want.abs().max())):
@@ -374,6 +370,29 @@ def _resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         # bf16 matrix products without bf16 instructions take a scalar path, about 50x slower.
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _positions(model: Any, text_config: Any) -> int:
+    """Positions that the model has, up to which what it makes of one depends on no other.
+
+    Some ropes take other angles once any position of a batch is past the length that the model was
+    first trained for; Llama 4 scales queries by their place in the batch, from `floor_scale` on.
+    """
+    limits = [int(getattr(text_config, "max_position_embeddings", None) or 2**31 - 1)]
+    rope = getattr(text_config, "rope_parameters", None) or getattr(
+        text_config, "rope_scaling", None
+    )
+    # One for all layers, or one for each type of layer.
+    for part in [rope, *rope.values()] if isinstance(rope, dict) else [rope or {}]:
+        if stored.entry(part, "rope_type", "default") in ("dynamic", "longrope"):
+            first = stored.entry(part, "original_max_position_embeddings", None)
+            first = first or getattr(text_config, "original_max_position_embeddings", None)
+            limits.append(int(first or limits[0]))
+    for module in model.modules():
+        if getattr(module, "attn_temperature_tuning", False):
+            module.attn_temperature_tuning = False  # which below `floor_scale` is a factor of 1
+            limits.append(int(module.floor_scale) - 1)
+    return min(limits)
 
 
 def _check_finite(path: str, model: Any) -> None:

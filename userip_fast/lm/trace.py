@@ -230,14 +230,14 @@ def _attention_scratch(device_type: str, args: Any, backward: bool) -> int:
         return 0  # beyond the outputs, a list of tiles
     from userip_fast.ops._soft_prompt_attention_cpu import scratch_bytes
 
-    q, k, prefix, users = args[0], args[1], args[3].shape[0], args[7].shape[0] - 1
-    softcap, longest = args[-3], args[-2]
-    return scratch_bytes(q, k, prefix, users, longest, softcap=softcap, backward=backward)
+    (q, k, v), prefix, users = args[:3], args[3].shape[0], args[7].shape[0] - 1
+    softcap, longest = args[-4], args[-2]
+    return scratch_bytes(q, k, v, prefix, users, longest, softcap=softcap, backward=backward)
 
 
 _SCRATCH = {
     "linear_cross_entropy": lambda device_type, args: head_scratch(
-        device_type, args[0], args[1], need_grad=args[7]
+        device_type, args[0], args[1], need_grad=args[8]
     ),
     "soft_prompt_attention": lambda device_type, args: _attention_scratch(device_type, args, False),
     "soft_prompt_attention_backward": lambda device_type, args: _attention_scratch(
@@ -260,6 +260,7 @@ class _MetaLM:
         text = model.config.get_text_config()
         self.softcap = float(getattr(text, "final_logit_softcapping", None) or 0.0)
         self.logit_scale = 1.0
+        self.near: dict[int, Any] = {}
         self.embed = embedding
 
     def attention(self, name: str) -> Any:
