@@ -2,8 +2,9 @@
 
 Tensors: q [T, H, d], k [T, Hkv, d], v [T, Hkv, dv] and out [T, H, dv], packed rows; prefix_k and
 prefix_v likewise with P rows; any strides but a contiguous last dimension. lse (log2 of the sum of
-2^score) and delta are [H, T] fp32. Dots accumulate in fp32; probabilities and score gradients are rounded to the input dtype
-before they are multiplied, as FlashAttention does. fp32 inputs are multiplied in fp32, not TF32.
+2^score) and delta are [H, T] fp32. Dots accumulate in fp32; probabilities and score gradients are
+rounded to the input dtype before they are multiplied, as FlashAttention does. fp32 inputs are
+multiplied in fp32, not TF32.
 
 Work: one program per (tile of one user's rows, head). The forward and dQ programs walk the prefix,
 then the user's columns up to their own rows. A dK/dV program owns a tile of columns and one key

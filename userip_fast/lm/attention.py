@@ -151,8 +151,8 @@ def packed_attention(
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d], strided
     if context.calls is not None:
-        kept = (x.detach().contiguous() for x in (k, v))
-        context.calls.append(Call(id(module), *kept, near))
+        kept_k, kept_v = (x.detach().contiguous() for x in (k, v))
+        context.calls.append(Call(id(module), kept_k, kept_v, near))
     if context.prefix is None:
         prefix_k, prefix_v = k[:0].detach(), v[:0].detach()
     else:

@@ -194,11 +194,12 @@ def backward(
             grad, rows, prefix_k, prefix_v, result, row_lse, at.shared, scale
         )[0]
     soft = tuple(x[at.soft] for x in (q, k, v))
-    pack, settings = (*at.soft_pack, None), (num_fields, scale, 0, 0.0, 0)
-    soft_out, soft_lse = kernels.forward(*soft, prefix_k, prefix_v, *pack, *settings)
+    settings = (num_fields, scale, 0, 0.0, 0)
+    soft_out, soft_lse = kernels.forward(*soft, prefix_k, prefix_v, *at.soft_pack, None, *settings)
     soft_grads = kernels.backward(
-        d_out[at.soft], *soft, prefix_k, prefix_v, *pack, soft_out, soft_lse, *settings
-    )
+        d_out[at.soft], *soft, prefix_k, prefix_v, *at.soft_pack, None, soft_out, soft_lse,
+        *settings,
+    )  # fmt: skip
     for full, part in zip((dq, dk, dv), soft_grads, strict=True):
         full[at.soft] += part
     return dq, dk, dv

@@ -181,7 +181,7 @@ def soft_prompt_attention_backward_reference(
             chunk,
         )
         grad, rows, result = (
-            x[own].to(acc).unflatten(1, (kv_heads, -1)) for x in (d_out, q, out)
+            x[own].to(acc).reshape(end - start, kv_heads, -1, x.shape[2]) for x in (d_out, q, out)
         )  # [n, Hkv, G, d or dv]
         p = torch.exp(scores - lse[:, own].reshape(kv_heads, -1, end - start, 1))
         dp = torch.einsum("rhgd,chd->hgrc", grad, torch.cat([prefix_v, v[own]]).to(acc))
