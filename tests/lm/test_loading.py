@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_families import EXACT, saved
+from families import EXACT
 from torch import nn
 
 from userip_fast.config import LMConfig
 from userip_fast.doctor import diagnose
 from userip_fast.errors import UnavailableError, UnsupportedError
 from userip_fast.lm import FrozenLM, memory
+from userip_fast.lm.frozen import _positions
 from userip_fast.lm.memory import Plan, budget_bytes, choose, free_bytes
 from userip_fast.lm.nf4 import is_linear4bit
 from userip_fast.lm.residency import make_resident
@@ -233,13 +234,13 @@ def test_damaged_folders_end_in_one_line(folder, write, tmp_path_factory, monkey
 
 
 @pytest.mark.parametrize("part", ["full_attention", "sliding_attention"])
-def test_a_rope_that_depends_on_the_batch_is_found_in_any_type_of_layer(part):
-    lm = tiny.frozen("gemma3")
-    text = lm.model.config.get_text_config()
+def test_a_rope_that_depends_on_the_batch_caps_positions_in_any_type_of_layer(part):
+    text = tiny.config("gemma3").get_text_config()
     assert set(text.rope_parameters) == {"full_attention", "sliding_attention"}
-    text.rope_parameters[part]["rope_type"] = "dynamic"
-    with pytest.raises(UnsupportedError, match="rope type 'dynamic'"):
-        lm._probe()
+    assert _positions(nn.Identity(), text) == 256
+    about = {"rope_type": "longrope", "original_max_position_embeddings": 100}
+    text.rope_parameters[part].update(about)
+    assert _positions(nn.Identity(), text) == 100
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +304,6 @@ def test_limits_of_cgroups_of_both_versions_and_above_are_seen(tmp_path, members
 
 def test_no_message_of_a_refusal_spans_lines(tmp_path):
     """Also where the library's own error is pages long."""
-    path = Path(saved(EXACT["Llama"], tmp_path))
+    path = Path(EXACT["Llama"].save(tmp_path))
     edit(path, hidden_size=48)
     refused(path, re.escape(str(path)))

@@ -24,7 +24,7 @@ from userip_fast.errors import ConfigError, MismatchError, UnavailableError, Uns
 from userip_fast.lm import attention, gguf, stored
 from userip_fast.lm.foldin import FoldIn
 from userip_fast.lm.fuse import fuse, pays
-from userip_fast.lm.masks import Near, near_of_modules
+from userip_fast.lm.masks import Near, body, near_of_modules
 from userip_fast.lm.memory import Plan, budget_bytes, choose
 from userip_fast.lm.nf4 import is_linear4bit, quantize_linears
 from userip_fast.lm.residency import set_recompute, settle
@@ -44,7 +44,8 @@ class FrozenLM:
     """A frozen causal LM and its tokenizer.
 
     Attributes:
-        model: The Hugging Face model; its base returns final hidden states (after the last norm).
+        model, body: The Hugging Face model, and the part of it that returns final hidden states
+            (after the last norm).
         tokenizer: Its fast tokenizer.
         device, dtype: Of the activations.
         hidden_size: D.
@@ -77,6 +78,7 @@ class FrozenLM:
         quantization: str,
     ) -> None:
         self.model = model
+        self.body = body(model)
         self.tokenizer = tokenizer
         self.source = source
         self.embedded = False
@@ -97,9 +99,9 @@ class FrozenLM:
         self.head_weight: Tensor = head.weight
         self.head_bias: Tensor | None = getattr(head, "bias", None)
         text_config = model.config.get_text_config()
-        self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0) / float(
-            getattr(text_config, "logits_scaling", None) or 1.0
-        )
+        self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0)
+        # Granite divides by it, HyperCLOVA X multiplies: `_probe` asks the model.
+        self.logit_scale /= float(getattr(text_config, "logits_scaling", None) or 1.0)
         self.softcap = float(getattr(text_config, "final_logit_softcapping", None) or 0.0)
         self.max_positions = _positions(model, text_config)
         scale = getattr(embedding, "embed_scale", 1.0)
@@ -318,28 +320,43 @@ class FrozenLM:
                 f"{name} does not call attention through transformers' attention interface"
             )
         text_config = self.model.config.get_text_config()
+        if getattr(text_config, "hidden_size_per_layer_input", None):
+            raise UnsupportedError(
+                f"{name} takes per-layer inputs of each token id, and a soft prompt has none"
+            )
         kinds = set(getattr(text_config, "layer_types", None) or [])
         if strange := sorted(kinds - attention.KINDS):
             raise UnsupportedError(f"{name} has layers of type {strange[0]!r}")
+        if getattr(self.model, "_is_stateful", False) and not kinds:
+            raise UnsupportedError(f"{name} keeps a state beside attention, which packs would mix")
         ids = torch.arange(2, device=self.device)
         scaled = self.token_embedding[ids] * torch.tensor(self.embedding_scale, dtype=self.dtype)
         if not torch.equal(self.embed(ids), scaled):
             raise UnsupportedError(f"{name} changes token embeddings in a way other than a scale")
         with torch.no_grad(), self.attention("eager"), told(f"{name} cannot be run on two tokens"):
             inputs = {"input_ids": ids[None], "use_cache": False}
-            hidden = self.model.base_model(**inputs).last_hidden_state
-            first = self.model.base_model(input_ids=ids[None, :1], use_cache=False)
+            hidden = self.body(**inputs).last_hidden_state
+            by_value = self.body(inputs_embeds=self.embed(ids[None]), use_cache=False)
+            if not torch.allclose(by_value.last_hidden_state, hidden, rtol=1e-2, atol=1e-4):
+                raise UnsupportedError(
+                    f"{name} reads token ids beside their embeddings (per-layer inputs), and a "
+                    "soft prompt has none"
+                )
+            first = self.body(input_ids=ids[None, :1], use_cache=False)
             change = (first.last_hidden_state[0, 0] - hidden[0, 0]).abs().max()
             if change > 0.05 * hidden[0, 0].abs().max():
                 raise UnsupportedError(f"{name} lets a token see later ones: not a causal LM")
             want = self.model(**inputs).logits[0, -1].float()
-            got = (hidden[0, -1:] @ self.head_weight.T).float()[0]
+            raw = (hidden[0, -1:] @ self.head_weight.T).float()[0]
             if self.head_bias is not None:
-                got = got + self.head_bias.float()
-            got = self.logit_scale * got
-            if self.softcap:
-                got = self.softcap * torch.tanh(got / self.softcap)
-        if not torch.allclose(got, want, rtol=2e-2, atol=2e-2 * float(want.abs().max())):
+                raw = raw + self.head_bias.float()
+        for scale in (self.logit_scale, 1 / self.logit_scale):
+            cap = self.softcap
+            got = cap * torch.tanh(scale * raw / cap) if cap else scale * raw
+            if torch.allclose(got, want, rtol=2e-2, atol=2e-2 * float(want.abs().max())):
+                self.logit_scale = scale
+                break
+        else:
             raise UnsupportedError(
                 f"{name} does more between hidden states and logits than a linear "
                 "head with a scale and a soft cap"

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from userip_fast.lm.attention import Attended, current, reading
+from userip_fast.lm.masks import body
 
 
 def last_layer(model: Any) -> nn.Module | None:
     """The model's last decoder layer, None where it is not the end of one list of all layers."""
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
+    for module in body(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module[-1]
     return None

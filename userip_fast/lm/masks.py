@@ -39,9 +39,15 @@ def near_of_modules(model: Any) -> dict[int, Near]:
     seen: dict[int, tuple[str, Tensor | None]] = {}
 
     def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *_: Any, **__: Any
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *_: Any,
+        **__: Any,
     ) -> tuple[Tensor, None]:
-        seen.setdefault(id(module), (type(module).__name__, mask))
+        seen.setdefault(id(module), (type(module).__name__, attention_mask))
         heads = query.shape[1] // value.shape[1]
         return value.repeat_interleave(heads, 1).transpose(1, 2).contiguous(), None
 
@@ -52,7 +58,7 @@ def near_of_modules(model: Any) -> dict[int, Near]:
     embedding = model.get_input_embeddings().weight
     ids = torch.arange(_ROWS, device=embedding.device)[None] % embedding.shape[0]
     with torch.no_grad(), _small(config, sizes), running(model, _NAME):
-        model.base_model(input_ids=ids, use_cache=False)
+        body(model)(input_ids=ids, use_cache=False)
     rows, columns = torch.arange(_ROWS)[:, None], torch.arange(_ROWS)
     causal = columns <= rows
     window, chunk = _SIZES.values()
@@ -61,6 +67,11 @@ def near_of_modules(model: Any) -> dict[int, Near]:
         (Near(window=sizes["sliding_window"]), causal & (columns > rows - window)),
         (Near(chunk=sizes["attention_chunk_size"]), causal & (columns // chunk == rows // chunk)),
     ]
+    if not seen:
+        raise UnsupportedError(
+            f"{type(model).__name__} does not call attention through transformers' attention "
+            "interface"
+        )
     found = {}
     for module, (name, mask) in seen.items():
         sees = _sees(mask, causal)
@@ -69,6 +80,12 @@ def near_of_modules(model: Any) -> dict[int, Near]:
             raise UnsupportedError(f"{name} masks by another rule than windows or chunks")
         found[module] = of[0]
     return found
+
+
+def body(model: Any) -> Any:
+    """The part of a causal LM whose output is the hidden states after the last norm."""
+    parts = (model.base_model, model.get_decoder(), getattr(model, "model", None))
+    return next((part for part in parts if part is not None and part is not model), model)
 
 
 def _sees(mask: Any, causal: Tensor) -> Tensor:
