@@ -87,11 +87,16 @@ def pays(like: Tensor) -> bool:
     return first() is None
 
 
+def is_fused(module: nn.Module) -> bool:
+    """Whether `fuse` has overridden its `forward`."""
+    forward = getattr(module.__dict__.get("forward"), "__func__", None)
+    return bool(getattr(forward, "userip_fused", False))
+
+
 def unfuse(model: nn.Module) -> None:
     """Takes the overrides out again; the model computes with its own code."""
     for module in model.modules():
-        forward = getattr(module.__dict__.get("forward"), "__func__", None)
-        if getattr(forward, "userip_fused", False):
+        if is_fused(module):
             del module.__dict__["forward"]
 
 
