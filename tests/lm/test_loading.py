@@ -123,6 +123,36 @@ def test_a_hub_id_is_looked_for(tmp_path, monkeypatch):
     refused("some-owner/some-model", "cannot be loaded")  # tests are offline
 
 
+def shards(folder):
+    tiny.model("llama").save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model.safetensors").unlink()
+
+
+def pickles(folder):
+    torch.save(tiny.model("llama").state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def sharded_pickles(folder):
+    weights = tiny.model("llama").state_dict()
+    where = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(weights)}
+    for file in set(where.values()):
+        torch.save({n: w for n, w in weights.items() if where[n] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("store", [shards, pickles, sharded_pickles])
+def test_weights_in_any_form_of_file_are_the_same(folder, store):
+    want = load(folder).model.state_dict()
+    store(folder)
+    got = load(folder)
+    assert set(got.model.state_dict()) == set(want)
+    assert all(torch.equal(x, want[name]) for name, x in got.model.state_dict().items())
+    assert got.fingerprint.startswith("v2:")
+
+
 def test_single_files_say_what_to_name(folder):
     refused(folder / "model.safetensors", "is a file; name the folder it lies in")
     (folder / "model.safetensors").unlink()
