@@ -503,6 +503,12 @@ def ctr(
         _panel(_EVAL, "Of dcn,dcnv2,deepfm,autoint,lr,lightgbm (dcn,deepfm,lightgbm)."),
     ] = None,
     rows_per_user: Annotated[int, _panel(_EVAL, "Rows of a user, at most.")] = 40,
+    hold_items: Annotated[
+        float, _panel(_EVAL, "Share of the items that nothing but test rows knows.")
+    ] = 0.0,
+    user_statistics: Annotated[
+        bool, _panel(_EVAL, "Statistics of the user beside every feature.")
+    ] = True,
     damage: Annotated[str, _panel(_EVAL, "To test histories: drop:P, noise:P or shuffle.")] = "",
     period: Annotated[
         str, _panel(_EVAL, "earlier: learn profiles on the log's earlier half.")
@@ -552,6 +558,8 @@ def ctr(
         seeds=seeds,
         max_users=max_users,
         rows_per_user=rows_per_user,
+        hold_items=hold_items,
+        user_statistics=user_statistics,
         damage=damage,
         period=period,  # type: ignore[arg-type]
     )

@@ -139,8 +139,11 @@ class DataConfig:
         longest = 256 if self.max_tokens is None else self.max_tokens
         chunk = min(longest, self.chunk_tokens)
         if self.max_tokens is None and self.behaviour_context == "independent":
-            return 2**31 - 1, chunk
+            return UNLIMITED, chunk
         return longest, chunk
+
+
+UNLIMITED = 2**31 - 1  # tokens
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,10 @@ class LMConfig:
     """Training tokens of the embedded LM, at most: 20 passes over the log are as many as it gets,
     and it ends where users held out are predicted no better. About a minute per million on one CPU
     core for choices (half of it for ratings)."""
+    taught_tokens: int = 200_000
+    """Of any other LM: training tokens, at most, of the map by which it is told of users, the LM
+    staying as it is; forward and backward, twice for choices. 0 tells it nothing: codewords then
+    start at words, or at random."""
 
     def __post_init__(self) -> None:
         _require(
@@ -197,6 +204,7 @@ class LMConfig:
             "positive",
             self.memory_gib,
         )
+        _require(self.taught_tokens >= 0, "lm.taught_tokens", "at least 0", self.taught_tokens)
         for name in ("embedded_layers", "embedded_tokens"):
             _require(getattr(self, name) >= 1, f"lm.{name}", "at least 1", getattr(self, name))
         _require(
