@@ -11,6 +11,7 @@ import copy
 import inspect
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers as tf
@@ -66,6 +67,27 @@ def read(model: Any, prompt: Any, tokens: list[list[int]], weight: list[list[flo
         picked = log_p.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
         total = total - (picked * torch.tensor(loss, dtype=torch.float64)).sum()
     return total
+
+
+def of_users(model: Any, layout: Any, behaviour: Any, theta: Tensor) -> Tensor:
+    """[U] NLL of all users, from the prompt of a `Layout` and a `Behaviour`'s tokens."""
+    prompt: list[Any] = [None] * layout.behaviour_start
+    for i, at, j in zip(layout.prefix_ids, layout.prefix_position, layout.prefix_segment):
+        prompt[at] = ("bos" if j < 0 else "name", int(j), int(i))
+    for row, (at, j) in enumerate(zip(layout.soft_position, layout.soft_segment)):
+        prompt[at] = ("soft", int(j), row)
+    users = []
+    for u in range(behaviour.num_users):
+        own = slice(behaviour.offsets[u], behaviour.offsets[u + 1])
+        cuts = np.flatnonzero(np.diff(behaviour.segment[own])) + 1
+        tokens, weight = (
+            [part.tolist() for part in np.split(values[own], cuts)]
+            for values in (behaviour.ids, behaviour.weight)
+        )
+        # Events of one segment each are independent; one segment for all is a sequence.
+        independent = len(tokens) > 1
+        users.append(read(model, prompt, tokens, weight, theta[u], independent=independent))
+    return torch.stack(users)
 
 
 class hiding:

@@ -15,7 +15,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 
-import numpy as np
 import oracles
 import tiny
 import torch
@@ -30,6 +29,8 @@ from userip_fast.packing import make_pack
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 READINGS = ((1, "sequence"), (3, "sequence"), (3, "independent"))
 NLL, GRADIENT = 1e-6, 1e-5
+THIS = tf.__version__.startswith("5.24.")
+"""Of another transformers it is asked that each family is exact, refused, or not there."""
 UNPREDICTED = {"DBRX", "JetMoE", "LongCat-Flash (MLA)"}
 """Whose experts choose rows by value: what a step takes cannot be traced."""
 NOT_IN_4_BITS = {"LongCat-Flash (MLA)"}
@@ -48,22 +49,7 @@ def errors(lm: FrozenLM, family: Family, readings: Any) -> tuple[float, float]:
         theta *= lm.embedding_rms
         x, y = theta.clone().requires_grad_(), theta.double().requires_grad_()
         nll = PackedEngine(lm, layout).nll(make_pack(behaviour, range(3), layout, lm.device), x)
-        prompt: list[Any] = [None] * layout.behaviour_start
-        for i, at, j in zip(layout.prefix_ids, layout.prefix_position, layout.prefix_segment):
-            prompt[at] = ("bos" if j < 0 else "name", int(j), int(i))
-        for row, (at, j) in enumerate(zip(layout.soft_position, layout.soft_segment)):
-            prompt[at] = ("soft", int(j), row)
-        users = []
-        for u in range(3):
-            own = slice(behaviour.offsets[u], behaviour.offsets[u + 1])
-            cuts = np.flatnonzero(np.diff(behaviour.segment[own])) + 1
-            tokens, weight = (
-                [part.tolist() for part in np.split(values[own], cuts)]
-                for values in (behaviour.ids, behaviour.weight)
-            )
-            alone = context == "independent"
-            users.append(oracles.read(wide, prompt, tokens, weight, y[u], independent=alone))
-        want = torch.stack(users)
+        want = oracles.of_users(wide, layout, behaviour, y)
         (got_gradient,) = torch.autograd.grad(nll.sum(), x)
         (gradient,) = torch.autograd.grad(want.sum(), y)
         found = (
@@ -76,7 +62,12 @@ def errors(lm: FrozenLM, family: Family, readings: Any) -> tuple[float, float]:
 
 def load(family: Family, folder: Path, quantization: str = "none") -> FrozenLM:
     if not (folder / "config.json").exists():
-        family.save(folder)
+        try:
+            family.save(folder)
+        except Exception as e:  # of an older or newer library, which knows no such family
+            if THIS:
+                raise
+            pytest.skip(f"transformers {tf.__version__} cannot make it ({type(e).__name__})")
     return FrozenLM.load(str(folder), LMConfig(quantization=quantization))
 
 
@@ -84,8 +75,13 @@ def load(family: Family, folder: Path, quantization: str = "none") -> FrozenLM:
 def test_packed_users_are_read_as_float64_reads_each_alone(
     name: str, tmp_path: Path, recwarn: Any
 ) -> None:
-    lm = load(EXACT[name], tmp_path)
-    assert (lm.plan is None) == (name in UNPREDICTED)
+    try:
+        lm = load(EXACT[name], tmp_path)
+    except UnsupportedError as e:
+        if THIS:
+            raise
+        pytest.skip(f"refused with transformers {tf.__version__}: {e}")
+    assert not THIS or (lm.plan is None) == (name in UNPREDICTED)
     nll, gradient = errors(lm, EXACT[name], READINGS)
     assert nll <= NLL
     assert gradient <= GRADIENT
@@ -99,7 +95,8 @@ def test_packed_users_are_read_as_float64_reads_each_alone(
 @pytest.mark.parametrize("name", REFUSED)
 def test_others_are_refused_by_name(name: str, tmp_path: Path) -> None:
     layout = tiny.template(3).layout(tiny.tokenizer())
-    with pytest.raises(UnsupportedError, match=re.escape(REFUSED[name])) as found:
+    why = re.escape(REFUSED[name]) if THIS else ""
+    with pytest.raises(UnsupportedError, match=why) as found:
         PackedEngine(load({**ATTENTION, **OTHER}[name], tmp_path), layout)
     assert "\n" not in str(found.value)
 
@@ -112,7 +109,7 @@ def test_families_with_attention_are_read() -> None:
 def test_no_causal_lm_of_transformers_is_forgotten() -> None:
     auto: Any = pytest.importorskip("transformers.models.auto.modeling_auto")
     known = getattr(auto, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", None)
-    if known is None or tuple(map(int, tf.__version__.split(".")[:2])) != (5, 24):
+    if known is None or not THIS:
         pytest.skip("the families are those of transformers 5.24")
     here = {family.kind for family in {**ATTENTION, **OTHER}.values()}
     there = {kind for kinds in NOT_HERE.values() for kind in kinds.split()}

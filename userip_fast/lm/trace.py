@@ -165,8 +165,8 @@ class Architecture:
                 setattr(text, name, [value[i % len(value)] for i in range(layers)])
         text.num_hidden_layers = layers
         rope = getattr(text, "rope_parameters", None)
-        if isinstance(rope, dict) and rope.get("rope_type") == "dynamic":
-            rope["rope_type"] = "default"  # its angles, as far as the LM's positions go
+        if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
+            rope["rope_type"] = "default"  # no larger, and chosen without a look at the positions
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
