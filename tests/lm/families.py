@@ -199,7 +199,7 @@ ATTENTION: dict[str, Family] = {
     "DBRX": of("dbrx", d_model=32, n_heads=4, n_layers=2, max_seq_len=256,
                attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         ffn_config={"ffn_hidden_size": 32}),
-    "Inkling": of("inkling_text"),
+    "Inkling": of("inkling_text", **EXPERTS, n_routed_experts=4),
     "LaRA-mini": of("lara_mini"),
     "Falcon": of("falcon"),
     "StableLM": of("stablelm"),

@@ -43,12 +43,12 @@ def errors(lm: FrozenLM, family: Family, readings: Any) -> tuple[float, float]:
     worst = [0.0, 0.0]
     for fields, context in readings:
         layout = tiny.template(fields).layout(lm.tokenizer)
-        behaviour = tiny.behaviour(layout, 3, context=context)
+        behaviour = tiny.behaviour(layout, 2, context=context)
         random = torch.Generator().manual_seed(3)
-        theta = torch.randn(3, layout.num_soft, lm.hidden_size, generator=random)
+        theta = torch.randn(2, layout.num_soft, lm.hidden_size, generator=random)
         theta *= lm.embedding_rms
         x, y = theta.clone().requires_grad_(), theta.double().requires_grad_()
-        nll = PackedEngine(lm, layout).nll(make_pack(behaviour, range(3), layout, lm.device), x)
+        nll = PackedEngine(lm, layout).nll(make_pack(behaviour, range(2), layout, lm.device), x)
         want = oracles.of_users(wide, layout, behaviour, y)
         (got_gradient,) = torch.autograd.grad(nll.sum(), x)
         (gradient,) = torch.autograd.grad(want.sum(), y)
