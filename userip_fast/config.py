@@ -166,7 +166,7 @@ class LMConfig:
     fused: Literal["auto", "off"] = "auto"
     """Fused norms, gates and RoPE, where there are kernels and the model's modules allow it."""
     memory_gib: float | None = None
-    """What weights and step may take together; None: what is free on a GPU, 0.6 of it on a CPU."""
+    """What weights and step may take together; None: what is free on a GPU, 0.45 of it on a CPU."""
     trust_remote_code: bool = False
     verify: bool = False
     """Read every byte of the LM's files for its fingerprint, instead of trusting sums that are kept

@@ -302,7 +302,7 @@ def test_a_load_says_that_the_default_pack_does_not_fit(folder, monkeypatch, cap
 
 def test_a_part_of_a_cpu_s_free_memory_is_planned_for(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
-    assert budget_bytes(torch.device("cpu")) == 600
+    assert budget_bytes(torch.device("cpu")) == 450
     assert budget_bytes(torch.device("cuda")) == 1000
 
 
