@@ -6,8 +6,8 @@ Users have one of two genders and one of three ages, which the log does not hold
 drawn items, and like items of a genre that theirs likes better with a log probability that is
 higher by --nats (gender and age each have their own genres); the rest is chance. Codes are fitted
 as by default and compared with both traits on users that neither codes nor LM were learned from:
-bits of mutual information, and how often there are as many when traits are shuffled among users (p).
-The last line is JSON.
+bits of mutual information, and how often there are as many when traits are shuffled (p). The last
+line is JSON.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Triton kernels of `userip_fast.ops.soft_prompt_attention`; the op's module has the formulas.
 
-Tensors: q, out [T, H, d] and k, v [T, Hkv, d] packed rows; prefix_k, prefix_v [P, Hkv, d]; any
-strides but a contiguous last dimension. lse (log2 of the sum of 2^score) and delta are [H, T]
-fp32. Dots accumulate in fp32; probabilities and score gradients are rounded to the input dtype
-before they are multiplied, as FlashAttention does. fp32 inputs are multiplied in fp32, not TF32.
+Tensors: q [T, H, d], k [T, Hkv, d], v [T, Hkv, dv] and out [T, H, dv], packed rows; prefix_k and
+prefix_v likewise with P rows; any strides but a contiguous last dimension. lse (log2 of the sum of
+2^score) and delta are [H, T] fp32. Dots accumulate in fp32; probabilities and score gradients are
+rounded to the input dtype before they are multiplied, as FlashAttention does. fp32 inputs are
+multiplied in fp32, not TF32.
 
 Work: one program per (tile of one user's rows, head). The forward and dQ programs walk the prefix,
 then the user's columns up to their own rows. A dK/dV program owns a tile of columns and one key
@@ -153,12 +154,17 @@ def _scores(a, b, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _visible(row, col, num_fields, window, OWN: tl.constexpr, WINDOW: tl.constexpr):
-    """The op's mask, from `_marks` of rows and columns, already shaped to broadcast."""
+    """The op's mask, from `_marks` of rows and columns, already shaped to broadcast.
+
+    WINDOW: 1, by a sliding window; 2, by chunks of `window`; 0, neither.
+    """
     ok = (row[1] == col[1]) | (col[1] < tl.where(row[1] >= num_fields, num_fields, 0))
     if OWN:
         ok = ok & (col[0] <= row[0])
-    if WINDOW:
+    if WINDOW == 1:
         ok = ok & (col[2] > row[2] - window)
+    if WINDOW == 2:
+        ok = ok & (col[2] // window == row[2] // window)
     return ok
 
 
@@ -176,10 +182,12 @@ def _across(marks):
 def _fwd_step(
     acc, m, total, q_tile, row, keys, values, segment_ptr, position_ptr, j, end, kv_head,
     num_fields, scale, window, softcap, BLOCK_N: tl.constexpr, DIM: tl.constexpr,
-    OWN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
+    DIM_V: tl.constexpr, OWN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    DESC: tl.constexpr,
 ):  # fmt: skip
     """One column tile of the online softmax; a tile that a row cannot see leaves it unchanged."""
     BLOCK_D: tl.constexpr = q_tile.shape[1]
+    BLOCK_V: tl.constexpr = acc.shape[1]
     col = _marks(segment_ptr, position_ptr, j, end, NOBODY, BLOCK_N, WINDOW)
     k_tile = _load(keys, j, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
     s, _ = _scores(q_tile, k_tile, scale, softcap, SOFTCAP)
@@ -188,21 +196,21 @@ def _fwd_step(
     m_new = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - m_new[:, None])
     shrink = tl.exp2(m - m_new)
-    v_tile = _load(values, j, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
+    v_tile = _load(values, j, end, kv_head, BLOCK_N, DIM_V, BLOCK_V, DESC)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
     return acc, m_new, total * shrink + tl.sum(p, 1)
 
 
 @triton.jit
 def _fwd_kernel(
-    q, k, v, prefix_k, prefix_v, out_ptr, lse_ptr,
+    q, k, v, prefix_k, prefix_v, out_ptr, lse_ptr, sinks_ptr,
     work_ptr, segment_ptr, prefix_segment_ptr, position_ptr, prefix_position_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_pkt, stride_pkh, stride_pvt, stride_pvh,
     T, P, num_fields, scale, window, softcap,
     H: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
+    DIM_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
     item, head = tl.program_id(0) // H, tl.program_id(0) % H
     kv_head = head // (H // HKV)
@@ -211,15 +219,18 @@ def _fwd_kernel(
     first = tl.load(work_ptr + 3 * item + 2)
     if first < 0:
         return
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     m = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite, so that exp2(m - m_new) is never NaN
     total = tl.zeros((BLOCK_M,), tl.float32)
     row = _marks(segment_ptr, position_ptr, first, end, 0, BLOCK_M, WINDOW)
     lse_at = lse_ptr + tl.cast(head, tl.int64) * T + row[0]
     if start < 0:
-        _store(out_ptr, acc, first, end, head, H, DIM)
+        _store(out_ptr, acc, first, end, head, H, DIM_V)
         tl.store(lse_at, total, mask=row[0] < end)
         return
+    if SINKS:  # as if a column of this score and no value had been walked
+        m = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_ptr + head) * LOG2E
+        total = tl.full((BLOCK_M,), 1.0, tl.float32)
     q_tile = _load((q, stride_qt, stride_qh), first, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
     prefix_keys, keys = (prefix_k, stride_pkt, stride_pkh), (k, stride_kt, stride_kh)
     prefix_values, values = (prefix_v, stride_pvt, stride_pvh), (v, stride_vt, stride_vh)
@@ -227,15 +238,15 @@ def _fwd_kernel(
         acc, m, total = _fwd_step(
             acc, m, total, q_tile, row, prefix_keys, prefix_values, prefix_segment_ptr,
             prefix_position_ptr, j, P, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, False, WINDOW, SOFTCAP, DESC,
+            BLOCK_N, DIM, DIM_V, False, WINDOW, SOFTCAP, DESC,
         )  # fmt: skip
     for j in range(start, tl.minimum(first + BLOCK_M, end), BLOCK_N):
         acc, m, total = _fwd_step(
             acc, m, total, q_tile, row, keys, values, segment_ptr,
             position_ptr, j, end, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, True, WINDOW, SOFTCAP, DESC,
+            BLOCK_N, DIM, DIM_V, True, WINDOW, SOFTCAP, DESC,
         )  # fmt: skip
-    _store(out_ptr, acc / total[:, None], first, end, head, H, DIM)
+    _store(out_ptr, acc / total[:, None], first, end, head, H, DIM_V)
     tl.store(lse_at, m + tl.log2(total), mask=row[0] < end)
 
 
@@ -243,12 +254,14 @@ def _fwd_kernel(
 def _dq_step(
     dq, q_tile, grad, lse, delta, row, keys, values, segment_ptr, position_ptr, j, end, kv_head,
     num_fields, scale, window, softcap, BLOCK_N: tl.constexpr, DIM: tl.constexpr,
-    OWN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
+    DIM_V: tl.constexpr, OWN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    DESC: tl.constexpr,
 ):  # fmt: skip
     BLOCK_D: tl.constexpr = q_tile.shape[1]
+    BLOCK_V: tl.constexpr = grad.shape[1]
     col = _marks(segment_ptr, position_ptr, j, end, NOBODY, BLOCK_N, WINDOW)
     k_tile = _load(keys, j, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
-    v_tile = _load(values, j, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
+    v_tile = _load(values, j, end, kv_head, BLOCK_N, DIM_V, BLOCK_V, DESC)
     s, slope = _scores(q_tile, k_tile, scale, softcap, SOFTCAP)
     ok = _visible(_down(row), _across(col), num_fields, window, OWN, WINDOW)
     p = tl.where(ok, tl.exp2(s - lse[:, None]), 0.0)
@@ -265,7 +278,7 @@ def _dq_kernel(
     stride_pkt, stride_pkh, stride_pvt, stride_pvh,
     T, P, num_fields, scale, window, softcap,
     H: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIM_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta [H, T] for `_dkdv_kernel`; d_out and out are contiguous."""
@@ -283,8 +296,8 @@ def _dq_kernel(
     row = _marks(segment_ptr, position_ptr, first, end, 0, BLOCK_M, WINDOW)
     inside = row[0] < end
     at = tl.cast(head, tl.int64) * T + row[0]
-    grad = _load((d_out, H * DIM, DIM), first, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
-    result = _load((out, H * DIM, DIM), first, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
+    grad = _load((d_out, H * DIM_V, DIM_V), first, end, head, BLOCK_M, DIM_V, BLOCK_V, DESC)
+    result = _load((out, H * DIM_V, DIM_V), first, end, head, BLOCK_M, DIM_V, BLOCK_V, DESC)
     delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(delta_ptr + at, delta, mask=inside)
     lse = tl.load(lse_ptr + at, mask=inside, other=float("inf"))
@@ -295,13 +308,13 @@ def _dq_kernel(
         dq = _dq_step(
             dq, q_tile, grad, lse, delta, row, prefix_keys, prefix_values, prefix_segment_ptr,
             prefix_position_ptr, j, P, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, False, WINDOW, SOFTCAP, DESC,
+            BLOCK_N, DIM, DIM_V, False, WINDOW, SOFTCAP, DESC,
         )  # fmt: skip
     for j in range(start, tl.minimum(first + BLOCK_M, end), BLOCK_N):
         dq = _dq_step(
             dq, q_tile, grad, lse, delta, row, keys, values, segment_ptr,
             position_ptr, j, end, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, True, WINDOW, SOFTCAP, DESC,
+            BLOCK_N, DIM, DIM_V, True, WINDOW, SOFTCAP, DESC,
         )  # fmt: skip
     _store(dq_ptr, dq * scale, first, end, head, H, DIM)
 
@@ -312,7 +325,7 @@ def _dkdv_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     T, num_fields, scale, window, softcap,
     H: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIM_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N columns, BLOCK_M rows at a time; scores are transposed, [N, M]."""
@@ -323,13 +336,13 @@ def _dkdv_kernel(
     if first < 0:
         return
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if start < 0:
         _store(dk_ptr, dk, first, end, kv_head, HKV, DIM)
-        _store(dv_ptr, dv, first, end, kv_head, HKV, DIM)
+        _store(dv_ptr, dv, first, end, kv_head, HKV, DIM_V)
         return
     k_tile = _load((k, stride_kt, stride_kh), first, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
-    v_tile = _load((v, stride_vt, stride_vh), first, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
+    v_tile = _load((v, stride_vt, stride_vh), first, end, kv_head, BLOCK_N, DIM_V, BLOCK_V, DESC)
     col = _marks(segment_ptr, position_ptr, first, end, NOBODY, BLOCK_N, WINDOW)
     for g in range(H // HKV):
         head = kv_head * (H // HKV) + g
@@ -340,7 +353,7 @@ def _dkdv_kernel(
             lse = tl.load(lse_ptr + at, mask=inside, other=float("inf"))
             delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
             q_tile = _load((q, stride_qt, stride_qh), i, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
-            grad = _load((d_out, H * DIM, DIM), i, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
+            grad = _load((d_out, H * DIM_V, DIM_V), i, end, head, BLOCK_M, DIM_V, BLOCK_V, DESC)
             s, slope = _scores(k_tile, q_tile, scale, softcap, SOFTCAP)
             ok = _visible(_across(row), _down(col), num_fields, window, True, WINDOW)
             p = tl.where(ok, tl.exp2(s - lse[None, :]), 0.0)
@@ -349,11 +362,12 @@ def _dkdv_kernel(
             ds = p * (dp - delta[None, :]) * slope
             dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
     _store(dk_ptr, dk * scale, first, end, kv_head, HKV, DIM)
-    _store(dv_ptr, dv, first, end, kv_head, HKV, DIM)
+    _store(dv_ptr, dv, first, end, kv_head, HKV, DIM_V)
 
 
 def tiling(kernel: str, dim: int, dtype: torch.dtype, desc: bool) -> Tiling:
-    """The cut of "fwd", "dq" or "dkdv": in 16 bits none spills where it is meant for.
+    """The cut of "fwd", "dq" or "dkdv" for the wider of q and v: in 16 bits none spills where it is
+    meant for.
 
     Found by compiling (docs/attention.md has registers and shared memory); timings on a GPU are
     still to come. A wgmma needs 64 own rows, hence 64 with descriptors.
@@ -415,13 +429,17 @@ def _source(x: Tensor, rows: int, block_d: int, desc: bool) -> Tensor | TensorDe
     return TensorDescriptor(x, list(shape), list(strides), [1, rows, block_d])
 
 
-def _constants(q: Tensor, k: Tensor, window: int, softcap: float, desc: bool) -> dict[str, int]:
+def _constants(
+    q: Tensor, v: Tensor, window: int, softcap: float, chunk: int, desc: bool
+) -> dict[str, int]:
     return {
         "H": q.shape[1],
-        "HKV": k.shape[1],
+        "HKV": v.shape[1],
         "DIM": q.shape[2],
         "BLOCK_D": max(16, triton.next_power_of_2(q.shape[2])),
-        "WINDOW": window > 0,
+        "DIM_V": v.shape[2],
+        "BLOCK_V": max(16, triton.next_power_of_2(v.shape[2])),
+        "WINDOW": 1 if window > 0 else 2 if chunk > 0 else 0,
         "SOFTCAP": softcap > 0.0,
         "DESC": desc,
     }
@@ -430,24 +448,30 @@ def _constants(q: Tensor, k: Tensor, window: int, softcap: float, desc: bool) ->
 def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor,
     segment: Tensor, prefix_segment: Tensor, cu_seqlens: Tensor, position: Tensor,
-    prefix_position: Tensor, num_fields: int, scale: float, window: int, softcap: float,
+    prefix_position: Tensor, sinks: Tensor | None, num_fields: int, scale: float, window: int,
+    softcap: float, chunk: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out [T, H, d] and lse [H, T] fp32; arguments as `soft_prompt_attention_reference`."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    """out [T, H, dv] and lse [H, T] fp32; arguments as `soft_prompt_attention_reference`."""
+    out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
     desc = _descriptors_fit((q, k, v, prefix_k, prefix_v))
-    constants = _constants(q, k, window, softcap, desc)
-    cut, block_d = tiling("fwd", q.shape[2], q.dtype, desc), constants["BLOCK_D"]
+    constants = _constants(q, v, window, softcap, chunk, desc)
+    block_d, block_v = constants["BLOCK_D"], constants["BLOCK_V"]
+    cut = tiling("fwd", max(q.shape[2], v.shape[2]), q.dtype, desc)
     work, capacity = _work_list(cu_seqlens, q.shape[0], cut.own, last_first=True)
     _fwd_kernel[(capacity * q.shape[1],)](
         _source(q, cut.own, block_d, desc),
-        *(_source(x, cut.step, block_d, desc) for x in (k, v, prefix_k, prefix_v)),
-        out, lse, work, segment, prefix_segment, position, prefix_position,
+        *(
+            _source(x, cut.step, width, desc)
+            for x, width in zip((k, v, prefix_k, prefix_v), (block_d, block_v) * 2)
+        ),
+        out, lse, lse if sinks is None else sinks.float().contiguous(), work,
+        segment, prefix_segment, position, prefix_position,
         *(n for x in (q, k, v, prefix_k, prefix_v) for n in x.stride()[:2]),
-        q.shape[0], prefix_k.shape[0], num_fields, scale, window, softcap,
-        BLOCK_M=cut.own, BLOCK_N=cut.step, **constants,
+        q.shape[0], prefix_k.shape[0], num_fields, scale, window or chunk, softcap,
+        BLOCK_M=cut.own, BLOCK_N=cut.step, SINKS=sinks is not None, **constants,
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     return out, lse
@@ -456,42 +480,52 @@ def forward(
 def backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor,
     segment: Tensor, prefix_segment: Tensor, cu_seqlens: Tensor, position: Tensor,
-    prefix_position: Tensor, out: Tensor, lse: Tensor,
-    num_fields: int, scale: float, window: int, softcap: float,
+    prefix_position: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor,
+    num_fields: int, scale: float, window: int, softcap: float, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq [T, H, d], dk and dv [T, Hkv, d]; arguments as the reference's backward pass."""
+    """dq [T, H, d], dk [T, Hkv, d], dv [T, Hkv, dv]; arguments as the reference's backward pass.
+
+    Sinks are in lse already.
+    """
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if q.numel() == 0:
         return dq, dk, dv
     d_out, delta, rows = d_out.contiguous(), torch.empty_like(lse), q.shape[0]
     desc = _descriptors_fit((q, k, v, prefix_k, prefix_v, d_out, out))
-    constants = _constants(q, k, window, softcap, desc)
-    block_d = constants["BLOCK_D"]
+    constants = _constants(q, v, window, softcap, chunk, desc)
+    block_d, block_v = constants["BLOCK_D"], constants["BLOCK_V"]
+    widest = max(q.shape[2], v.shape[2])
 
-    cut = tiling("dq", q.shape[2], q.dtype, desc)
+    cut = tiling("dq", widest, q.dtype, desc)
     work, capacity = _work_list(cu_seqlens, rows, cut.own, last_first=True)
     _dq_kernel[(capacity * q.shape[1],)](
         _source(q, cut.own, block_d, desc),
-        *(_source(x, cut.step, block_d, desc) for x in (k, v, prefix_k, prefix_v)),
-        *(_source(x, cut.own, block_d, desc) for x in (d_out, out)),
+        *(
+            _source(x, cut.step, width, desc)
+            for x, width in zip((k, v, prefix_k, prefix_v), (block_d, block_v) * 2)
+        ),
+        *(_source(x, cut.own, block_v, desc) for x in (d_out, out)),
         lse, delta, dq, work, segment, prefix_segment, position, prefix_position,
         *(n for x in (q, k, v, prefix_k, prefix_v) for n in x.stride()[:2]),
-        rows, prefix_k.shape[0], num_fields, scale, window, softcap,
+        rows, prefix_k.shape[0], num_fields, scale, window or chunk, softcap,
         BLOCK_M=cut.own, BLOCK_N=cut.step, **constants,
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
 
-    desc = desc and block_d <= 128  # at 256 wgmma's layouts of dk and dv spill, mma.sync's do not
-    cut = tiling("dkdv", q.shape[2], q.dtype, desc)
+    desc = (
+        desc and max(block_d, block_v) <= 128
+    )  # at 256 wgmma's layouts of dk and dv spill, mma.sync's do not
+    cut = tiling("dkdv", widest, q.dtype, desc)
     constants["DESC"] = desc
     work, capacity = _work_list(cu_seqlens, rows, cut.own, last_first=False)
     _dkdv_kernel[(capacity * k.shape[1],)](
         _source(q, cut.step, block_d, desc),
-        *(_source(x, cut.own, block_d, desc) for x in (k, v)),
-        _source(d_out, cut.step, block_d, desc),
+        _source(k, cut.own, block_d, desc),
+        _source(v, cut.own, block_v, desc),
+        _source(d_out, cut.step, block_v, desc),
         lse, delta, dk, dv, work, segment, position,
         *(n for x in (q, k, v) for n in x.stride()[:2]),
-        rows, num_fields, scale, window, softcap,
+        rows, num_fields, scale, window or chunk, softcap,
         BLOCK_M=cut.step, BLOCK_N=cut.own, **constants,
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip

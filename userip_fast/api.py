@@ -103,8 +103,8 @@ def fit(
     Args:
         data: Training histories, from `read_interactions` or a split of it; or, where they do not
             fit into memory, from `stream_interactions`.
-        lm: "default" for the embedded LM, a folder or hub id, or a loaded LM; None takes the
-            config's.
+        lm: "default" for the embedded LM, a folder, GGUF file, hub id or "small", or a loaded LM;
+            None takes the config's.
         fields: Profile fields; None takes the config's.
         config: Settings, or a nested mapping of them; None for the defaults.
         out: Run folder that gets `model/ bank/ checkpoints/ metrics.json metrics.jsonl

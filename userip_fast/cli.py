@@ -242,7 +242,10 @@ Template = Annotated[
 ]
 Lm = Annotated[
     str | None,
-    _panel(_FIELDS, "Folder or hub id; 'default': a small Llama trained on this log."),
+    _panel(
+        _FIELDS,
+        "Folder, GGUF file, hub id, 'small'; 'default': a Llama trained on this log.",
+    ),
 ]
 Settings = Annotated[
     list[str] | None, _panel(_RUN, "Any setting: em.lr=0.02, lm.dtype=bfloat16, ...")
@@ -803,6 +806,27 @@ def _silence_transformers() -> None:
     transformers_logging.disable_progress_bar()
     # Without its optional kernels it works as well, and says so as a warning.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@app.command(name="lm")
+def describe_lm(
+    ctx: typer.Context,
+    path: Annotated[str, typer.Argument(help="Folder, GGUF file, hub id or 'small'.")],
+    quantization: Quantization = None,
+    device: Device = None,
+    verify: Verify = None,
+    set: Settings = None,
+) -> None:
+    """Say what a language model is, what of it is run, and how much memory and time it takes."""
+    from userip_fast.flags import settings_of
+
+    settings = settings_of({**ctx.params, "lm": path})
+    _silence_transformers()
+    from userip_fast.lm.describe import describe
+    from userip_fast.visible import visible
+
+    for name, value in describe(path, settings.lm):
+        typer.echo(f"{name:12} {visible(value)}")
 
 
 @app.command()

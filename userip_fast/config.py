@@ -151,10 +151,11 @@ class LMConfig:
     """Which frozen LM reads the prompts, and in which form its weights are kept."""
 
     path: str = "default"
-    """"default" pre-trains a small Llama on the training users' text; else a folder or hub id."""
+    """"default" pre-trains a small Llama on the training users' text; else a folder, a GGUF
+    file, a hub id, or "small": SmolLM2-135M-Instruct (extra `lm-small`)."""
     quantization: Literal["auto", "none", "nf4", "nf4-double"] = "auto"
-    """"auto" is nf4-double, and none of the embedded LM, which is small. bitsandbytes quantises
-    where it is installed, else we do: same bits."""
+    """"auto" is nf4-double, and none of the embedded LM, which is small, and of GGUF files, which
+    are rounded already. bitsandbytes quantises where it is installed, else we do: same bits."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; "auto" is float32 on a CPU, bfloat16 on a GPU. On a CPU with bf16 instructions
     "auto" also multiplies in bf16 where no gradient is needed, if that is faster and the LM says
@@ -167,7 +168,7 @@ class LMConfig:
     fused: Literal["auto", "off"] = "auto"
     """Fused norms, gates and RoPE, where there are kernels and the model's modules allow it."""
     memory_gib: float | None = None
-    """What weights and step may take together; None: what is free on a GPU, 0.6 of it on a CPU."""
+    """What weights and step may take together; None: what is free on a GPU, 0.45 of it on a CPU."""
     trust_remote_code: bool = False
     verify: bool = False
     """Read every byte of the LM's files for its fingerprint, instead of trusting sums that are kept

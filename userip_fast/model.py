@@ -586,6 +586,71 @@ class Model:
                 "the same command with --resume: the LM is made again, what was learned is kept"
             ) from e
 
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        licence: str | None = None,
+    ) -> None:
+        """Writes a repository for the Hugging Face hub: the model, and a card that tells of it.
+
+        Args:
+            folder: Gets `README.md`, `config.json`, `metrics.json` and `model/`.
+            metrics: For the card; None takes those of the run the model was loaded from.
+            licence: As the hub names licences.
+        """
+        from userip_fast.hub import OnHub
+
+        OnHub(self, metrics, licence).save_pretrained(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        licence: str | None = None,
+        **options: Any,
+    ) -> str:
+        """The same into a repository of the hub, as one commit; returns its address.
+
+        Args:
+            repo_id: OWNER/NAME.
+            metrics, licence: As for `save_pretrained`.
+            options: Of `huggingface_hub.ModelHubMixin.push_to_hub`: private, token, branch,
+                create_pr, commit_message.
+        """
+        from userip_fast.hub import OnHub
+
+        return str(OnHub(self, metrics, licence).push_to_hub(repo_id, **options))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str | Path,
+        *,
+        lm: str | None = None,
+        device: str | None = None,
+        **options: Any,
+    ) -> Model:
+        """Reads a model from the hub, or from a folder that `save_pretrained` or `save` wrote.
+
+        Args:
+            repo_id: OWNER/NAME, or a folder.
+            lm, device: As for `load`.
+            options: Of `huggingface_hub.ModelHubMixin.from_pretrained`: revision, token, cache_dir,
+                local_files_only, force_download.
+
+        Raises:
+            FormatError: It holds no model, or a damaged one.
+            UnsupportedError: The hub does not give it; the text says why.
+            MismatchError: The LM is not the one the codebooks were learned with.
+        """
+        from userip_fast.hub import OnHub
+
+        with stored.told(f"model {str(repo_id)!r} cannot be fetched"):
+            return OnHub.from_pretrained(repo_id, lm=lm, device=device, **options).model
+
     @classmethod
     def load(
         cls,
