@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
-import re
 import subprocess
 import sys
 import time
@@ -21,12 +19,25 @@ from typing import Any
 
 import torch
 
+from userip_fast import isa, threads
 from userip_fast.testing import peak_bytes
 
 Run = Callable[[], Any]
 
 
 clock: Callable[[], float] = time.perf_counter  # on CPU
+LOAD_BEFORE = os.getloadavg()[0]  # when the script began
+
+
+def loaded() -> str | None:
+    """Why gates of wall-clock times mean nothing here; None where the machine was this script's.
+
+    Of processor time on one thread other load is kept out, as far as caches and memory allow.
+    """
+    cores = threads.affinity()
+    if clock is time.perf_counter and 0.3 * cores < LOAD_BEFORE:
+        return f"load average {LOAD_BEFORE:.2f} on {cores} processors when it began: no gates"
+    return None
 
 
 def run_script(main: Callable[[], object]) -> None:
@@ -60,6 +71,8 @@ def apply_arguments(arguments: argparse.Namespace) -> None:
         SystemExit: Processor time was asked for with several threads, of which it is the sum.
     """
     global clock
+    threads.settle()
+    isa.settle()  # measures, the first time; no contender should pay for that
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.clock == "cpu":
@@ -151,7 +164,7 @@ def ceilings(device: str) -> dict[str, float]:
 
 def machine(device: str) -> dict[str, Any]:
     """Where and of what the numbers are."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name() if device == "cuda" else isa.cpu_name()
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -163,13 +176,11 @@ def machine(device: str) -> dict[str, Any]:
         "clock": "wall" if clock is time.perf_counter else "cpu",
         "torch": torch.__version__,
         "commit": commit or None,
+        "cpu": isa.cpu_name(),
+        "instruction_sets": isa.settle(),
+        "processors": threads.affinity(),
+        "quota": threads.quota(),
+        "load_before": round(LOAD_BEFORE, 2),
         "load_average": round(os.getloadavg()[0], 2),
+        "no_gates": loaded(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.machine()

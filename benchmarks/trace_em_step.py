@@ -124,10 +124,9 @@ class Counting(TorchDispatchMode):
             now.waits += 1
         if name in _NOTHING or func.is_view:
             return
-        if "userip_fast" not in str(func) and not func._schema.is_mutable:
-            # Such as `contiguous` of what is: nothing is launched.
-            if made and all(any(x is y for y in read) for x in made):
-                return
+        given = made and all(any(x is y for y in read) for x in made)
+        if given and not func._schema.is_mutable:
+            return  # such as `contiguous` of what is: nothing is launched
         size = sum(map(_bytes, made)) + sum(map(_bytes, read))
         if func._schema.is_mutable:  # what is written is an argument, and its result the same
             size -= sum(map(_bytes, made))

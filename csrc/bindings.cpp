@@ -15,6 +15,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
     bind_nf4(m);
     bind_profile_posterior(m);
     bind_sparse_adam(m);
+    bind_threads(m);
 #ifdef USERIP_FAST_WITH_CUDA
     m.attr("cuda_architectures") = USERIP_FAST_CUDA_ARCHITECTURES;
     bind_assign_codes_cuda(m);

@@ -16,6 +16,7 @@ void bind_frozen_block(py::module_& m);
 void bind_nf4(py::module_& m);
 void bind_profile_posterior(py::module_& m);
 void bind_sparse_adam(py::module_& m);
+void bind_threads(py::module_& m);
 
 #ifdef USERIP_FAST_WITH_CUDA
 // csrc/cuda/

@@ -1,9 +1,10 @@
 """Triton kernels of `userip_fast.ops.soft_prompt_attention`; the op's module has the formulas.
 
-Tensors: q, out [T, H, d] and k, v [T, Hkv, d] packed rows; prefix_k, prefix_v [P, Hkv, d]; any
-strides but a contiguous last dimension. lse (log2 of the sum of 2^score) and delta are [H, T]
-fp32. Dots accumulate in fp32; probabilities and score gradients are rounded to the input dtype
-before they are multiplied, as FlashAttention does. fp32 inputs are multiplied in fp32, not TF32.
+Tensors: q [T, H, d], k [T, Hkv, d], v [T, Hkv, dv] and out [T, H, dv], packed rows; prefix_k and
+prefix_v likewise with P rows; any strides but a contiguous last dimension. lse (log2 of the sum of
+2^score) and delta are [H, T] fp32. Dots accumulate in fp32; probabilities and score gradients are
+rounded to the input dtype before they are multiplied, as FlashAttention does. fp32 inputs are
+multiplied in fp32, not TF32.
 
 Work: one program per (tile of one user's rows, head). The forward and dQ programs walk the prefix,
 then the user's columns up to their own rows. A dK/dV program owns a tile of columns and one key
@@ -162,12 +163,17 @@ def _scores(a, b, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _visible(row, col, num_fields, window, OWN: tl.constexpr, WINDOW: tl.constexpr):
-    """The op's mask, from `_marks` of rows and columns, already shaped to broadcast."""
+    """The op's mask, from `_marks` of rows and columns, already shaped to broadcast.
+
+    WINDOW: 1, by a sliding window; 2, by chunks of `window`; 0, neither.
+    """
     ok = (row[1] == col[1]) | (col[1] < tl.where(row[1] >= num_fields, num_fields, 0))
     if OWN:
         ok = ok & (col[0] <= row[0])
-    if WINDOW:
+    if WINDOW == 1:
         ok = ok & (col[2] > row[2] - window)
+    if WINDOW == 2:
+        ok = ok & (col[2] // window == row[2] // window)
     return ok
 
 
@@ -185,11 +191,12 @@ def _across(marks):
 def _fwd_step(
     acc, m, total, q_tile, row, keys, values, segment_ptr, position_ptr, j, end, kv_head,
     num_fields, scale, window, softcap, BLOCK_N: tl.constexpr, DIM: tl.constexpr,
-    OWN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
-    TAIL: tl.constexpr,
+    DIM_V: tl.constexpr, OWN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    DESC: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One column tile of the online softmax; a tile that a row cannot see leaves it unchanged."""
     BLOCK_D: tl.constexpr = q_tile.shape[1]
+    BLOCK_V: tl.constexpr = acc.shape[1]
     col = _marks(segment_ptr, position_ptr, j, end, NOBODY, BLOCK_N, WINDOW)
     k_tile = _load(keys, j, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
     s, _ = _scores(q_tile, k_tile, scale, softcap, SOFTCAP)
@@ -198,7 +205,7 @@ def _fwd_step(
     m_new = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - m_new[:, None])
     shrink = tl.exp2(m - m_new)
-    v_tile = _load(values, j, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
+    v_tile = _load(values, j, end, kv_head, BLOCK_N, DIM_V, BLOCK_V, DESC)
     if TAIL:
         v_tile = _own_rows(v_tile, j, end)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
@@ -207,14 +214,14 @@ def _fwd_step(
 
 @triton.jit
 def _fwd_kernel(
-    q, k, v, prefix_k, prefix_v, out_ptr, lse_ptr,
+    q, k, v, prefix_k, prefix_v, out_ptr, lse_ptr, sinks_ptr,
     work_ptr, segment_ptr, prefix_segment_ptr, position_ptr, prefix_position_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_pkt, stride_pkh, stride_pvt, stride_pvh,
     T, P, num_fields, scale, window, softcap,
     H: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
+    DIM_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
     item, head = tl.program_id(0) // H, tl.program_id(0) % H
     kv_head = head // (H // HKV)
@@ -223,15 +230,18 @@ def _fwd_kernel(
     first = tl.load(work_ptr + 3 * item + 2)
     if first < 0:
         return
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     m = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite, so that exp2(m - m_new) is never NaN
     total = tl.zeros((BLOCK_M,), tl.float32)
     row = _marks(segment_ptr, position_ptr, first, end, 0, BLOCK_M, WINDOW)
     lse_at = lse_ptr + tl.cast(head, tl.int64) * T + row[0]
     if start < 0:
-        _store(out_ptr, acc, first, end, head, H, DIM)
+        _store(out_ptr, acc, first, end, head, H, DIM_V)
         tl.store(lse_at, total, mask=row[0] < end)
         return
+    if SINKS:  # as if a column of this score and no value had been walked
+        m = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_ptr + head) * LOG2E
+        total = tl.full((BLOCK_M,), 1.0, tl.float32)
     q_tile = _load((q, stride_qt, stride_qh), first, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
     prefix_keys, keys = (prefix_k, stride_pkt, stride_pkh), (k, stride_kt, stride_kh)
     prefix_values, values = (prefix_v, stride_pvt, stride_pvh), (v, stride_vt, stride_vh)
@@ -239,7 +249,7 @@ def _fwd_kernel(
         acc, m, total = _fwd_step(
             acc, m, total, q_tile, row, prefix_keys, prefix_values, prefix_segment_ptr,
             prefix_position_ptr, j, P, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, False, WINDOW, SOFTCAP, DESC, False,
+            BLOCK_N, DIM, DIM_V, False, WINDOW, SOFTCAP, DESC, False,
         )  # fmt: skip
     stop = tl.minimum(first + BLOCK_M, end)
     full = start + (stop - start) // BLOCK_N * BLOCK_N if DESC else stop
@@ -247,16 +257,16 @@ def _fwd_kernel(
         acc, m, total = _fwd_step(
             acc, m, total, q_tile, row, keys, values, segment_ptr,
             position_ptr, j, end, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, True, WINDOW, SOFTCAP, DESC, False,
+            BLOCK_N, DIM, DIM_V, True, WINDOW, SOFTCAP, DESC, False,
         )  # fmt: skip
-    if DESC:
+    if DESC:  # noqa: SIM102 - known to the compiler, unlike what follows
         if full < stop:
             acc, m, total = _fwd_step(
                 acc, m, total, q_tile, row, keys, values, segment_ptr,
                 position_ptr, full, end, kv_head, num_fields, scale, window, softcap,
-                BLOCK_N, DIM, True, WINDOW, SOFTCAP, DESC, True,
+                BLOCK_N, DIM, DIM_V, True, WINDOW, SOFTCAP, DESC, True,
             )  # fmt: skip
-    _store(out_ptr, acc / total[:, None], first, end, head, H, DIM)
+    _store(out_ptr, acc / total[:, None], first, end, head, H, DIM_V)
     tl.store(lse_at, m + tl.log2(total), mask=row[0] < end)
 
 
@@ -264,13 +274,14 @@ def _fwd_kernel(
 def _dq_step(
     dq, q_tile, grad, lse, delta, row, keys, values, segment_ptr, position_ptr, j, end, kv_head,
     num_fields, scale, window, softcap, BLOCK_N: tl.constexpr, DIM: tl.constexpr,
-    OWN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
-    TAIL: tl.constexpr,
+    DIM_V: tl.constexpr, OWN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    DESC: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     BLOCK_D: tl.constexpr = q_tile.shape[1]
+    BLOCK_V: tl.constexpr = grad.shape[1]
     col = _marks(segment_ptr, position_ptr, j, end, NOBODY, BLOCK_N, WINDOW)
     k_tile = _load(keys, j, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
-    v_tile = _load(values, j, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
+    v_tile = _load(values, j, end, kv_head, BLOCK_N, DIM_V, BLOCK_V, DESC)
     if TAIL:
         k_tile, v_tile = _own_rows(k_tile, j, end), _own_rows(v_tile, j, end)
     s, slope = _scores(q_tile, k_tile, scale, softcap, SOFTCAP)
@@ -289,7 +300,8 @@ def _dq_kernel(
     stride_pkt, stride_pkh, stride_pvt, stride_pvh,
     T, P, num_fields, scale, window, softcap,
     H: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROW_HEADS: tl.constexpr,
+    DIM_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROW_HEADS: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta [H, T] for `_dkdv_kernel`; d_out and out are contiguous."""
@@ -307,8 +319,8 @@ def _dq_kernel(
     row = _marks(segment_ptr, position_ptr, first, end, 0, BLOCK_M, WINDOW)
     inside = row[0] < end
     at = tl.cast(head, tl.int64) * T + row[0]
-    grad = _load((d_out, H * DIM, DIM), first, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
-    result = _load((out, H * DIM, DIM), first, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
+    grad = _load((d_out, H * DIM_V, DIM_V), first, end, head, BLOCK_M, DIM_V, BLOCK_V, DESC)
+    result = _load((out, H * DIM_V, DIM_V), first, end, head, BLOCK_M, DIM_V, BLOCK_V, DESC)
     delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(delta_ptr + at, delta, mask=inside)
     lse = tl.load(lse_ptr + at, mask=inside, other=float("inf"))
@@ -319,23 +331,23 @@ def _dq_kernel(
         dq = _dq_step(
             dq, q_tile, grad, lse, delta, row, prefix_keys, prefix_values, prefix_segment_ptr,
             prefix_position_ptr, j, P, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, False, WINDOW, SOFTCAP, DESC, False,
+            BLOCK_N, DIM, DIM_V, False, WINDOW, SOFTCAP, DESC, False,
         )  # fmt: skip
     stop = tl.minimum(first + BLOCK_M, end)
-    CLEAN: tl.constexpr = DESC and BLOCK_D <= 128  # it spills at 256
+    CLEAN: tl.constexpr = DESC and BLOCK_D <= 128 and BLOCK_V <= 128  # it spills at 256
     full = start + (stop - start) // BLOCK_N * BLOCK_N if CLEAN else stop
     for j in range(start, full, BLOCK_N):
         dq = _dq_step(
             dq, q_tile, grad, lse, delta, row, keys, values, segment_ptr,
             position_ptr, j, end, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, True, WINDOW, SOFTCAP, DESC, False,
+            BLOCK_N, DIM, DIM_V, True, WINDOW, SOFTCAP, DESC, False,
         )  # fmt: skip
-    if CLEAN:
+    if CLEAN:  # noqa: SIM102
         if full < stop:
             dq = _dq_step(
                 dq, q_tile, grad, lse, delta, row, keys, values, segment_ptr,
                 position_ptr, full, end, kv_head, num_fields, scale, window, softcap,
-                BLOCK_N, DIM, True, WINDOW, SOFTCAP, DESC, True,
+                BLOCK_N, DIM, DIM_V, True, WINDOW, SOFTCAP, DESC, True,
             )  # fmt: skip
     _store(dq_ptr, dq * scale, first, end, head, ROW_HEADS, DIM)
 
@@ -344,18 +356,19 @@ def _dq_kernel(
 def _dkdv_step(
     dk, dv, k_tile, v_tile, col, queries, gradients, lse_ptr, delta_ptr, segment_ptr,
     position_ptr, i, end, head, T, num_fields, scale, window, softcap, BLOCK_M: tl.constexpr,
-    DIM: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
-    TAIL: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    DESC: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one query head."""
     BLOCK_D: tl.constexpr = k_tile.shape[1]
+    BLOCK_V: tl.constexpr = v_tile.shape[1]
     row = _marks(segment_ptr, position_ptr, i, end, 0, BLOCK_M, WINDOW)
     inside = row[0] < end
     at = tl.cast(head, tl.int64) * T + row[0]
     lse = tl.load(lse_ptr + at, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
     q_tile = _load(queries, i, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
-    grad = _load(gradients, i, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
+    grad = _load(gradients, i, end, head, BLOCK_M, DIM_V, BLOCK_V, DESC)
     if TAIL:
         q_tile, grad = _own_rows(q_tile, i, end), _own_rows(grad, i, end)
     s, slope = _scores(k_tile, q_tile, scale, softcap, SOFTCAP)
@@ -374,7 +387,8 @@ def _dkdv_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     T, num_fields, scale, window, softcap,
     H: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROW_HEADS: tl.constexpr,
+    DIM_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROW_HEADS: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N columns, BLOCK_M rows at a time; scores are transposed, [N, M]."""
@@ -385,16 +399,18 @@ def _dkdv_kernel(
     if first < 0:
         return
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if start < 0:
         _store(dk_ptr, dk, first, end, kv_head, ROW_HEADS, DIM)
-        _store(dv_ptr, dv, first, end, kv_head, ROW_HEADS, DIM)
+        _store(dv_ptr, dv, first, end, kv_head, ROW_HEADS, DIM_V)
         return
     k_tile = _load((k, stride_kt, stride_kh), first, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
-    v_tile = _load((v, stride_vt, stride_vh), first, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
+    v_tile = _load((v, stride_vt, stride_vh), first, end, kv_head, BLOCK_N, DIM_V, BLOCK_V, DESC)
     col = _marks(segment_ptr, position_ptr, first, end, NOBODY, BLOCK_N, WINDOW)
-    queries, gradients = (q, stride_qt, stride_qh), (d_out, H * DIM, DIM)
-    CLEAN: tl.constexpr = DESC and (BLOCK_D <= 64 or H == HKV)  # groups spill at 128
+    queries, gradients = (q, stride_qt, stride_qh), (d_out, H * DIM_V, DIM_V)
+    CLEAN: tl.constexpr = DESC and (
+        (BLOCK_D <= 64 and BLOCK_V <= 64) or H == HKV
+    )  # groups spill at 128
     full = first + (end - first) // BLOCK_M * BLOCK_M if CLEAN else end
     for g in range(H // HKV):
         head = kv_head * (H // HKV) + g
@@ -402,23 +418,24 @@ def _dkdv_kernel(
             dk, dv = _dkdv_step(
                 dk, dv, k_tile, v_tile, col, queries, gradients, lse_ptr, delta_ptr, segment_ptr,
                 position_ptr, i, end, head, T, num_fields, scale, window, softcap,
-                BLOCK_M, DIM, WINDOW, SOFTCAP, DESC, False,
+                BLOCK_M, DIM, DIM_V, WINDOW, SOFTCAP, DESC, False,
             )  # fmt: skip
-    if CLEAN:
+    if CLEAN:  # noqa: SIM102
         if full < end:
             for g in range(H // HKV):
                 head = kv_head * (H // HKV) + g
                 dk, dv = _dkdv_step(
                     dk, dv, k_tile, v_tile, col, queries, gradients, lse_ptr, delta_ptr,
                     segment_ptr, position_ptr, full, end, head, T, num_fields, scale, window,
-                    softcap, BLOCK_M, DIM, WINDOW, SOFTCAP, DESC, True,
+                    softcap, BLOCK_M, DIM, DIM_V, WINDOW, SOFTCAP, DESC, True,
                 )  # fmt: skip
     _store(dk_ptr, dk * scale, first, end, kv_head, ROW_HEADS, DIM)
-    _store(dv_ptr, dv, first, end, kv_head, ROW_HEADS, DIM)
+    _store(dv_ptr, dv, first, end, kv_head, ROW_HEADS, DIM_V)
 
 
 def tiling(kernel: str, dim: int, dtype: torch.dtype, desc: bool) -> Tiling:
-    """The cut of "fwd", "dq" or "dkdv": in 16 bits none spills where it is meant for.
+    """The cut of "fwd", "dq" or "dkdv" for the wider of q and v: in 16 bits none spills where it is
+    meant for.
 
     Found by compiling (docs/attention.md has registers and shared memory); timings on a GPU are
     still to come. A wgmma needs 64 own rows, hence 64 with descriptors.
@@ -489,13 +506,17 @@ def _source(x: Tensor, rows: int, block_d: int, desc: bool) -> Tensor | TensorDe
     return TensorDescriptor(x, list(shape), list(strides), [1, rows, block_d])
 
 
-def _constants(q: Tensor, k: Tensor, window: int, softcap: float, desc: bool) -> dict[str, int]:
+def _constants(
+    q: Tensor, v: Tensor, window: int, softcap: float, chunk: int, desc: bool
+) -> dict[str, int]:
     return {
         "H": q.shape[1],
-        "HKV": k.shape[1],
+        "HKV": v.shape[1],
         "DIM": q.shape[2],
         "BLOCK_D": max(16, triton.next_power_of_2(q.shape[2])),
-        "WINDOW": window > 0,
+        "DIM_V": v.shape[2],
+        "BLOCK_V": max(16, triton.next_power_of_2(v.shape[2])),
+        "WINDOW": 1 if window > 0 else 2 if chunk > 0 else 0,
         "SOFTCAP": softcap > 0.0,
         "DESC": desc,
     }
@@ -504,25 +525,30 @@ def _constants(q: Tensor, k: Tensor, window: int, softcap: float, desc: bool) ->
 def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor,
     segment: Tensor, prefix_segment: Tensor, cu_seqlens: Tensor, position: Tensor,
-    prefix_position: Tensor, num_fields: int, scale: float, window: int, softcap: float,
-    lists: WorkLists | None = None,
+    prefix_position: Tensor, sinks: Tensor | None, num_fields: int, scale: float, window: int,
+    softcap: float, chunk: int, lists: WorkLists | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out [T, H, d] and lse [H, T] fp32; arguments as `soft_prompt_attention_reference`."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    """out [T, H, dv] and lse [H, T] fp32; arguments as `soft_prompt_attention_reference`."""
+    out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
     desc = _descriptors_fit((q, k, v, prefix_k, prefix_v))
-    constants = _constants(q, k, window, softcap, desc)
-    cut, block_d = tiling("fwd", q.shape[2], q.dtype, desc), constants["BLOCK_D"]
+    constants = _constants(q, v, window, softcap, chunk, desc)
+    block_d, block_v = constants["BLOCK_D"], constants["BLOCK_V"]
+    cut = tiling("fwd", max(q.shape[2], v.shape[2]), q.dtype, desc)
     work, capacity = _work_list(cu_seqlens, q.shape[0], cut.own, last_first=True, lists=lists)
     _fwd_kernel[(capacity * q.shape[1],)](
         _source(q, cut.own, block_d, desc),
-        *(_source(x, cut.step, block_d, desc) for x in (k, v, prefix_k, prefix_v)),
-        out, lse, work, segment, prefix_segment, position, prefix_position,
+        *(
+            _source(x, cut.step, width, desc)
+            for x, width in zip((k, v, prefix_k, prefix_v), (block_d, block_v) * 2)
+        ),
+        out, lse, lse if sinks is None else sinks.float().contiguous(), work,
+        segment, prefix_segment, position, prefix_position,
         *(n for x in (q, k, v, prefix_k, prefix_v) for n in x.stride()[:2]),
-        q.shape[0], prefix_k.shape[0], num_fields, scale, window, softcap,
-        BLOCK_M=cut.own, BLOCK_N=cut.step, **constants,
+        q.shape[0], prefix_k.shape[0], num_fields, scale, window or chunk, softcap,
+        BLOCK_M=cut.own, BLOCK_N=cut.step, SINKS=sinks is not None, **constants,
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     return out, lse
@@ -531,48 +557,57 @@ def forward(
 def backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor,
     segment: Tensor, prefix_segment: Tensor, cu_seqlens: Tensor, position: Tensor,
-    prefix_position: Tensor, out: Tensor, lse: Tensor,
-    num_fields: int, scale: float, window: int, softcap: float,
+    prefix_position: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor,
+    num_fields: int, scale: float, window: int, softcap: float, chunk: int,
     lists: WorkLists | None = None, into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq [T, H, d], dk and dv [T, Hkv, d]; arguments as the reference's backward pass.
+    """dq [T, H, d], dk [T, Hkv, d], dv [T, Hkv, dv]; arguments as the reference's backward pass.
 
-    `into`: where to write them; rows may lie a multiple of d apart, heads side by side.
+    Sinks are in lse already. `into`: where to write them; rows may lie a multiple of d (dv) apart,
+    heads side by side, those of k and v as many heads apart.
     """
     if into is None:
-        into = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dq, dk, dv = into
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    else:
+        dq, dk, dv = into
     if q.numel() == 0:
         return dq, dk, dv
     d_out, delta, rows = d_out.contiguous(), torch.empty_like(lse), q.shape[0]
     desc = _descriptors_fit((q, k, v, prefix_k, prefix_v, d_out, out))
-    constants = _constants(q, k, window, softcap, desc)
-    block_d = constants["BLOCK_D"]
+    constants = _constants(q, v, window, softcap, chunk, desc)
+    block_d, block_v = constants["BLOCK_D"], constants["BLOCK_V"]
+    widest = max(q.shape[2], v.shape[2])
 
-    cut = tiling("dq", q.shape[2], q.dtype, desc)
+    cut = tiling("dq", widest, q.dtype, desc)
     work, capacity = _work_list(cu_seqlens, rows, cut.own, last_first=True, lists=lists)
     _dq_kernel[(capacity * q.shape[1],)](
         _source(q, cut.own, block_d, desc),
-        *(_source(x, cut.step, block_d, desc) for x in (k, v, prefix_k, prefix_v)),
-        *(_source(x, cut.own, block_d, desc) for x in (d_out, out)),
+        *(
+            _source(x, cut.step, width, desc)
+            for x, width in zip((k, v, prefix_k, prefix_v), (block_d, block_v) * 2)
+        ),
+        *(_source(x, cut.own, block_v, desc) for x in (d_out, out)),
         lse, delta, dq, work, segment, prefix_segment, position, prefix_position,
         *(n for x in (q, k, v, prefix_k, prefix_v) for n in x.stride()[:2]),
-        rows, prefix_k.shape[0], num_fields, scale, window, softcap,
+        rows, prefix_k.shape[0], num_fields, scale, window or chunk, softcap,
         BLOCK_M=cut.own, BLOCK_N=cut.step, ROW_HEADS=dq.stride(0) // q.shape[2], **constants,
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
 
-    desc = desc and block_d <= 128  # at 256 wgmma's layouts of dk and dv spill, mma.sync's do not
-    cut = tiling("dkdv", q.shape[2], q.dtype, desc)
+    desc = (
+        desc and max(block_d, block_v) <= 128
+    )  # at 256 wgmma's layouts of dk and dv spill, mma.sync's do not
+    cut = tiling("dkdv", widest, q.dtype, desc)
     constants["DESC"] = desc
     work, capacity = _work_list(cu_seqlens, rows, cut.own, last_first=False, lists=lists)
     _dkdv_kernel[(capacity * k.shape[1],)](
         _source(q, cut.step, block_d, desc),
-        *(_source(x, cut.own, block_d, desc) for x in (k, v)),
-        _source(d_out, cut.step, block_d, desc),
+        _source(k, cut.own, block_d, desc),
+        _source(v, cut.own, block_v, desc),
+        _source(d_out, cut.step, block_v, desc),
         lse, delta, dk, dv, work, segment, position,
         *(n for x in (q, k, v) for n in x.stride()[:2]),
-        rows, num_fields, scale, window, softcap,
+        rows, num_fields, scale, window or chunk, softcap,
         BLOCK_M=cut.step, BLOCK_N=cut.own, ROW_HEADS=dk.stride(0) // k.shape[2], **constants,
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip

@@ -129,7 +129,7 @@ def check_all(path: str) -> None:
     spec.loader.exec_module(module)
     rng = np.random.default_rng(0)
     ran = 0
-    isas = module.assign_codes_isas()
+    isas = module.instruction_sets()["assign_codes"]
     for isa in isas:
         for rows, k, dim in SHAPES:
             sizes = [k, 5]

@@ -53,9 +53,9 @@ def test_unknown_tokens_are_counted_where_they_are_told():
 
 def test_losses_are_said_and_nothing_else(caplog):
     with caplog.at_level(logging.WARNING):
-        Reach(1000, 1000, 0, 5000, 50).warn(256)
+        Reach(1000, 1000, 0, 5000, 50).warn(256, 256)
     assert not caplog.text
-    Reach(100_174, 40, 2, 100, 84).warn(256)
+    Reach(100_174, 40, 2, 100, 84).warn(256, 256)
     assert "data.max_tokens=256 cuts the histories of 2 users: 40 of 100,174 events" in caplog.text
     assert "does not know 84.0 % of the text (<unk>)" in caplog.text
 

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from userip_fast import threads
 from userip_fast.bank import BankWriter
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource, Told
 from userip_fast.behaviour_stream import StreamSource
@@ -23,10 +24,11 @@ from userip_fast.data import Catalogue, InteractionStream
 from userip_fast.em.distributed import Processes, start_processes
 from userip_fast.em.mstep import check_codebook_sizes
 from userip_fast.em.steps import profiles_total
+from userip_fast.em.table import has_table
 from userip_fast.errors import ConfigError, DataError, StorageError
 from userip_fast.files import lock_file, storage_errors, sweep_leftovers, write_json
 from userip_fast.lm import FrozenLM
-from userip_fast.lm.embedded import SlotIds, embedded_lm
+from userip_fast.lm.embedded import SlotIds, embedded_lm, taught
 from userip_fast.lm.frozen import resolve_device
 from userip_fast.lm.trace import Workload
 from userip_fast.model import (
@@ -101,8 +103,8 @@ def fit(
     Args:
         data: Training histories, from `read_interactions` or a split of it; or, where they do not
             fit into memory, from `stream_interactions`.
-        lm: "default" for the embedded LM, a folder or hub id, or a loaded LM; None takes the
-            config's.
+        lm: "default" for the embedded LM, a folder, GGUF file, hub id or "small", or a loaded LM;
+            None takes the config's.
         fields: Profile fields; None takes the config's.
         config: Settings, or a nested mapping of them; None for the defaults.
         out: Run folder that gets `model/ bank/ checkpoints/ metrics.json metrics.jsonl
@@ -135,6 +137,7 @@ def fit(
         data = data.head_users(max_users)
     old = None if like is None else read_codebooks(os.fspath(like))
     processes = start_processes()
+    threads.settle()
     with open_run(out, writes=processes.rank == 0) as run:
         return _fit(data, loaded, config, run, processes, resume, probabilities, old, show)
 
@@ -172,6 +175,7 @@ def _fit(
     model.codebooks = result.codebooks
     model.start, model.head = result.start, result.head
     model.calibration = result.calibration
+    model.keep_table(result.table)
     if old is not None:
         orders = orders_like(old, model)
         model.codebooks = [b.reordered(order) for b, order in zip(model.codebooks, orders)]
@@ -292,27 +296,36 @@ def prepare(
 def load_lm(
     source: BehaviourSource, config: Config, *, slot_ids: SlotIds | None = None, show: bool = False
 ) -> FrozenLM:
-    """The LM that the config names; the embedded one is pre-trained on `source` if need be.
+    """The LM that the config names; the embedded one is pre-trained on `source` if need be, another
+    one told of its users where an event table will ask it.
 
     Args:
         slot_ids: What stands in the soft rows meanwhile; see `userip_fast.lm.embedded`.
     """
-    if config.lm.path != "default":
-        return FrozenLM.load(config.lm.path, config.lm, Workload.of(config))
 
     def behaviour_of(tokenizer: Any, layout: Layout) -> tuple[Behaviour, Told]:
         truncated_users(source, tokenizer, config.data.on_bad)  # before a minute of training
         everyone = 0, source.num_users
-        return source.block(tokenizer, layout, *everyone), source.told(tokenizer, *everyone)
+        told = source.told(tokenizer, *everyone, repeats=True)
+        return source.block(tokenizer, layout, *everyone), told
 
+    template, key, seed = PromptTemplate(config.fields), source.content_key(), config.em.seed
+    if config.lm.path != "default":
+        lm = FrozenLM.load(config.lm.path, config.lm, Workload.of(config))
+        tokens, starts = config.lm.taught_tokens, config.em.start in ("auto", "told")
+        if tokens and starts and has_table(config) and source.format.by_lifts:
+            lm.foldin = taught(
+                lm, template, behaviour_of, tokens, content_key=key, seed=seed, show=show
+            )
+        return lm
     folder = embedded_lm(
         source.rendered(),
-        PromptTemplate(config.fields),
+        template,
         behaviour_of,
         config.lm,
-        content_key=source.content_key(),
+        content_key=key,
         slot_ids=slot_ids,
-        seed=config.em.seed,
+        seed=seed,
         show=show,
     )
     how = config.lm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -38,6 +38,8 @@ class BehaviourFormat:
         negatives: Sampled negatives per event of a log without ratings; 0 for none.
         text_weight, feedback_weight: Loss weight of a token of the item text, of the feedback.
         text: Template of the item text that the model was fitted on; None where it is not known.
+        repeats: Whether an independent event that a user has again is told again. Who buys an item
+            ten times has not told ten things of himself.
     """
 
     template: str
@@ -51,6 +53,7 @@ class BehaviourFormat:
     feedback_weight: float
     seed: int
     text: str | None = None
+    repeats: bool = True
 
     @classmethod
     def fit(
@@ -95,10 +98,11 @@ class BehaviourFormat:
                 f"data.loss={config.loss!r} puts no loss on item text, and the log has no "
                 "feedback: no token would carry loss; use loss=all"
             )
-        return cls(
+        context = "sequence" if config.behaviour_context == "auto" else config.behaviour_context
+        made = cls(
             template,
             config.separator,
-            "sequence" if config.behaviour_context == "auto" else config.behaviour_context,
+            context,
             *config.token_limits,
             scale,
             negatives,
@@ -107,6 +111,12 @@ class BehaviourFormat:
             seed,
             None if data.read_as is None else data.read_as.text,
         )
+        return replace(made, repeats=context == "sequence" or not made.by_lifts)
+
+    @property
+    def limits(self) -> tuple[int, int, bool]:
+        """What `told_events` goes by, after sizes and offsets."""
+        return self.max_tokens, self.chunk_tokens, self.context == "independent"
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -162,6 +172,8 @@ class BehaviourFormat:
         values["scale"] = self.scale.to_dict() if self.scale else None
         if self.text is None:
             del values["text"]  # as in older models, whose fingerprints stay what they were
+        if self.repeats:
+            del values["repeats"]
         return values
 
     @classmethod
@@ -236,8 +248,9 @@ class Source(Protocol):
         """Behaviour of users `start:stop`."""
         ...
 
-    def told(self, tokenizer: Any, start: int, stop: int) -> Told:
-        """The events in `block`, as kinds."""
+    def told(self, tokenizer: Any, start: int, stop: int, repeats: bool = False) -> Told:
+        """The events in `block`, as kinds, without repeated ones unless the format tells them, or
+        `repeats` asks for them."""
         ...
 
     def reach(self, tokenizer: Any, start: int, stop: int) -> Reach:
@@ -297,7 +310,8 @@ class BehaviourSource:
 
     def content_key(self) -> str:
         """A digest of everything the LM would read."""
-        digest = hashlib.sha256(repr(sorted(self.format.to_dict().items())).encode())
+        told = replace(self.format, repeats=True).to_dict()  # an LM learns from all
+        digest = hashlib.sha256(repr(sorted(told.items())).encode())
         for text, word in zip(self.texts, self.feedback or [""] * len(self.texts)):
             digest.update(f"{text}\x1f{word}\x1e".encode())
         digest.update(self.kinds.tobytes())
@@ -328,16 +342,21 @@ class BehaviourSource:
             feedback_weight=self.format.feedback_weight,
         )
 
-    def told(self, tokenizer: Any, start: int, stop: int) -> Told:
+    def told(self, tokenizer: Any, start: int, stop: int, repeats: bool = False) -> Told:
         """See `Source`."""
         offsets = self.events.offsets[start : stop + 1]
         kinds = self.kinds[offsets[0] : offsets[-1]]
         tokens = np.diff(self._table(tokenizer).offsets)
-        kept, user = told_events(
-            tokens[kinds], offsets - offsets[0], self.format.max_tokens, self.format.chunk_tokens
-        )
-        ends = np.cumsum(np.bincount(user[kept], minlength=stop - start))
-        return Told(self.texts, self.feedback, tokens, kinds[kept], np.concatenate([[0], ends]))
+        kept, user = told_events(tokens[kinds], offsets - offsets[0], *self.format.limits)
+        kinds, user = kinds[kept], user[kept]
+        if not (repeats or self.format.repeats):
+            pair = user * len(self.texts) + kinds
+            ordered = np.sort(pair)
+            if (ordered[1:] == ordered[:-1]).any():
+                first = np.sort(np.unique(pair, return_index=True)[1])
+                kinds, user = kinds[first], user[first]
+        ends = np.cumsum(np.bincount(user, minlength=stop - start))
+        return Told(self.texts, self.feedback, tokens, kinds, np.concatenate([[0], ends]))
 
     def reach(self, tokenizer: Any, start: int, stop: int) -> Reach:
         """See `Source`."""
@@ -346,16 +365,15 @@ class BehaviourSource:
             self._table(tokenizer),
             self.kinds[offsets[0] : offsets[-1]],
             offsets - offsets[0],
-            self.format.max_tokens,
-            self.format.chunk_tokens,
+            self.format.limits,
             text_tokenizer(tokenizer).unknown,
         )
 
     def empty_users(self, tokenizer: Any) -> Int64:
-        """Users whose latest event alone has more tokens than fit: nothing is left of them."""
+        """Users of whom no event is told."""
         size = np.diff(self._table(tokenizer).offsets)[self.kinds]
-        last = self.events.offsets[1:] - 1
-        return np.flatnonzero(size[last] > self.format.chunk_tokens)
+        kept, user = told_events(size, self.events.offsets, *self.format.limits)
+        return np.flatnonzero(np.bincount(user[kept], minlength=self.num_users) == 0)
 
     def blocks(
         self, tokenizer: Any, layout: Layout, size: int

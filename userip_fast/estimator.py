@@ -59,7 +59,7 @@ class UserProfiler(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     Args:
         fields: Profile fields, or the name of a template such as "movies"; None is "generic".
-        lm: "default" for the embedded LM, or a folder or hub id.
+        lm: "default" for the embedded LM, or a folder, GGUF file, hub id or "small".
         history: Log of the users' histories, if X has only their keys; None: X is the log. A path
             is better than a frame, which `clone` copies.
         items: Item table of a log; of a matrix, one text per column.

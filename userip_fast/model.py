@@ -48,6 +48,7 @@ from userip_fast.data import Catalogue, Interactions, InteractionStream
 from userip_fast.em.amortised import Head
 from userip_fast.em.cache import DiskCache
 from userip_fast.em.checkpoints import load_codebooks
+from userip_fast.em.counted import Counted
 from userip_fast.em.lifts import PLAIN, Calibration, Usual
 from userip_fast.em.matching import numbered_like
 from userip_fast.em.steps import profiles_total
@@ -91,6 +92,7 @@ _FILES = (
     "codes.json",
 )
 _USUAL = "reactions.parquet"
+_COUNTED = "counted.parquet"
 _TOLD_USERS = 1 << 12  # of a stream, those who are looked at before the rest is read
 _LM_FILES = ("lm/config.json", "lm/model.safetensors")
 
@@ -140,7 +142,8 @@ class Model:
         learned += self.head.state().values() if self.head else ()
         if not self.calibration.plain:
             learned += self.calibration.state().values()
-            digest.update(b"" if self.calibration.usual is None else self.calibration.usual.digest)
+            for told in (self.calibration.usual, self.calibration.counted):
+                digest.update(b"" if told is None else told.digest)
         for tensor in (self.start, *learned):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -267,7 +270,8 @@ class Model:
         for u, (own, went) in enumerate(zip(users, told, strict=True)):
             if len(own) != len(went):
                 raise DataError(f"user {u} has {len(own)} items and {len(went)} reactions")
-            kinds += [(t, words[r]) for t, r in zip(self._texts_of(own, texts), went)]
+            new = [(t, words[r]) for t, r in zip(self._texts_of(own, texts), went)]
+            kinds += new if self.format.repeats else dict.fromkeys(new)
             offsets[u + 1] = len(kinds)
         log_resp, _ = table.posterior(table.rows(kinds), offsets)
         found = log_resp.exp().numpy()
@@ -318,12 +322,13 @@ class Model:
         """
         table = self.event_table()
 
-        def tell(item: Any, reaction: Any) -> npt.NDArray[np.float32]:
+        def tell(item: Any, reaction: Any) -> tuple[int, npt.NDArray[np.float32]]:
             kind = self._texts_of([item], texts)[0], self._word(reaction)
-            return table.values[int(table.rows([kind])[0])].numpy()
+            row = int(table.rows([kind])[0])
+            return row, table.values[row].numpy()
 
-        half = self.calibration.half_events
-        profile = Profile(table.grid.log_prior.numpy(), table.grid.sizes, tell, half)
+        how = self.calibration.half_events, self.format.repeats
+        profile = Profile(table.grid.log_prior.numpy(), table.grid.sizes, tell, *how)
         told = [None] * len(items) if reactions is None else reactions
         if len(items) != len(told):
             raise DataError(f"a user has {len(items)} items and {len(told)} reactions")
@@ -390,6 +395,10 @@ class Model:
     def has_table(self) -> bool:
         """Whether the model works from an event table; see `userip_fast.em.table.has_table`."""
         return has_table(self.config)
+
+    def keep_table(self, table: EventTable | None) -> None:
+        """Goes on with a table of the model's own codebooks and calibration."""
+        self._table = table
 
     def event_table(self, beside: Path | None = None) -> EventTable:
         """What the LM says of events, as far as it was asked; it grows as more is asked.
@@ -529,6 +538,8 @@ class Model:
             write_tensors(tmp / "start.safetensors", start)
             if self.calibration.usual is not None:
                 pq.write_table(self.calibration.usual.to_arrow(), tmp / _USUAL)
+            if self.calibration.counted is not None:
+                pq.write_table(self.calibration.counted.to_arrow(), tmp / _COUNTED)
             if self.head is not None:
                 write_tensors(tmp / "head.safetensors", self.head.state())
             pq.write_table(self.catalogue.to_table(), tmp / "catalogue.parquet")
@@ -574,6 +585,71 @@ class Model:
                 f"the embedded LM in {self.lm.source} is not what was loaded from there ({e}); run "
                 "the same command with --resume: the LM is made again, what was learned is kept"
             ) from e
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        licence: str | None = None,
+    ) -> None:
+        """Writes a repository for the Hugging Face hub: the model, and a card that tells of it.
+
+        Args:
+            folder: Gets `README.md`, `config.json`, `metrics.json` and `model/`.
+            metrics: For the card; None takes those of the run the model was loaded from.
+            licence: As the hub names licences.
+        """
+        from userip_fast.hub import OnHub
+
+        OnHub(self, metrics, licence).save_pretrained(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        licence: str | None = None,
+        **options: Any,
+    ) -> str:
+        """The same into a repository of the hub, as one commit; returns its address.
+
+        Args:
+            repo_id: OWNER/NAME.
+            metrics, licence: As for `save_pretrained`.
+            options: Of `huggingface_hub.ModelHubMixin.push_to_hub`: private, token, branch,
+                create_pr, commit_message.
+        """
+        from userip_fast.hub import OnHub
+
+        return str(OnHub(self, metrics, licence).push_to_hub(repo_id, **options))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str | Path,
+        *,
+        lm: str | None = None,
+        device: str | None = None,
+        **options: Any,
+    ) -> Model:
+        """Reads a model from the hub, or from a folder that `save_pretrained` or `save` wrote.
+
+        Args:
+            repo_id: OWNER/NAME, or a folder.
+            lm, device: As for `load`.
+            options: Of `huggingface_hub.ModelHubMixin.from_pretrained`: revision, token, cache_dir,
+                local_files_only, force_download.
+
+        Raises:
+            FormatError: It holds no model, or a damaged one.
+            UnsupportedError: The hub does not give it; the text says why.
+            MismatchError: The LM is not the one the codebooks were learned with.
+        """
+        from userip_fast.hub import OnHub
+
+        with stored.told(f"model {str(repo_id)!r} cannot be fetched"):
+            return OnHub.from_pretrained(repo_id, lm=lm, device=device, **options).model
 
     @classmethod
     def load(
@@ -631,6 +707,12 @@ class Model:
                 with _of_file(root / _USUAL):
                     usual = Usual.from_arrow(_read_table(root / _USUAL))
                 calibration = replace(calibration, usual=usual, neutral=start)
+            if _COUNTED in manifest["files"]:
+                with _of_file(root / _COUNTED):
+                    told = _read_table(root / _COUNTED)
+                    words = len(calibration.usual.counts[0]) if calibration.usual else 1
+                    counted = Counted.from_arrow(told, words, combinations)
+                calibration = replace(calibration, counted=counted)
             head = None
             if config.em.estep == "amortised" and config.em.recipe != "paper":
                 head = Head.from_state(read_tensors(root / "head.safetensors"))
@@ -783,14 +865,14 @@ def behaviour_source(
         _check_truncated(len(stream.empty), names, data.num_users, fmt, on_bad)
         some = min(_TOLD_USERS, stream.num_users)
         who = "users" if some == stream.num_users else f"of the first {some:,} users"
-        stream.reach(tokenizer, 0, some).warn(fmt.max_tokens, who)
+        stream.reach(tokenizer, 0, some).warn(*fmt.limits[:2], who)
         return stream
     source = BehaviourSource(fmt.events(data, catalogue), fmt)
     empty = truncated_users(source, tokenizer, on_bad)
     if len(empty):
         keep = np.setdiff1d(np.arange(data.num_users), empty)
         source = BehaviourSource(fmt.events(data.select_users(keep), catalogue), fmt)
-    source.reach(tokenizer, 0, source.num_users).warn(fmt.max_tokens)
+    source.reach(tokenizer, 0, source.num_users).warn(*fmt.limits[:2])
     return source
 
 

@@ -161,7 +161,7 @@ def build_behaviour(
     """
     chunk_tokens = min(max_tokens, chunk_tokens or max_tokens)
     size = np.diff(table.offsets)[kinds]
-    kept, user = told_events(size, offsets, max_tokens, chunk_tokens)
+    kept, user = told_events(size, offsets, max_tokens, chunk_tokens, context == "independent")
     kinds, user, size = kinds[kept], user[kept], size[kept]
     events = np.bincount(user, minlength=len(offsets) - 1).astype(np.int64)
 
@@ -195,14 +195,20 @@ def build_behaviour(
 
 
 def told_events(
-    size: Int64, offsets: Int64, max_tokens: int, chunk_tokens: int
+    size: Int64, offsets: Int64, max_tokens: int, chunk_tokens: int, apart: bool = False
 ) -> tuple[npt.NDArray[np.bool_], Int64]:
     """[E] whether an event is told, and its user, from its number of tokens; see
-    `build_behaviour`."""
+    `build_behaviour`.
+
+    Args:
+        apart: Whether events are independent: one that is too long is then left out, and does not
+            hide what came before it.
+    """
     # Tokens from an event to the end of its user's history; those within the budget are a suffix.
-    total = np.concatenate([[0], np.cumsum(np.where(size > chunk_tokens, max_tokens + 1, size))])
+    fits = size <= chunk_tokens
+    total = np.concatenate([[0], np.cumsum(np.where(fits, size, 0 if apart else max_tokens + 1))])
     user = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    return total[offsets[1:]][user] - total[:-1] <= max_tokens, user
+    return fits & (total[offsets[1:]][user] - total[:-1] <= max_tokens), user
 
 
 def _cuts(size: Int64, events: Int64, lengths: Int64, chunk_tokens: int) -> Int64:

@@ -28,25 +28,29 @@ class Profile:
     Args:
         log_prior: [Z] fp64.
         sizes: [J] codes of each field; their product is Z.
-        tell: log p(event | codes) [Z] of an item and how it went; None where the item is unknown.
+        tell: Of an item and how it went, the number of that kind of event and its log p(event |
+            codes) [Z]; None where the item is unknown.
         half_events: Events at which each counts half (`userip_fast.em.lifts.Calibration`).
+        repeats: Whether an event told again counts again; else a kind counts once at most.
 
     Attributes:
         events, skipped: Events that are in it, and those of unknown items, which are not.
     """
 
-    __slots__ = ("_half", "_mass", "_prior", "_sum", "_tell", "events", "sizes", "skipped")
+    __slots__ = ("_half", "_mass", "_once", "_prior", "_sum", "_tell", "events", "sizes", "skipped")
 
     def __init__(
         self,
         log_prior: NDArray[np.float64],
         sizes: Sequence[int],
-        tell: Callable[[Any, Any], NDArray[np.floating[Any]] | None],
+        tell: Callable[[Any, Any], tuple[int, NDArray[np.floating[Any]]] | None],
         half_events: float = math.inf,
+        repeats: bool = True,
     ) -> None:
         self._prior = np.array(log_prior, np.float64)
         self._sum, self._mass = np.zeros_like(self._prior), 0.0
         self.sizes, self._tell, self._half = tuple(sizes), tell, half_events
+        self._once: dict[int, float] | None = None if repeats else {}
         self.events = self.skipped = 0
 
     @property
@@ -54,12 +58,6 @@ class Profile:
         """[Z] fp64, log p(codes, events) in nats, as far as events count; the prior before there
         are events."""
         return np.asarray(self._prior + counting(self._mass, self._half) * self._sum)
-
-    def take(self, values: NDArray[np.float64], events: int) -> None:
-        """Adds the sum [Z] of what some events tell."""
-        self._sum += values
-        self._mass += events
-        self.events += events
 
     def add(self, item: Any, reaction: Any = None, weight: float = 1.0) -> bool:
         """Adds an event; False where the item is unknown, so that it was skipped and counted.
@@ -73,10 +71,15 @@ class Profile:
         """
         if not np.isfinite(weight):
             raise DataError(f"weight={weight!r}: must be finite")
-        likelihood = self._tell(item, reaction)
-        if likelihood is None:
+        told = self._tell(item, reaction)
+        if told is None:
             self.skipped += 1
             return False
+        kind, likelihood = told
+        if self._once is not None:
+            before = self._once.get(kind, 0.0)
+            self._once[kind] = before + weight
+            weight = min(1.0, before + weight) - min(1.0, before)
         self._sum += likelihood * np.float64(weight)
         self._mass = max(0.0, self._mass + weight)
         self.events += 1

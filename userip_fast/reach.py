@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 
+from userip_fast.config import UNLIMITED
 from userip_fast.packing import Int64, told_events
 from userip_fast.prompts import TokenTable
 
@@ -42,17 +43,17 @@ class Reach:
         table: TokenTable,
         kinds: Int64,
         offsets: Int64,
-        max_tokens: int,
-        chunk_tokens: int,
+        limits: tuple[int, int, bool],
         unknown: int,
     ) -> Reach:
         """Of users whose events `build_behaviour` is given likewise.
 
         Args:
+            limits: As `BehaviourFormat.limits`.
             unknown: Id of the token for what the vocabulary lacks, -1 if there is none.
         """
         size = np.diff(table.offsets)
-        told, _ = told_events(size[kinds], offsets, max_tokens, chunk_tokens)
+        told, _ = told_events(size[kinds], offsets, *limits)
         missed = np.concatenate([[0], np.cumsum(~told)])[offsets]
         strange = np.concatenate(
             [[0], np.cumsum(table.ids == (-1 if unknown is None else unknown))]
@@ -66,17 +67,20 @@ class Reach:
             int(np.diff(strange[table.offsets])[kept].sum()),
         )
 
-    def warn(self, max_tokens: int, who: str = "users") -> None:
+    def warn(self, max_tokens: int, chunk_tokens: int, who: str = "users") -> None:
         """Says in the log what is lost, if anything is."""
         if self.users_cut:
+            # Without a limit on histories, only events that are too long are missed.
+            longest = max_tokens if max_tokens < UNLIMITED else chunk_tokens
             logger.warning(
-                "data.max_tokens=%d cuts the histories of %s %s: %s of %s events are told, the "
-                "latest of each",
-                max_tokens,
+                "data.%s=%d cuts the histories of %s %s: %s of %s events are told%s",
+                "max_tokens" if max_tokens < UNLIMITED else "chunk_tokens",
+                longest,
                 f"{self.users_cut:,}",
                 who,
                 f"{self.told:,}",
                 f"{self.events:,}",
+                ", the latest of each" if max_tokens < UNLIMITED else "; the others are longer",
             )
         if self.unknown > _UNKNOWN * self.tokens:
             logger.warning(

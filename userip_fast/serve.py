@@ -90,6 +90,7 @@ class Server:
         self._weight = float(behaviour["feedback_weight"])
         self._chosen = bool(behaviour["negatives"])
         self._half = float(about.get("half_events") or np.inf)
+        self._repeats = bool(behaviour.get("repeats", True))
         texts_there = table.texts.to_pylist()
         row = {texts_there[i]: i for i in reversed(range(len(texts_there)))}  # the first counts
         told = zip(catalogue["item"].to_pylist(), catalogue["text"].to_pylist())
@@ -201,9 +202,12 @@ class Server:
         self, items: Sequence[Any] = (), reactions: Sequence[Any] | None = None
     ) -> Profile:
         """A profile that takes more events; begun with some, as `profile` takes them."""
-        profile = Profile(self.log_prior, self._sizes, self._tell, self._half)
-        profile.take(*self._told(items, reactions))
-        profile.skipped = len(items) - profile.events
+        profile = Profile(self.log_prior, self._sizes, self._tell, self._half, self._repeats)
+        told = [None] * len(items) if reactions is None else reactions
+        if len(items) != len(told):
+            raise DataError(f"a user has {len(items)} items and {len(told)} reactions")
+        for item, reaction in zip(items, told):
+            profile.add(item, reaction)
         return profile
 
     def affinity(
@@ -266,14 +270,14 @@ class Server:
         if not self._lifts and self._weight <= 0:
             raise ConfigError(f"{what}: the model puts no loss on reactions")
 
-    def _tell(self, item: Any, reaction: Any) -> NDArray[np.float64] | None:
+    def _tell(self, item: Any, reaction: Any) -> tuple[int, NDArray[np.float64]] | None:
         word = self._word_of(reaction)
         if (row := self._row.get(item)) is None:
             self.skipped += 1
             return None
         at = row * len(self.words) + word
         apart = self._step[at].astype(np.float64) * self._offset[at]
-        return np.asarray(apart + np.float64(self._mean[at]))
+        return at, np.asarray(apart + np.float64(self._mean[at]))
 
     def _word_of(self, reaction: Any) -> int:
         try:
@@ -293,7 +297,7 @@ class Server:
     def _told(
         self, items: Sequence[Any], reactions: Sequence[Any] | None
     ) -> tuple[NDArray[np.float64], int]:
-        """[Z] fp64, log p(events | codes), and the number of known events."""
+        """[Z] fp64, log p(events | codes), and the number of events that count."""
         if reactions is None:
             reactions = [None] * len(items)
         if len(items) != len(reactions):
@@ -304,10 +308,11 @@ class Server:
             row[i] * words + word_of(r) if i in row else -1 - word_of(r)
             for i, r in zip(items, reactions)
         ]
-        rows = np.array(at, np.int64)
-        if len(at) and min(at) < 0:
-            rows = rows[rows >= 0]
-            self.skipped += len(at) - len(rows)
+        if at and min(at) < 0:
+            known = [row for row in at if row >= 0]
+            self.skipped += len(at) - len(known)
+            at = known
+        rows = np.array(at if self._repeats else list(dict.fromkeys(at)), np.int64)
         apart = self._step[rows].astype(np.float64) @ self._offset[rows].astype(np.float64)
         return np.asarray(apart + self._mean[rows].sum(dtype=np.float64)), len(rows)
 

@@ -121,8 +121,10 @@ def tune(
                 part = model.source(training.select_users(_part(training.num_users, seed)))
                 fitted = trainer.fit(part)
                 # Likelihoods compare as they are, each event counting whole.
-                trainer.calibration = replace(fitted.calibration, half_events=math.inf)
-                found.append(_joined(trainer.infer(judges, fitted.codebooks, fitted.start)))
+                if (table := fitted.table) is not None:
+                    table.calibration = replace(table.calibration, half_events=math.inf)
+                profiles = trainer.infer(judges, fitted.codebooks, fitted.start, table=table)
+                found.append(_joined(profiles))
                 bar.advance(1)
             choices.append(_judge(config, list(codes), found, choices))
             each(choices[-1])

@@ -2,26 +2,23 @@
 // assign_codes_isa.h, compiled here for each instruction set and chosen at run time.
 #include "cpu/assign_codes.h"
 
-#include <omp.h>
 #include <pybind11/stl.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <exception>
 #include <limits>
 #include <memory>
-#include <mutex>
 #include <numeric>
 #include <string>
-#include <thread>
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/isa.h"
+#include "cpu/threads.h"
 
 namespace userip_fast::assign_codes {
 namespace {
@@ -80,20 +77,6 @@ inline Vec shuffle(Vec v, Mask index) {
 #define shuffle(v, index) __builtin_shuffle(v, index)
 #endif
 
-// Code between BEGIN and END may use the instruction set; everything it calls must be above.
-#if defined(__clang__)
-#define USERIP_STRINGIZE(x) #x
-#define USERIP_ISA_BEGIN(features) \
-    _Pragma(USERIP_STRINGIZE(      \
-        clang attribute push(__attribute__((target(features))), apply_to = function)))
-#define USERIP_ISA_END _Pragma("clang attribute pop")
-#else
-#define USERIP_STRINGIZE(x) #x
-#define USERIP_ISA_BEGIN(features) \
-    _Pragma("GCC push_options") _Pragma(USERIP_STRINGIZE(GCC target(features)))
-#define USERIP_ISA_END _Pragma("GCC pop_options")
-#endif
-
 namespace baseline {
 #define USERIP_LANES 4
 #define USERIP_GROUP 6
@@ -109,7 +92,7 @@ namespace baseline {
 }  // namespace baseline
 
 #if defined(__x86_64__)
-USERIP_ISA_BEGIN("avx2,fma")
+USERIP_ISA_BEGIN(USERIP_AVX2_FEATURES)
 namespace avx2 {
 #define USERIP_LANES 8
 #define USERIP_GROUP 6
@@ -121,7 +104,16 @@ namespace avx2 {
 }  // namespace avx2
 USERIP_ISA_END
 
-USERIP_ISA_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,fma")
+USERIP_ISA_BEGIN(USERIP_AVX512_FEATURES)
+namespace avx512vl {
+#define USERIP_LANES 8
+#define USERIP_GROUP 12
+#define USERIP_BITS(mask) unsigned(__builtin_ia32_movmskps256(reinterpret_cast<Vec>(mask)))
+#include "cpu/assign_codes_isa.h"
+#undef USERIP_LANES
+#undef USERIP_GROUP
+#undef USERIP_BITS
+}  // namespace avx512vl
 namespace avx512 {
 #define USERIP_LANES 16
 #define USERIP_GROUP 12
@@ -136,23 +128,20 @@ USERIP_ISA_END
 
 #define USERIP_ISA_ENTRY(ns)                                                           \
     Isa {                                                                              \
-        #ns, ns::kLanes, ns::kBlockRows, ns::kPanel, &ns::pack, &ns::assign, &ns::load \
+        #ns, ns::kLanes, ns::kBlockRows, std::min<int64_t>(ns::kPanel, 16), &ns::pack, \
+            &ns::assign, &ns::load                                                     \
     }
 
-// Those this processor can run, best first.
+// Those this processor can run, by isa::Set.
 std::vector<Isa> usable_isas() {
-    std::vector<Isa> out;
+    std::vector<Isa> out{USERIP_ISA_ENTRY(baseline)};
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    if (isa::usable(isa::kAvx2)) out.push_back(USERIP_ISA_ENTRY(avx2));
+    if (isa::usable(isa::kAvx512)) {
+        out.push_back(USERIP_ISA_ENTRY(avx512vl));
         out.push_back(USERIP_ISA_ENTRY(avx512));
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        out.push_back(USERIP_ISA_ENTRY(avx2));
-    }
 #endif
-    out.push_back(USERIP_ISA_ENTRY(baseline));
     return out;
 }
 
@@ -174,37 +163,6 @@ Buffer allocate(int64_t count) {
     if (alignment == kHugePage) madvise(p, bytes, MADV_HUGEPAGE);
 #endif
     return Buffer(p);
-}
-
-// Runs body(item, thread) for every item, dynamically; the first exception is rethrown here, since
-// none may leave a parallel region.
-template <typename Body>
-void parallel_for(int64_t items, const Body& body) {
-    std::exception_ptr error;
-    std::mutex mutex;
-    const auto one = [&](int64_t item, int thread) {
-        try {
-            body(item, thread);
-        } catch (...) {
-            const std::lock_guard<std::mutex> lock(mutex);
-            if (!error) error = std::current_exception();
-        }
-    };
-    const int threads = int(std::clamp<int64_t>(items, 1, omp_get_max_threads()));
-#if defined(__SANITIZE_THREAD__)  // libgomp is not instrumented: its barriers would look like races
-    std::atomic<int64_t> next{0};
-    std::vector<std::thread> workers;
-    for (int t = 0; t < threads; ++t) {
-        workers.emplace_back([&, t] {
-            for (int64_t i; (i = next++) < items;) one(i, t);
-        });
-    }
-    for (std::thread& worker : workers) worker.join();
-#else
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t i = 0; i < items; ++i) one(i, omp_get_thread_num());
-#endif
-    if (error) std::rethrow_exception(error);
 }
 
 // Sums beyond this many codes do not stay in cache beside x: they get a pass of their own.
@@ -232,7 +190,7 @@ void sum_by_code(const Isa& isa, const Problem& p, int64_t j, const float* scale
     }
     constexpr int64_t kSlab = 1024;
     const int64_t slabs = (p.dim + kSlab - 1) / kSlab;
-    parallel_for(size * slabs, [&](int64_t item, int) {
+    threads::parallel_for(size * slabs, [&](int64_t item, int) {
         const int64_t k = item / slabs, begin = item % slabs * kSlab;
         const int64_t width = std::min(kSlab, p.dim - begin);
         float x[kSlab], part[kSlab] = {};
@@ -269,7 +227,7 @@ void run(const Isa& isa, Problem& p, const uint8_t* active, int64_t* counts, flo
         first[j + 1] = first[j] + book.size;
         for (int64_t i = 0; i < book.num_panels; ++i) panels.push_back({j, i});
     }
-    parallel_for(int64_t(panels.size()), [&](int64_t i, int) {
+    threads::parallel_for(int64_t(panels.size()), [&](int64_t i, int) {
         const auto [j, index] = panels[i];
         Book part = p.books[j];  // one panel of it, as a book of its own
         const int64_t code = index * part.width;
@@ -318,8 +276,8 @@ void run(const Isa& isa, Problem& p, const uint8_t* active, int64_t* counts, flo
             }
         }
     }
-    std::vector<Scratch> scratch(omp_get_max_threads());
-    parallel_for(int64_t(items.size()), [&](int64_t i, int thread) {
+    std::vector<Scratch> scratch(threads::count());
+    threads::parallel_for(int64_t(items.size()), [&](int64_t i, int thread) {
         const Item& item = items[i];
         if (item.sums != nullptr) {
             std::fill_n(item.sums, p.books[item.book].size * p.dim, 0.0f);
@@ -340,7 +298,7 @@ void run(const Isa& isa, Problem& p, const uint8_t* active, int64_t* counts, flo
             std::vector<float> scale;
             if (p.normalize) {
                 scale.resize(p.rows);
-                parallel_for((p.rows + 255) / 256, [&](int64_t i, int) {
+                threads::parallel_for((p.rows + 255) / 256, [&](int64_t i, int) {
                     std::vector<float> x(p.dim);
                     for (int64_t n = i * 256; n < std::min(p.rows, i * 256 + 256); ++n) {
                         isa.load(p, j, n, 0, p.dim, 1.0f, x.data());
@@ -354,7 +312,7 @@ void run(const Isa& isa, Problem& p, const uint8_t* active, int64_t* counts, flo
             const int64_t count = p.books[j].size * p.dim;
             const float* partial = item->sums;
             constexpr int64_t kSlab = 1024;
-            parallel_for((count + kSlab - 1) / kSlab, [&](int64_t i, int) {
+            threads::parallel_for((count + kSlab - 1) / kSlab, [&](int64_t i, int) {
                 const int64_t begin = i * kSlab, width = std::min(kSlab, count - begin);
                 double total[kSlab] = {};
                 for (int64_t s = 0; s < partials[j]; ++s) {
@@ -376,14 +334,6 @@ namespace userip_fast {
 void bind_assign_codes(py::module_& m) {
     using namespace assign_codes;
     m.def(
-        "assign_codes_isas",
-        [] {
-            std::vector<std::string> names;
-            for (const Isa& isa : usable_isas()) names.emplace_back(isa.name);
-            return names;
-        },
-        "Instruction sets assign_codes can use on this processor, best first.");
-    m.def(
         "assign_codes_cpu",
         [](const std::string& isa_name, uintptr_t x, int type, int64_t rows, int64_t dim,
            int64_t stride_book, int64_t stride_row, int64_t stride_dim, uintptr_t codewords,
@@ -395,9 +345,18 @@ void bind_assign_codes(py::module_& m) {
             USERIP_CHECK((counts == 0) == (sums == 0), "counts", "given with sums or not at all",
                          counts);
             const std::vector<Isa> isas = usable_isas();
-            const auto isa = std::find_if(isas.begin(), isas.end(),
-                                          [&](const Isa& i) { return isa_name == i.name; });
-            USERIP_CHECK(isa != isas.end(), "isa", "one of assign_codes_isas()", isa_name);
+            auto isa = isas.begin() + isa::chosen(isa::kAssignCodes);
+            // Of so few codes distances are summed in as many lanes as a vector has, and 512 bits
+            // are no faster: all sets give the bits of 256.
+            if (isa == isas.begin() + isa::kAvx512 && !sizes.empty() &&
+                *std::min_element(sizes.begin(), sizes.end()) <= baseline::kFewCodes) {
+                --isa;
+            }
+            if (!isa_name.empty()) {
+                isa = std::find_if(isas.begin(), isas.end(),
+                                   [&](const Isa& i) { return isa_name == i.name; });
+            }
+            USERIP_CHECK(isa != isas.end(), "isa", "one of instruction_sets()", isa_name);
             Problem p;
             p.x = reinterpret_cast<const void*>(x);
             p.type = static_cast<Type>(type);
@@ -420,7 +379,8 @@ void bind_assign_codes(py::module_& m) {
             run(*isa, p, reinterpret_cast<const uint8_t*>(active),
                 reinterpret_cast<int64_t*>(counts), reinterpret_cast<float*>(sums));
         },
-        "Nearest codewords; see userip_fast.ops.assign_codes. x: [J, rows, dim] by strides in "
+        "Nearest codewords; see userip_fast.ops.assign_codes. isa: a set, or empty for the one in "
+        "use. x: [J, rows, dim] by strides in "
         "elements; codewords: fp32 [sum sizes, dim]; active: bool [sum sizes] or 0; code_ids "
         "(int64, -1 where the distance is not finite), sq_distance, second_sq_distance (fp32): "
         "[J, rows]; counts (int64 [sum sizes]) and sums (fp32 [sum sizes, dim]): both or 0.",

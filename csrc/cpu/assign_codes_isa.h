@@ -274,24 +274,37 @@ inline void nearest(const float* distance, int64_t rows, const float* penalty, M
     }
 }
 
+// Summed in 64 lanes whatever a vector holds, then joined in one order: of one distance all sets
+// find the same bits.
 inline float squared_distance(const float* x, const float* c, int64_t dim) {
-    Vec acc[4] = {};
+    constexpr int kSums = 64 / int(kLanes), kStep = kSums / 4;  // vectors; of sixteen lanes
+    Vec acc[kSums] = {};
     int64_t d = 0;
-    for (; d + 4 * kLanes <= dim; d += 4 * kLanes) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            const Vec e = load_vec(x + d + i * kLanes) - load_vec(c + d + i * kLanes);
-            acc[i] = acc[i] + e * e;
-        }
+    const auto add = [&](int i, int64_t at) __attribute__((always_inline)) {
+        const Vec e = load_vec(x + at) - load_vec(c + at);
+        acc[i] = acc[i] + e * e;
+    };
+    for (; d + 64 <= dim; d += 64) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kSums; ++i) add(i, d + i * kLanes);
     }
-    for (; d + kLanes <= dim; d += kLanes) {
-        const Vec e = load_vec(x + d) - load_vec(c + d);
-        acc[0] = acc[0] + e * e;
+    for (; d + 16 <= dim; d += 16) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kStep; ++i) add(i, d + i * kLanes);
     }
     float tail = 0;
     for (; d < dim; ++d) tail += (x[d] - c[d]) * (x[d] - c[d]);
-    const Vec sum = (acc[0] + acc[1]) + (acc[2] + acc[3]);
-    return reduce_lanes(sum, plus)[0] + tail;
+    float sums[16];
+#pragma GCC unroll 4
+    for (int i = 0; i < kStep; ++i) {
+        store_vec(sums + i * kLanes,
+                  (acc[i] + acc[kStep + i]) + (acc[2 * kStep + i] + acc[3 * kStep + i]));
+    }
+#pragma GCC unroll 4
+    for (int half = 8; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    }
+    return sums[0] + tail;
 }
 
 template <typename T>

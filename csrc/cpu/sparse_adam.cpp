@@ -6,6 +6,7 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/threads.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -67,8 +68,7 @@ void sparse_adam(uintptr_t theta, uintptr_t m, uintptr_t v, uintptr_t step, uint
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-#pragma omp parallel for schedule(static) if (num_rows * dim > 1 << 15)
-    for (int64_t i = 0; i < num_rows; ++i) {
+    const auto update = [&](int64_t i) {
         const int64_t row = row_ids[i], at = row * dim;
         const double t = ++steps[row];
         const Row r{reinterpret_cast<float*>(theta) + at,
@@ -85,7 +85,10 @@ void sparse_adam(uintptr_t theta, uintptr_t m, uintptr_t v, uintptr_t step, uint
         if (avx2) done = update_avx2(r, dim);
 #endif
         update_scalar(r, done, dim);
-    }
+    };
+    threads::parallel_runs(num_rows, 4 * dim, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) update(i);
+    });
 }
 
 }  // namespace

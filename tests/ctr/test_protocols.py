@@ -9,7 +9,7 @@ import small_log
 
 from userip_fast.config import Config
 from userip_fast.ctr.cells import Cells, data_digest
-from userip_fast.ctr.config import CTRConfig
+from userip_fast.ctr.config import CHOSEN, CTRConfig
 from userip_fast.ctr.features import Profiles
 from userip_fast.ctr.inputs import PARTS, SIDES, Inputs
 from userip_fast.ctr.protocols import MATCHED, REPEAT, Task, make_task
@@ -101,6 +101,34 @@ def test_rows_and_what_their_profile_knows(protocol, label):
     if task.choices:
         counts = task.test.kind == 0
         assert task.test.label[counts].mean() == pytest.approx(1 / 5, abs=0.03)
+
+
+@pytest.mark.parametrize("label", ["ratings", "chosen"])
+def test_items_held_out_are_known_to_test_rows_alone(label):
+    ctr = CTRConfig(
+        first=3, rows_per_user=9, hold_items=0.3, label=CHOSEN if label == "chosen" else None
+    )
+    data = log()
+    task, whole = make_task(data, ctr), make_task(data, replace(ctr, hold_items=0.0))
+    named = task.data.item_keys
+    held = np.zeros(len(named), bool)
+    held[np.unique(task.test.item)] = True
+    for known in (task.learn, task.pool, *task.views):
+        held[known.item_index] = False
+    share = held.mean()
+    assert 0.15 < share < 0.45
+    for rows in (task.train, task.valid):
+        assert not held[rows.item].any()
+    own = task.test.kind == 0
+    assert held[task.test.item[own & (task.test.label > 0)]].mean() == pytest.approx(share, abs=0.1)
+    # Negatives are drawn by what is popular in truth: rarity does not give held-out items away.
+    if label == CHOSEN:
+        none = own & (task.test.label == 0)
+        assert held[task.test.item[none]].mean() == pytest.approx(share, abs=0.1)
+    chosen = [t.test.item[(t.test.kind == 0) & (t.test.label > 0)] for t in (task, whole)]
+    np.testing.assert_array_equal(*map(np.sort, chosen))
+    with pytest.raises(ConfigError, match="hold_items"):
+        CTRConfig(protocol="cold", hold_items=0.2)
 
 
 def test_repeats_and_matched_rows_stand_apart():

@@ -53,7 +53,7 @@ def source_of(users=24, rating=True, **settings):
     if not rating:
         data = replace(data, rating=None)
     config = DataConfig(behaviour_context="independent", max_tokens=60, **settings)
-    fmt = BehaviourFormat.fit(config, data, 0)
+    fmt = replace(BehaviourFormat.fit(config, data, 0), repeats=True)
     return BehaviourSource(fmt.events(data, Catalogue.from_interactions(data)), fmt)
 
 

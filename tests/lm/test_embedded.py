@@ -107,7 +107,9 @@ def test_judges_are_learned_from_nowhere(make):
         [np.unique(b.event[(b.target >= 0).numpy()]) for b in batches_of(batches)]
     )
     assert not theirs[learned].any()
-    asked = [np.unique(b.event[(b.target >= 0).numpy()]) for b in _Judges(data, layout, 0).batches]
+    asked = [
+        np.unique(b.event[(b.target >= 0).numpy()]) for b in _Judges(data, layout, 0, 16).batches
+    ]
     assert theirs[np.concatenate(asked)].all()
 
 
@@ -117,7 +119,7 @@ def test_what_tells_users_apart_is_the_difference_of_their_likelihoods(make):
     data = batches.data
     config = replace(SMALL, embedded_layers=1)
     model = _new_model(tiny.tokenizer(), layout, data.behaviour, config)
-    soft = _SoftRows(model, layout, data.vectors.shape[1])
+    soft = _SoftRows(model.get_input_embeddings(), layout, data.vectors.shape[1], 32)
     b = batches.next()
     with torch.no_grad():
         _, got = _contrast(model, soft, layout, b)

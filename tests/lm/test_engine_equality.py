@@ -15,6 +15,7 @@ import torch
 
 from userip_fast.errors import UnsupportedError
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
+from userip_fast.lm.masks import Near
 from userip_fast.lm.nf4 import NF4Linear, quantize_linears
 from userip_fast.ops import nf4_dequantize
 from userip_fast.packing import build_behaviour, iter_packs
@@ -152,12 +153,6 @@ def test_rows_without_loss_skip_the_last_mlp():
 
 
 STRANGE = {
-    "a sink": ("GptOssConfig", {"num_local_experts": 2, "num_experts_per_tok": 1}, "'s_aux'"),
-    "chunked layers": (
-        "Llama4TextConfig",
-        {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 64},
-        "layers of type 'chunked_attention'",
-    ),
     "convolutions": ("Lfm2Config", {"full_attn_idxs": [1]}, "layers of type 'conv'"),
     "later tokens": ("Gemma3TextConfig", {"use_bidirectional_attention": True}, "not a causal LM"),
 }
@@ -187,11 +182,20 @@ def test_what_is_not_supported_is_refused_by_name(name):
         engine_of(getattr(transformers, kind)(**common, **extra))
 
 
-def test_a_window_that_attention_is_not_told_of_is_refused():
+def test_windows_are_those_of_the_masks():
     config = tiny.config("llama")
     config.sliding_window = 8  # Llama reads no such thing
-    with pytest.raises(UnsupportedError, match=r"windows \[0, 0\], its config says \[8, 8\]"):
-        engine_of(config)
+    assert set(engine_of(config).lm.near.values()) == {Near()}
+    assert set(engine_of(tiny.config("mistral")).lm.near.values()) == {Near(window=8)}
+    mixed = [*engine_of(tiny.config("gemma3")).lm.near.values()]
+    assert mixed == [Near(window=8), Near(window=8), Near()]
+
+
+def test_a_window_that_no_mask_keeps_is_refused():
+    lm = tiny.frozen("mistral")
+    lm.near.update(dict.fromkeys(lm.near, Near(window=4)))
+    with pytest.raises(UnsupportedError, match="a sliding window of 8, and its masks are of 4"):
+        PackedEngine(lm, tiny.template().layout(lm.tokenizer))
 
 
 def test_tokens_mixed_outside_attention_are_refused():

@@ -1,6 +1,6 @@
 """Families of language models: each is exact or refused by name, and never a traceback.
 
-python tests/lm/test_families.py > docs/families.md
+python tests/lm/test_families.py > docs/models.md
 """
 
 from __future__ import annotations
@@ -8,204 +8,182 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers as tf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 
+import oracles
 import tiny
 import torch
+import transformers as tf
+from families import ATTENTION, EXACT, NOT_HERE, OTHER, REFUSED, Family
 
 from userip_fast.config import LMConfig
-from userip_fast.doctor import FIELDS, diagnose
 from userip_fast.errors import UnsupportedError
-from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
+from userip_fast.lm import FrozenLM, PackedEngine
 from userip_fast.packing import make_pack
-from userip_fast.prompts import PromptTemplate
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "families.md"
-COMMON = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 256,
-    "bos_token_id": 0, "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
-GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 320,
-       "bos_token_id": 0, "eos_token_id": None}  # fmt: skip
-EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
-           "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}  # fmt: skip
-WINDOW = {"head_dim": 8, "sliding_window": 8}
-MLA = {"num_key_value_heads": 4, "n_routed_experts": 4, "q_lora_rank": 16, "kv_lora_rank": 8,
-       "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "n_group": 1,
-       "topk_group": 1, "first_k_dense_replace": 1}  # fmt: skip
-PER_LAYER = {"head_dim": 8, "sliding_window": 8, "vocab_size_per_layer_input": 320,
-             "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0, "laurel_rank": 4,
-             "layer_types": ["sliding_attention", "full_attention"],
-             "intermediate_size": [64, 64], "activation_sparsity_pattern": [0.0, 0.0]}  # fmt: skip
-LINEAR = {"head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
-          "linear_key_head_dim": 8, "linear_value_head_dim": 8}  # fmt: skip
-CHUNKS = {"head_dim": 8, "attention_chunk_size": 8, "interleave_moe_layer_step": 1,
-          "intermediate_size_mlp": 64}  # fmt: skip
-NEO = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 320,
-       "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 256}  # fmt: skip
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+READINGS = ((1, "sequence"), (3, "sequence"), (3, "independent"))
+NLL, GRADIENT = 1e-6, 1e-5
+THIS = tf.__version__.startswith("5.24.")
+"""Of another transformers it is asked that each family is exact, refused, or not there."""
+UNPREDICTED = {"DBRX", "JetMoE", "LongCat-Flash (MLA)"}
+"""Whose experts choose rows by value: what a step takes cannot be traced."""
+NOT_IN_4_BITS = {"LongCat-Flash (MLA)"}
+"""Whose router reads its weight past its module: bitsandbytes cannot hold it."""
 
 
-def rope(kind: str, **others: float) -> dict[str, Any]:
-    longest = {} if kind == "dynamic" else {"original_max_position_embeddings": 64}
-    about = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, **longest, **others}
-    return {"rope_parameters": about}
+def errors(lm: FrozenLM, family: Family, readings: Any) -> tuple[float, float]:
+    """Largest relative errors of NLL and theta gradient of users in a pack, over the readings."""
+    wide = oracles.wide_copy(family.config(), lm.model)
+    worst = [0.0, 0.0]
+    for fields, context in readings:
+        layout = tiny.template(fields).layout(lm.tokenizer)
+        behaviour = tiny.behaviour(layout, 2, context=context)
+        random = torch.Generator().manual_seed(3)
+        theta = torch.randn(2, layout.num_soft, lm.hidden_size, generator=random)
+        theta *= lm.embedding_rms
+        x, y = theta.clone().requires_grad_(), theta.double().requires_grad_()
+        nll = PackedEngine(lm, layout).nll(make_pack(behaviour, range(2), layout, lm.device), x)
+        want = oracles.of_users(wide, layout, behaviour, y)
+        (got_gradient,) = torch.autograd.grad(nll.sum(), x)
+        (gradient,) = torch.autograd.grad(want.sum(), y)
+        found = (
+            float(((nll - want).abs() / want.abs()).max()),
+            float((got_gradient - gradient).abs().max() / gradient.abs().max()),
+        )
+        worst = [max(a, b) for a, b in zip(worst, found)]
+    return worst[0], worst[1]
 
 
-def of(name: str, common: dict[str, Any] = COMMON, **others: Any) -> Callable[[], Any]:
-    return lambda: getattr(tf, f"{name}Config")(**{**common, **others})
+def load(family: Family, folder: Path, quantization: str = "none") -> FrozenLM:
+    if not (folder / "config.json").exists():
+        try:
+            family.save(folder)
+        except Exception as e:  # of an older or newer library, which knows no such family
+            if THIS:
+                raise
+            pytest.skip(f"transformers {tf.__version__} cannot make it ({type(e).__name__})")
+    return FrozenLM.load(str(folder), LMConfig(quantization=quantization))
 
 
-EXACT: dict[str, Callable[[], Any]] = {
-    "Llama": of("Llama"),
-    "Llama, llama3 rope": of(
-        "Llama", **rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0)),
-    "Llama, yarn rope": of("Llama", **rope("yarn")),
-    "Mistral": of("Mistral", **WINDOW),
-    "Ministral": of("Ministral", **WINDOW),
-    "Qwen2": of("Qwen2"),
-    "Qwen3": of("Qwen3", head_dim=8),
-    "Gemma": of("Gemma", head_dim=8),
-    "Gemma 2": of("Gemma2", **WINDOW, query_pre_attn_scalar=8),
-    "Gemma 3": of("Gemma3Text", **WINDOW),
-    "Phi": of("Phi"),
-    "Phi-3": of("Phi3"),
-    "SmolLM3": of("SmolLM3"),
-    "OLMo": of("Olmo"),
-    "OLMo 2": of("Olmo2"),
-    "OLMo 3": of("Olmo3", sliding_window=8),
-    "StarCoder2": of("Starcoder2"),
-    "GLM": of("Glm", head_dim=8),
-    "GLM-4": of("Glm4", head_dim=8),
-    "GPT-NeoX": of("GPTNeoX"),
-    "GPT-2": of("GPT2", GPT),
-    "GPT-BigCode": of("GPTBigCode", GPT),
-    "GPT-J": of("GPTJ", GPT, rotary_dim=4),
-    "CodeGen": of("CodeGen", GPT, rotary_dim=4),
-    "OPT": of("OPT", ffn_dim=64, word_embed_proj_dim=32),
-    "EXAONE 4": of("Exaone4", sliding_window=8),
-    "ERNIE 4.5": of("Ernie4_5"),
-    "Helium": of("Helium", head_dim=8),
-    "Granite": of("Granite", logits_scaling=8.0),
-    "Cohere": of("Cohere", logit_scale=0.0625),
-    "Cohere 2": of("Cohere2", sliding_window=8, logit_scale=0.0625),
-    "Mixtral": of("Mixtral", **EXPERTS),
-    "Qwen2-MoE": of("Qwen2Moe", **EXPERTS),
-    "Qwen3-MoE": of("Qwen3Moe", **EXPERTS, head_dim=8),
-    "PhiMoE": of("Phimoe", **EXPERTS),
-    "OLMoE": of("Olmoe", **EXPERTS),
-}  # fmt: skip
-INTERFACE = "does not call attention through transformers' attention interface"
-REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "Llama, dynamic rope": (of("Llama", **rope("dynamic")), "rope type 'dynamic'"),
-    "Gemma 3n": (of("Gemma3nText", **PER_LAYER), "Gemma3nForCausalLM cannot be run on packed rows"),
-    "Gemma 4, heads of 512": (of("Gemma4Text", **WINDOW), "head size must be 8 to 256"),
-    "DeepSeek-V3 (MLA)": (of("DeepseekV3", **EXPERTS, **MLA), "soft_prompt_attention: v must be"),
-    "gpt-oss": (of("GptOss", **EXPERTS, **WINDOW), "asks attention for 's_aux'"),
-    "Nemotron": (of("Nemotron"), "does not pass keyword arguments on to attention"),
-    "DiffLlama": (of("DiffLlama"), "tells attention of sliding windows"),
-    "Llama-4": (of("Llama4Text", **EXPERTS, **CHUNKS), "layers of type 'chunked_attention'"),
-    "Qwen3-Next": (of("Qwen3Next", **EXPERTS, **LINEAR), INTERFACE),
-    "GPT-Neo": (of("GPTNeo", NEO), INTERFACE),
-    "Falcon": (of("Falcon"), INTERFACE),
-    "StableLM": (of("StableLm"), INTERFACE),
-    "Bloom": (of("Bloom", {}, hidden_size=32, n_layer=2, n_head=4, vocab_size=320), INTERFACE),
-    "MPT": (of("Mpt", {}, d_model=32, n_layers=2, n_heads=4, vocab_size=320), INTERFACE),
-    "Mamba": (of("Mamba", {}, hidden_size=32, num_hidden_layers=2, vocab_size=320), INTERFACE),
-    "Jamba": (of("Jamba", **EXPERTS), INTERFACE),
-    "BERT": (of("Bert"), "lets a token see later ones"),
-}
-BY_REFERENCE = {"gpt-oss", "Nemotron", "DiffLlama"}
-"""Where the message says that em.engine=reference can."""
-
-
-def saved(make: Callable[[], Any], folder: Path) -> str:
-    torch.manual_seed(1)
-    model = tf.AutoModelForCausalLM.from_config(make())
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.mul_(4.0)  # so that attention and loss are far from flat
-    model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def load(make: Callable[[], Any], folder: Path) -> FrozenLM:
-    return FrozenLM.load(saved(make, folder), LMConfig(quantization="none"))
-
-
-@pytest.mark.parametrize("family", EXACT)
-def test_packed_users_are_read_as_float64_reads_each_alone(family: str, tmp_path: Path) -> None:
-    lm = load(EXACT[family], tmp_path)
-    PackedEngine(lm, PromptTemplate(FIELDS).layout(lm.tokenizer))
-    failed = [c for c in diagnose(lm, users=3) if not c.passed]
-    assert failed == []
-
-
-@pytest.mark.parametrize("family", REFUSED)
-def test_others_are_refused_by_name(family: str, tmp_path: Path, caplog: Any) -> None:
-    make, why = REFUSED[family]
-    layout = PromptTemplate(FIELDS).layout(tiny.tokenizer())
-    with pytest.raises(UnsupportedError, match=re.escape(why)) as found:
-        PackedEngine(load(make, tmp_path), layout)
-    assert "\n" not in str(found.value)
-    assert ("em.engine=reference" in str(found.value)) is (family in BY_REFERENCE)
-
-
-@pytest.mark.parametrize("family", sorted(BY_REFERENCE))
-def test_the_reference_engine_reads_them_where_the_message_says_so(
-    family: str, tmp_path: Path
+@pytest.mark.parametrize("name", EXACT)
+def test_packed_users_are_read_as_float64_reads_each_alone(
+    name: str, tmp_path: Path, recwarn: Any
 ) -> None:
-    lm = load(REFUSED[family][0], tmp_path)
-    layout = tiny.template().layout(lm.tokenizer)
-    behaviour = tiny.behaviour(layout, 3)
-    pack = make_pack(behaviour, [0, 1, 2], layout, lm.device)
-    theta = torch.zeros(3, layout.num_soft, lm.hidden_size).requires_grad_()
-    nll = ReferenceEngine(lm, layout).nll(pack, theta)
-    assert (nll > 0).all()
-    assert torch.autograd.grad(nll.sum(), theta)[0].isfinite().all()
+    try:
+        lm = load(EXACT[name], tmp_path)
+    except UnsupportedError as e:
+        if THIS:
+            raise
+        pytest.skip(f"refused with transformers {tf.__version__}: {e}")
+    assert not THIS or (lm.plan is None) == (name in UNPREDICTED)
+    nll, gradient = errors(lm, EXACT[name], READINGS)
+    assert nll <= NLL
+    assert gradient <= GRADIENT
+    if name in NOT_IN_4_BITS:
+        return
+    nll, gradient = errors(load(EXACT[name], tmp_path, "nf4-double"), EXACT[name], READINGS[1:2])
+    assert nll <= NLL
+    assert gradient <= GRADIENT
 
 
-def test_a_trace_or_fusion_that_fails_is_told_and_left_out(tmp_path: Path, caplog: Any) -> None:
+@pytest.mark.parametrize("name", REFUSED)
+def test_others_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    layout = tiny.template(3).layout(tiny.tokenizer())
+    why = re.escape(REFUSED[name]) if THIS else ""
+    with pytest.raises(UnsupportedError, match=why) as found:
+        PackedEngine(load({**ATTENTION, **OTHER}[name], tmp_path), layout)
+    assert "\n" not in str(found.value)
+
+
+def test_families_with_attention_are_read() -> None:
+    assert not set(OTHER) - set(REFUSED)
+    assert len(EXACT) >= 0.85 * len(ATTENTION)
+
+
+def test_no_causal_lm_of_transformers_is_forgotten() -> None:
+    auto: Any = pytest.importorskip("transformers.models.auto.modeling_auto")
+    known = getattr(auto, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", None)
+    if known is None or not THIS:
+        pytest.skip("the families are those of transformers 5.24")
+    here = {family.kind for family in {**ATTENTION, **OTHER}.values()}
+    there = {kind for kinds in NOT_HERE.values() for kind in kinds.split()}
+    assert not here & there
+    assert set(known) == (here | there) & set(known)
+
+
+def test_a_trace_that_fails_is_told_and_left_out(tmp_path: Path, caplog: Any) -> None:
     with caplog.at_level(logging.WARNING, logger="userip_fast.lm"):
-        lm = load(REFUSED["gpt-oss"][0], tmp_path)
+        lm = load(EXACT["JetMoE"], tmp_path)
     assert lm.plan is None
-    assert "what a step takes cannot be predicted (UnsupportedError: GptOss" in caplog.text
-    assert "GptOssAttention (model.layers.0.self_attn) cannot be fused (" in caplog.text
-    attention = lm.model.model.layers[0].self_attn
-    assert "forward" not in attention.__dict__
+    assert "what a step takes cannot be predicted (UnsupportedError: JetMoe" in caplog.text
 
 
-def table() -> str:
+def test_a_rope_of_two_lengths_is_read_up_to_the_shorter(tmp_path: Path) -> None:
+    lm = load(EXACT["Phi-4-mini (longrope, partial rotary)"], tmp_path)
+    assert lm.max_positions == 128
+    assert load(EXACT["Llama, dynamic rope"], tmp_path / "other").max_positions == 256
+
+
+HEAD = """\
+# Which language models load
+
+Written by `python tests/lm/test_families.py`, whose tests load a small random model of each family
+that transformers 5.24 has for text (encoders, and models of images or sound, apart). Exact: the
+largest relative errors of NLL and theta gradient of users in a pack, in float32, against two
+computations in float64 that share no code with the engine: the model's own code on one user's
+prompt as it is, with one field; and the same with three fields, where a hook hides from a field's
+rows what they must not see, in both contexts. At most 1e-6 and 1e-5 pass. The last two columns are
+of linears in 4 bits (nf4-double), against those same values. `userip lm PATH` says what your model
+is, `userip doctor --lm PATH` looks closer.
+
+In mixtures of experts a pack decides how an expert's rows are grouped, and so how sums are rounded:
+last bits of a user move with his company. None of these drops tokens, so nothing else moves.
+Experts that are one tensor stay as they are; 4 bits reach the linears beside them.
+"""
+
+
+def row(name: str, family: Family, folder: Path) -> str:
+    kind = type(family.model()).__name__
+    if name in REFUSED:
+        return f"| {name} | {kind} | refused: {REFUSED[name]} | | | |"
+    figures = errors(load(family, folder), family, READINGS)
+    if name in NOT_IN_4_BITS:
+        return f"| {name} | {kind} | {figures[0]:.0e} | {figures[1]:.0e} | no | |"
+    figures += errors(load(family, folder, "nf4-double"), family, READINGS[1:2])
+    return f"| {name} | {kind} | " + " | ".join(f"{x:.0e}" for x in figures) + " |"
+
+
+def table(rows: list[str]) -> str:
+    share = f"{len(EXACT)} of {len(ATTENTION)} families with softmax attention are exact."
     lines = [
-        "# Which language models load",
-        "",
-        "Written by `python tests/lm/test_families.py`, whose tests load a small random model of",
-        "each. Exact: NLL and theta gradient of packed users are those of a float64 copy that",
-        "reads one user at a time, within float32's own rounding (`userip doctor` on your model).",
-        "In mixtures of experts company decides how sums are rounded: last bits of a user move.",
-        "",
-        "| family | |",
-        "|---|---|",
+        "| family | class | NLL | gradient | 4 bits: NLL | gradient |",
+        "|---|---|---|---|---|---|",
     ]
-    lines += [f"| {family} | exact |" for family in EXACT]
-    for family, (_, why) in REFUSED.items():
-        other = "; `em.engine=reference` reads it" if family in BY_REFERENCE else ""
-        lines.append(f"| {family} | refused: {why}{other} |")
-    return "\n".join(lines)
+    return "\n".join([HEAD, share, "", *lines, *rows])
 
 
 def test_the_page_is_of_these_tests() -> None:
-    assert DOCS.read_text().rstrip("\n") == table()
+    page = DOCS.read_text()
+    assert page.startswith(table([]))
+    cells = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    assert [c[0][2:] for c in cells] == [*ATTENTION, *OTHER]
+    for name, _, first, *figures in ([c[0][2:], *c[1:]] for c in cells):
+        if name in REFUSED:
+            assert first == f"refused: {REFUSED[name]}"
+        else:
+            assert float(first) <= NLL
+            assert float(figures[0].rstrip(" |")) <= GRADIENT
 
 
 if __name__ == "__main__":
-    print(table())
+    import tempfile
+
+    tf.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        print(table([row(n, f, Path(folder) / n) for n, f in {**ATTENTION, **OTHER}.items()]))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from families import EXACT, Family
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from userip_fast.config import EMConfig, LMConfig
@@ -77,6 +78,20 @@ def test_prediction_is_within_a_tenth_of_what_a_step_takes(family):
             took = peak_bytes(run, "cpu")
             predicted = traced.step(False, work)
             assert abs(predicted / took - 1) < 0.1, (dim, layers, rows, predicted, took)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "DeepSeek-V3 (MLA)", "gpt-oss"])
+def test_experts_are_predicted_within_a_tenth(name):
+    kind, settings = EXACT[name]
+    layers = {"layer_types": ["full_attention"] * 4} if "layer_types" in settings else {}
+    sizes = {"hidden_size": 96, "num_hidden_layers": 4, "max_position_embeddings": 4096}
+    config = Family(kind, {**settings, **sizes, **layers}).config()
+    engine = engine_of(config)
+    traced = Architecture(config, torch.float32, "cpu", four_bit=False)
+    for rows, longest in ((384, 96), (768, 96)):
+        run, work = step_of(engine, rows, longest)
+        took = peak_bytes(run, "cpu")
+        assert abs(traced.step(False, work) / took - 1) < 0.1
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])

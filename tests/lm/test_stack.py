@@ -13,7 +13,6 @@ from userip_fast.lm.fuse import fuse
 from userip_fast.lm.nf4 import quantize_linears
 from userip_fast.lm.residency import set_recompute, settle
 from userip_fast.packing import make_pack
-from userip_fast.testing import assert_close_to_oracle
 
 F32, BF16 = torch.float32, torch.bfloat16
 FAMILIES = ("llama", "llama_tied", "mistral", "qwen2", "qwen2_window", "qwen3")
@@ -34,6 +33,7 @@ def step(engine, theta, *, text_weight=0.5, context="sequence", users=9):
 
 
 def prompts(lm, users=9, fields=2, m=2):
+    torch.manual_seed(0)
     layout = tiny.template(fields, m).layout(lm.tokenizer)
     return layout, torch.randn(users, layout.num_soft, lm.hidden_size) * lm.embedding_rms
 
@@ -47,17 +47,23 @@ def whole_engine(lm, layout, impl="reference"):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_halves_are_as_near_to_float64_as_the_modules(family, dtype):
+    """By the root mean square of the errors of 27 users, of NLL and of the gradient."""
     model = tiny.model(family, dtype)
     lm, wide = frozen(model), frozen(copy.deepcopy(model).double())
-    layout, theta = prompts(lm)
+    layout, _ = prompts(lm)
+    thetas = [torch.randn(9, layout.num_soft, lm.hidden_size) * lm.embedding_rms for _ in "abc"]
     for text, context in ((0.5, "sequence"), (0.0, "independent")):  # all rows, and few
-        how = {"text_weight": text, "context": context}
-        oracle = step(ReferenceEngine(wide, layout), theta.to(dtype), **how)
-        low = step(ReferenceEngine(lm, layout), theta.to(dtype), **how)
+
+        def run(engine, text=text, context=context):
+            found = [step(engine, t.to(dtype), text_weight=text, context=context) for t in thetas]
+            return [torch.cat(x).double() for x in zip(*found, strict=True)]
+
+        oracle, low = run(ReferenceEngine(wide, layout)), run(ReferenceEngine(lm, layout))
         fuse(lm.model, "reference")
-        got = step(whole_engine(lm, layout), theta.to(dtype), **how)
-        for g, o, n in zip(got, oracle, low, strict=True):
-            assert_close_to_oracle(g, o.double(), n.to(g.dtype), ulps=16)
+        for got, want, plain in zip(run(whole_engine(lm, layout)), oracle, low, strict=True):
+            error, budget = ((x - want).square().mean().sqrt() for x in (got, plain))
+            band = 2 * torch.finfo(torch.float32).eps * want.abs().max()  # an NLL is kept in fp32
+            assert error <= 1.5 * budget + band
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

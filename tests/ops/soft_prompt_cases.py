@@ -24,6 +24,11 @@ class Case:
     def cast(self, dtype: torch.dtype) -> Case:
         return Case(tuple(x.to(dtype) for x in self.tensors), self.pack, self.options)
 
+    def to(self, device: str) -> Case:
+        tensors, pack = (tuple(x.to(device) for x in xs) for xs in (self.tensors, self.pack))
+        moved = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in self.options.items()}
+        return Case(tensors, pack, moved)
+
 
 def make_case(
     behaviour: list[int],  # behaviour rows of each user
@@ -36,9 +41,12 @@ def make_case(
     heads: int = 2,
     kv_heads: int = 1,
     dim: int = 8,
+    v_dim: int | None = None,
     dtype: torch.dtype = torch.float32,
     window: int = 0,
     softcap: float = 0.0,
+    chunk: int = 0,
+    sinks: bool = False,
     scale: float | None = None,
     spread: float = 1.0,
     seed: int = 0,
@@ -62,17 +70,27 @@ def make_case(
     segment += [7] * slack
     position += [1] * slack
     g = torch.Generator().manual_seed(seed)
-    wide = torch.randn(rows, (heads + 2 * kv_heads) * dim + 5, generator=g) * spread
+    v_dim = v_dim or dim
+    qk = (heads + kv_heads) * dim
+    wide = torch.randn(rows, qk + kv_heads * v_dim + 5, generator=g) * spread
     wide = wide.to(dtype)
-    cuts = [heads * dim, (heads + kv_heads) * dim, (heads + 2 * kv_heads) * dim]
-    q, k, v = (x.unflatten(1, (-1, dim)) for x in wide.tensor_split(cuts, 1)[:3])
-    prefix = torch.randn(2, len(prefix_segment), kv_heads, dim, generator=g).to(dtype) * spread
+    cuts = [heads * dim, qk, qk + kv_heads * v_dim]
+    q, k, v = (
+        x.unflatten(1, (-1, width))
+        for x, width in zip(wide.tensor_split(cuts, 1), (dim, dim, v_dim))
+    )
+    prefix = [
+        torch.randn(len(prefix_segment), kv_heads, n, generator=g).to(dtype) * spread
+        for n in (dim, v_dim)
+    ]
     ints = (segment, prefix_segment, cu, position, prefix_position)
     options = {
         "num_fields": fields,
         "scale": dim**-0.5 if scale is None else scale,
         "window": window,
         "softcap": softcap,
+        "chunk": chunk,
+        "sinks": 2 * torch.randn(heads, generator=g) if sinks else None,
     }
     pack = tuple(torch.tensor(x, dtype=torch.int32) for x in ints)
     return Case((q, k, v, prefix[0], prefix[1]), pack, options)
@@ -83,6 +101,7 @@ def dense_attention(case: Case) -> Tensor:
     q, k, v, prefix_k, prefix_v = case.tensors
     segment, prefix_segment, cu, position, prefix_position = case.pack
     fields, window, softcap = (case.options[x] for x in ("num_fields", "window", "softcap"))
+    chunk, sinks = case.options["chunk"], case.options["sinks"]
     rows, heads, _ = q.shape
     prefix, group = prefix_k.shape[0], heads // k.shape[1]
     keys, values = (
@@ -103,14 +122,21 @@ def dense_attention(case: Case) -> Tensor:
                 continue
             s, t = columns[prefix + r], columns[c]
             seen = s == t or t < 0 or (s >= fields and t < fields)
-            ok[r][c] = seen and (window == 0 or places[c] > places[prefix + r] - window)
+            near = window == 0 or places[c] > places[prefix + r] - window
+            if chunk and places[c] // chunk != places[prefix + r] // chunk:
+                near = False
+            ok[r][c] = seen and near
     scores = q.transpose(0, 1) @ keys.transpose(1, 2) * case.options["scale"]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     slack = torch.tensor(user) < 0
     hidden = ~torch.tensor(ok).view(rows, prefix + rows) & ~slack[:, None]
     scores = scores.masked_fill(hidden, -math.inf)
-    return (scores.softmax(-1) @ values).transpose(0, 1) * ~slack[:, None, None]
+    if sinks is not None:  # as the models write it: a column more, dropped again
+        column = sinks.to(scores.dtype).view(heads, 1, 1).expand(-1, rows, 1)
+        scores = torch.cat([scores, column], 2)
+    p = scores.softmax(-1)[..., : prefix + rows]
+    return (p @ values).transpose(0, 1) * ~slack[:, None, None]
 
 
 def gradients(fn, case: Case, d_out: Tensor) -> tuple[Tensor, ...]:
@@ -135,6 +161,24 @@ CASES = {
     "window of two": {"behaviour": [5, 4], "window": 2},
     "softcap": {"behaviour": [8, 13], "softcap": 2.0, "heads": 3, "kv_heads": 3, "spread": 2.0},
     "window, items, softcap": {"behaviour": [8, 13], "window": 3, "items": 5, "softcap": 5.0},
+    "chunks": {"behaviour": [12, 3, 20], "chunk": 7, "virtual": 2, "slack": 3},
+    "sinks": {"behaviour": [8, 13], "heads": 4, "kv_heads": 2, "sinks": True, "slack": 2},
+    "narrow v": {"behaviour": [9, 2], "heads": 4, "kv_heads": 2, "dim": 24, "v_dim": 16},
+    "wide v, sinks, chunks, items": {
+        "behaviour": [14, 5],
+        "v_dim": 20,
+        "sinks": True,
+        "chunk": 6,
+        "items": 4,
+        "slack": 1,
+    },
+    "sinks, window, softcap": {
+        "behaviour": [11, 4],
+        "sinks": True,
+        "window": 5,
+        "softcap": 3.0,
+        "spread": 2.0,
+    },
     "one user of many rows": {"behaviour": [77], "heads": 4, "kv_heads": 2},
 }
 
@@ -143,14 +187,12 @@ NAMES = ("out", "dq", "dk", "dv")
 
 def compare(case: Case, impl: str, device: str = "cpu") -> None:
     """out and all gradients against fp64 autograd of the dense oracle, in poisoned memory."""
-    d_out = torch.randn(case.tensors[0].shape, dtype=torch.float64)
+    shape = (*case.tensors[0].shape[:2], case.tensors[2].shape[2])
+    d_out = torch.randn(shape, dtype=torch.float64)
     oracle = gradients(dense_attention, case.cast(torch.float64), d_out)
     low = gradients(dense_attention, case, d_out)
-    there = Case(
-        *(tuple(x.to(device) for x in xs) for xs in (case.tensors, case.pack)), case.options
-    )
     with poisoned_memory():
-        got = gradients(run_op(impl), there, d_out.to(device))
+        got = gradients(run_op(impl), case.to(device), d_out.to(device))
     end = int(case.pack[2][-1])
     for name, g, o, x in zip(NAMES, got, oracle, low, strict=True):
         assert_close_to_oracle(g.cpu(), o, x, name=name)

@@ -39,8 +39,8 @@ def make(rows, dim, vocab, users, dtype=torch.float32, bias=False):
     )
 
 
-def dense(hidden, weight, target, loss_weight, cu_rows, bias, softcap):
-    logits = hidden @ weight.T + (0 if bias is None else bias)
+def dense(hidden, weight, target, loss_weight, cu_rows, bias, softcap, scale=1.0):
+    logits = (hidden @ weight.T + (0 if bias is None else bias)) * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     token = F.cross_entropy(logits, target, reduction="none") * loss_weight
@@ -50,10 +50,10 @@ def dense(hidden, weight, target, loss_weight, cu_rows, bias, softcap):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize(("softcap", "scale"), [(0.0, 1.0), (0.0, 2.7), (5.0, 0.3)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 37])
-def test_equals_dense_fp64(rows, bias, softcap, dtype, impl, monkeypatch):
+def test_equals_dense_fp64(rows, bias, softcap, scale, dtype, impl, monkeypatch):
     monkeypatch.setattr(
         sys.modules[linear_cross_entropy_reference.__module__], "_CHUNK_BYTES", 4 * 97 * 16
     )
@@ -69,16 +69,16 @@ def test_equals_dense_fp64(rows, bias, softcap, dtype, impl, monkeypatch):
     with poisoned_memory():
         got = run(
             lambda h, w, t, b: lce_op(
-                h, w, t, loss_weight, cu_rows, bias=b, softcap=softcap, impl=impl
+                h, w, t, loss_weight, cu_rows, bias=b, softcap=softcap, scale=scale, impl=impl
             ),
             lambda x: x.detach().clone(),
         )
     low = run(
-        lambda h, w, t, bb: dense(h, w, t, loss_weight, cu_rows, bb, softcap).float(),
+        lambda h, w, t, bb: dense(h, w, t, loss_weight, cu_rows, bb, softcap, scale).float(),
         lambda x: x.detach().clone(),
     )
     oracle = run(
-        lambda h, w, t, bb: dense(h, w, t, loss_weight.double(), cu_rows, bb, softcap),
+        lambda h, w, t, bb: dense(h, w, t, loss_weight.double(), cu_rows, bb, softcap, scale),
         lambda x: x.detach().double(),
     )
     # nll is fp32, but the logits are rounded to `dtype` on their way.
@@ -101,6 +101,7 @@ def test_opcheck_and_no_grad_is_cheaper():
                 cu_rows,
                 b,
                 3.0,
+                0.5,
                 need_grad,
                 impl,
             ),

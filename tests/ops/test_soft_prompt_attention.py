@@ -90,12 +90,14 @@ def test_users_without_rows_and_empty_packs(impl):
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_opcheck(impl):
-    case = make_case([3, 4], window=4, softcap=3.0)
-    settings = (*(case.options[x] for x in ("num_fields", "scale", "window", "softcap")), 0, impl)
+    case = make_case([3, 4], window=4, softcap=3.0, sinks=True, v_dim=12)
+    names = ("num_fields", "scale", "window", "softcap", "chunk")
+    settings = (*(case.options[x] for x in names), 0, impl)
     leaves = [x.detach().requires_grad_() for x in case.tensors[:3]]
-    args = (*leaves, *case.tensors[3:], *case.pack, *settings)
+    sinks = case.options["sinks"]
+    args = (*leaves, *case.tensors[3:], *case.pack, sinks, *settings)
     torch.library.opcheck(attention_forward.op, args)
-    plain = (*case.tensors, *case.pack)
+    plain = (*case.tensors, *case.pack, sinks)
     out, lse = attention_forward(*plain, *settings)
     torch.library.opcheck(
         attention_backward.op, (torch.ones_like(out), *plain, out, lse, *settings)
@@ -125,7 +127,10 @@ def test_bad_arguments_are_named():
         call((q, torch.cat([k, k], 2)[..., ::2], v, prefix_k, prefix_v))
     with pytest.raises(ValueError, match=r"segment must be int32 \[11\]"):
         call(pack=(case.pack[0].long(), *case.pack[1:]))
-    for change in ({"num_fields": 0}, {"window": -1}, {"softcap": float("nan")}):
+    for change in (
+        {"num_fields": 0}, {"window": -1}, {"softcap": float("nan")}, {"chunk": 3, "window": 3},
+        {"sinks": torch.zeros(3)}, {"sinks": torch.zeros(2).requires_grad_()},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(change))):
             call(**change)
     with pytest.raises(ValueError, match="impl='nope'"):

@@ -17,35 +17,48 @@ DIMS = (8, 64, 128, 256)
 KERNELS = ("fwd", "dq", "dkdv")
 
 
-def variants(arch: int) -> list[tuple[str, int, bool, int]]:
-    """(kernel, head size, with window and soft cap, key heads of 32 query heads).
+Variant = tuple[str, int, int, int, bool, int]
 
-    Window and cap where registers run short; without groups, as in Llama 2, for the kernel that
-    walks the heads of a group.
+
+def variants(arch: int) -> list[Variant]:
+    """(kernel, head size, width of v, window 0 to 2, with soft cap and sinks, key heads of 32).
+
+    Window and cap where registers run short, chunks once; without groups, as in Llama 2, for the
+    kernel that walks the heads of a group; v of another width as in DeepSeek-V3, where k has none.
     """
-    plain = [(kernel, dim, False, 8) for dim in DIMS for kernel in KERNELS]
-    costly = [(kernel, dim, True, 8) for dim in (64, 256) for kernel in KERNELS]
-    return plain + [("dkdv", 128, False, 32)] + (costly if arch in (80, 90) else [])
+    plain = [(kernel, dim, dim, 0, False, 8) for dim in DIMS for kernel in KERNELS]
+    costly = [(kernel, dim, dim, 1, True, 8) for dim in (64, 256) for kernel in KERNELS]
+    costly += [(kernel, 128, 128, 2, False, 8) for kernel in KERNELS]
+    costly += [(kernel, 192, 128, 0, False, 32) for kernel in KERNELS]
+    alone = [("dkdv", 128, 128, 0, False, 32)]
+    return plain + alone + (costly if arch in (80, 90) else [])
 
 
-def compile_variant(kernel: str, dim: int, extras: bool, kv_heads: int, arch: int) -> Report:
+def on_descriptors(kernel: str, dim: int, arch: int) -> bool:
+    return arch == 90 and not (kernel == "dkdv" and dim > 128)
+
+
+def compile_variant(
+    kernel: str, dim: int, v_dim: int, window: int, extras: bool, kv_heads: int, arch: int
+) -> Report:
     import torch
     from userip_fast.kernels import soft_prompt_attention as kernels
 
     fn = getattr(kernels, f"_{kernel}_kernel")
-    block_d = max(16, 1 << (dim - 1).bit_length())
-    desc = arch == 90 and not (kernel == "dkdv" and dim > 128)
-    cut = kernels.tiling(kernel, dim, torch.bfloat16, desc)
+    block_d, block_v = (max(16, 1 << (n - 1).bit_length()) for n in (dim, v_dim))
+    desc = on_descriptors(kernel, dim, arch)
+    cut = kernels.tiling(kernel, max(dim, v_dim), torch.bfloat16, desc)
     rows, columns = (cut.step, cut.own) if kernel == "dkdv" else (cut.own, cut.step)
     signature = {}
     for name in fn.arg_names:
+        width = block_v if name in ("v", "prefix_v", "d_out", "out") else block_d
         if name in ("q", "d_out", "out"):
-            signature[name] = f"tensordesc<bf16[1, {rows}, {block_d}]>" if desc else "*bf16"
+            signature[name] = f"tensordesc<bf16[1, {rows}, {width}]>" if desc else "*bf16"
         elif name in ("k", "v", "prefix_k", "prefix_v"):
-            signature[name] = f"tensordesc<bf16[1, {columns}, {block_d}]>" if desc else "*bf16"
+            signature[name] = f"tensordesc<bf16[1, {columns}, {width}]>" if desc else "*bf16"
         elif name in ("out_ptr", "dq_ptr", "dk_ptr", "dv_ptr"):
             signature[name] = "*bf16"
-        elif name in ("lse_ptr", "delta_ptr"):
+        elif name in ("lse_ptr", "delta_ptr", "sinks_ptr"):
             signature[name] = "*fp32"
         elif name in ("scale", "softcap"):
             signature[name] = "fp32"
@@ -56,13 +69,17 @@ def compile_variant(kernel: str, dim: int, extras: bool, kv_heads: int, arch: in
         "HKV": kv_heads,
         "DIM": dim,
         "BLOCK_D": block_d,
+        "DIM_V": v_dim,
+        "BLOCK_V": block_v,
         "BLOCK_M": rows,
         "BLOCK_N": columns,
-        "WINDOW": extras,
+        "WINDOW": window,
         "SOFTCAP": extras,
         "DESC": desc,
     }
-    if kernel != "fwd":
+    if kernel == "fwd":
+        constants["SINKS"] = extras
+    else:
         constants["ROW_HEADS"] = 32 + 2 * kv_heads  # as the packed block has them
     return compile_kernel(
         fn,
@@ -113,15 +130,13 @@ def test_no_spills_and_tensor_cores_and_shared_memory_fits(arch, reports):
     *attention, work_list, prepend, prepend_backward = reports[arch]
     for report in (work_list, prepend, prepend_backward):
         assert report.stack == report.spills == report.counts["RED"] == report.counts["ATOM"] == 0
-    for (kernel, dim, extras, kv_heads), report in zip(variants(arch), attention, strict=True):
-        name = (
-            f"{kernel}, {dim}, window and cap {extras}, {kv_heads} key heads, sm_{arch}: {report}"
-        )
+    for variant, report in zip(variants(arch), attention, strict=True):
+        name = f"{variant}, sm_{arch}: {report}"
         count = report.counts
         assert report.stack == report.spills == 0, name
         assert report.shared <= SHARED_LIMIT[arch], name
         assert count["RED"] == count["ATOM"] == 0, name
-        if arch == 90 and not (kernel == "dkdv" and dim > 128):
+        if on_descriptors(*variant[:2], arch):
             assert count["HMMA"] == 0, name
             assert min(count["HGMMA"], count["UTMALDG"]) > 0, name
         else:

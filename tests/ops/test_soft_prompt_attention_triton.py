@@ -23,9 +23,13 @@ TILE_CASES = {
     "one token of prefix": {"behaviour": [5], "names": (0,), "heads": 1},
     "window over tiles": {"behaviour": [35], "window": 20, "names": (9, 9), "heads": 1},
     "items over tiles": {"behaviour": [33], "items": 7, "virtual": 3, "window": 5, "heads": 1},
+    "chunks over tiles, sinks": {"behaviour": [39], "chunk": 20, "sinks": True, "names": (9, 9)},
     "head size 40, groups of 2": {"behaviour": [18], "dim": 40, "heads": 4, "kv_heads": 2},
 }
-for _name in ("no prefix", "empty prompts, m = 3", "softcap"):
+for _name in (
+    "no prefix", "empty prompts, m = 3", "softcap", "narrow v", "wide v, sinks, chunks, items",
+    "sinks, window, softcap",
+):  # fmt: skip
     TILE_CASES[_name] = CASES[_name]
 
 
@@ -103,13 +107,14 @@ def test_the_work_list_covers_every_row_once_longest_first(cu, rows, last_first)
 
 def test_opcheck():
     case = make_case([3], names=(2,), heads=1, kv_heads=1)
-    settings = (1, 0.3, 0, 0.0, 0, "triton")
+    settings = (None, 1, 0.3, 0, 0.0, 0, 0, "triton")
     leaves = [x.detach().requires_grad_() for x in case.tensors[:3]]
     torch.library.opcheck(attention_forward.op, (*leaves, *case.tensors[3:], *case.pack, *settings))
     plain = (*case.tensors, *case.pack)
     out, lse = attention_forward(*plain, *settings)
     torch.library.opcheck(
-        attention_backward.op, (torch.ones_like(out), *plain, out, lse, *settings)
+        attention_backward.op,
+        (torch.ones_like(out), *plain, None, out, lse, *settings[1:]),
     )
 
 
@@ -124,17 +129,13 @@ def test_refusals_say_why(monkeypatch):
         run_op("triton")(case)
 
 
-def on_gpu(case: Case) -> Case:
-    move = lambda xs: tuple(x.cuda() for x in xs)  # noqa: E731
-    return Case(move(case.tensors), move(case.pack), case.options)
-
-
 # Compiled tiles are 32 and 64 wide: lengths and prefixes around those.
 GPU_CASES = {
     "ragged, GQA": {"behaviour": [61, 62, 63, 126, 200, 1], "heads": 8, "kv_heads": 2, "slack": 70},
     "long prefix": {"behaviour": [90, 5], "names": (31, 40, 2), "virtual": 2},
     "items": {"behaviour": [150, 70], "items": 13, "virtual": 2},
     "window and cap": {"behaviour": [180, 33], "window": 70, "softcap": 5.0, "heads": 4},
+    "chunks and sinks": {"behaviour": [180, 33], "chunk": 70, "sinks": True, "heads": 4},
 }
 
 
@@ -147,8 +148,16 @@ def test_compiled_equals_dense_fp64(name, dim, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("dim", "v_dim"), [(192, 128), (24, 64)])
+def test_compiled_with_another_width_of_v(dim, v_dim):
+    case = make_case(**GPU_CASES["ragged, GQA"], dim=dim, v_dim=v_dim, dtype=torch.bfloat16)
+    compare(case, "triton", device="cuda")
+
+
+@pytest.mark.gpu
 def test_compiled_runs_repeat_bitwise():
-    case = on_gpu(make_case([300, 20, 75, 130], heads=8, kv_heads=2, dim=128, dtype=torch.bfloat16))
+    case = make_case([300, 20, 75, 130], heads=8, kv_heads=2, dim=128, dtype=torch.bfloat16)
+    case = case.to("cuda")
     d_out = torch.randn_like(case.tensors[0])
     first = gradients(run_op("triton"), case, d_out)
     for _ in range(20):
@@ -158,7 +167,7 @@ def test_compiled_runs_repeat_bitwise():
 
 @pytest.mark.gpu
 def test_compiled_in_a_cuda_graph_follows_new_lengths():
-    case = on_gpu(make_case([40, 100, 7], dim=64, dtype=torch.bfloat16, slack=20))
+    case = make_case([40, 100, 7], dim=64, dtype=torch.bfloat16, slack=20).to("cuda")
     run_op("triton")(case)  # compile
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -207,11 +216,13 @@ def spoiled_user(device, dtype, dim, by_descriptor, monkeypatch):
         torch.tensor([0, *torch.tensor(lengths).cumsum(0)], **ints),
         torch.arange(rows, **ints), torch.arange(prefix, **ints),
     )  # fmt: skip
-    settings = (1, dim**-0.5, 0, 0.0)
+    settings = (None, 1, dim**-0.5, 0, 0.0, 0)
 
     def run():
         out, lse = kernels.forward(q, k, v, *prefix_kv, *pack, *settings)
-        return out, *kernels.backward(d_out, q, k, v, *prefix_kv, *pack, out, lse, *settings)
+        return out, *kernels.backward(
+            d_out, q, k, v, *prefix_kv, *pack, None, out, lse, *settings[1:]
+        )
 
     want = run()
     a, b = lengths[0], lengths[0] + lengths[1]

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from soft_prompt_cases import Case, dense_attention, gradients, make_case, run_op
+from soft_prompt_cases import dense_attention, gradients, make_case, run_op
 
 from userip_fast.errors import UnavailableError, UnsupportedError
 from userip_fast.ops import _soft_prompt_attention_varlen as varlen
@@ -83,6 +83,8 @@ def test_merged_segments_equal_the_whole(spec):
 
 
 def test_refusals_say_why():
+    with pytest.raises(UnavailableError, match="neither sinks nor chunks"):
+        run_op("varlen")(make_case([3], sinks=True))
     with pytest.raises(UnavailableError, match="needs a CUDA device"):
         run_op("varlen")(make_case([3]))
     for spec, reason in (({"items": 2}, "independent items"), ({"window": 3}, "neither window")):
@@ -96,7 +98,7 @@ def test_refusals_say_why():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_a_device_equals_triton(dtype):
     case = make_case([61, 130, 7], heads=8, kv_heads=2, dim=64, slack=20, dtype=dtype)
-    case = Case(*(tuple(x.cuda() for x in xs) for xs in (case.tensors, case.pack)), case.options)
+    case = case.to("cuda")
     d_out = torch.randn_like(case.tensors[0])
     both = (gradients(run_op(impl), case, d_out) for impl in ("varlen", "triton"))
     for a, b in zip(*both, strict=True):

@@ -63,6 +63,10 @@ class CTRConfig:
     """Users that are new (new-users), or cut to their first events (cold)."""
     rows_fraction: float = 0.3
     """Further users with training rows; the rest are those from whom profiles are learned."""
+    hold_items: float = 0.0
+    """new-users: share of the items, by key, of which nothing but test rows knows."""
+    user_statistics: bool = True
+    """Whether every feature comes with statistics of the user; those of the item it has anyway."""
     folds: int = 5
     """Of the users with training rows, for what is fitted on them too."""
     cold_rows: int = 5
@@ -108,6 +112,10 @@ class CTRConfig:
                 "ctr new_fraction + rows_fraction must be below 1, so that users are left to learn "
                 f"profiles from; they are {self.new_fraction} + {self.rows_fraction}"
             )
+        if not 0 <= self.hold_items < 1:
+            raise ConfigError(f"ctr hold_items must be in [0, 1), is {self.hold_items}")
+        if self.hold_items and self.protocol != "new-users":
+            raise ConfigError(f"ctr hold_items goes with new-users, not with {self.protocol}")
         if self.damage and not _DAMAGE.fullmatch(self.damage):
             raise ConfigError(f"ctr damage must be drop:P, noise:P or shuffle, is {self.damage!r}")
         if self.label not in (None, CHOSEN):

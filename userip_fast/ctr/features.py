@@ -35,6 +35,7 @@ from userip_fast.ctr.vectors import (
 )
 from userip_fast.data import Catalogue, Events, Interactions
 from userip_fast.data.attributes import item_attributes
+from userip_fast.em.calibrate import TABLE_RECIPE
 from userip_fast.em.free import FreeMixture
 from userip_fast.em.readings import Readings, log_likelihoods, pair_log_likelihoods
 from userip_fast.em.states import mean_states
@@ -170,6 +171,8 @@ class Profiles:
             return key | {"restarts": em["kmeans_restarts"]}
         if feature == "paper":
             em = {k: v for k, v in em.items() if k.startswith("paper_")}
+        elif feature == "ids":
+            key["table"] = TABLE_RECIPE
         return key | {"em": em}
 
     def model(self, feature: str, seed: int) -> Model:
@@ -188,6 +191,7 @@ class Profiles:
                 found = trainer.fit(source, checkpoints=run / "checkpoints", resume=True)
                 model.codebooks, model.start = found.codebooks, found.start
                 model.head, model.calibration = found.head, found.calibration
+                model.keep_table(found.table)
                 model.save(run / "model")
                 trainer.forget(run / "checkpoints")
             self._fitted[feature, seed] = model

@@ -97,6 +97,7 @@ class Inputs:
     """
 
     def __init__(self, task: Task, ctr: CTRConfig, profiles: Profiles, store: Cells) -> None:
+        self.ctr = ctr
         self.task, self.profiles, self.store = task, profiles, store
         self.attributes = item_attributes(task.data.items, ctr.attributes)
         self.numbers = Numbers(task, self.attributes)
@@ -158,7 +159,13 @@ class Inputs:
         return rows
 
     def _base(self) -> dict[str, list[Input]]:
-        numbers = self._standardised(self.number_part("base"))
+        told = self.number_part("base")
+        if not self.ctr.user_statistics:
+            told = {
+                side: {name: x for name, x in by.items() if not name.startswith("user_")}
+                for side, by in told.items()
+            }
+        numbers = self._standardised(told)
         out: dict[str, list[Input]] = {}
         for side in SIDES:
             rows = self._side(side)
@@ -246,6 +253,7 @@ class Inputs:
             "views": self._about,
             **self.profiles.key("ids"),
         }
+        del key["table"]  # it needs none
 
         def compute() -> Arrays:
             found = {}

@@ -152,21 +152,36 @@ def make_task(data: Interactions, config: CTRConfig) -> Task:
 def _new_users(data: Interactions, learn: Interactions, config: CTRConfig) -> Task:
     n = config.first
     side = _drawn(data, config)
+    held_item = _held_items(data, config)
     pool = _head(data.select_users(np.flatnonzero(side == 1)), config)
     if not (data.history_lengths > n).any():
         raise DataError(f"protocol new-users: no user has more than first={n} events")
     data = _head(data.select_users(np.flatnonzero((side < 2) & (data.history_lengths > n))), config)
     new = _drawn(data, config) == 0
     place, user = _places(data), data.users_of_events()
-    view = _damaged(data.first_events(n), new, config)
+    view = _damaged(_without(data.first_events(n), held_item), new, config)
     row = (place >= n) & (place < n + config.rows_per_user)
-    make = _Labels(data, [learn, pool], [place < n], row & new[user], config)
+    # Rows are sampled by what is popular in truth, held out or not.
+    make = _Labels(data, [learn, pool], [place < n], row & new[user], config, held_item)
+    learn, pool = _without(learn, held_item), _without(pool, held_item)
     one = np.zeros(len(place), np.int64)
-    train, test = make.train(row & ~new[user], one), make.test(one)
+    own = row & ~new[user] & ~held_item[data.item_index]
+    train, test = make.train(own, one), make.test(one)
     held = seeded(hash_keys(data.user_keys), config.split_seed + 7) % np.uint64(10) == 0
     return make.task(
         learn, pool, (view,), train, held[train.user], test, np.where(new, -1, _folds(data, config))
     )
+
+
+def _held_items(data: Interactions, config: CTRConfig) -> Mask:
+    """[I] items of which nothing but test rows knows."""
+    bits = seeded(hash_keys(data.item_keys), config.split_seed + 23)
+    return np.asarray(bits < np.uint64(config.hold_items * 2.0**64))
+
+
+def _without(data: Interactions, items: Mask) -> Interactions:
+    """`data` without events of `items` [I]."""
+    return data.select_events(~items[data.item_index]) if items.any() else data
 
 
 def _cold_or_warm(data: Interactions, learn: Interactions, config: CTRConfig) -> Task:
@@ -231,6 +246,7 @@ class _Labels:
         known: Histories that training knows, for popularity and the median rating.
         profiles: Per view the [E] events of `data` it is made of, undamaged.
         test: [E] events that become test rows.
+        held: [I] items that training rows must not have; None for none.
     """
 
     def __init__(
@@ -240,7 +256,9 @@ class _Labels:
         profiles: list[Mask],
         test: Mask,
         config: CTRConfig,
+        held: Mask | None = None,
     ) -> None:
+        self.held = np.zeros(data.num_items, bool) if held is None else held
         self.data, self.profiles, self.tested, self.config = data, profiles, test, config
         self.choices = data.rating is None
         self.threshold = float("inf")
@@ -272,7 +290,7 @@ class _Labels:
         # A training row's sampled items may be items of the test: the future is not known there.
         rows = rows.take(rows.kind == 0)
         outside = ~self.tested
-        occurs = (self.seen > 0) | self._occurs(outside)
+        occurs = ((self.seen > 0) | self._occurs(outside)) & ~self.held
         return self._against(rows, self._sampled(rows, np.unique(self.pair[outside]), occurs))
 
     def test(self, view: Int64) -> Rows:

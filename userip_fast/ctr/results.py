@@ -6,7 +6,8 @@ A plan is a YAML file; `benchmarks/results.yaml` is the one behind docs/results.
     config: {em: {estep: posterior}}          of every profile model (Config)
     quick: {ctr: {...}, config: {...},        laid over both by --quick
             evaluations: [name]}              and which of them it runs
-    evaluations: {name: {protocol: cold}}     one table each, further CTRConfig settings
+    evaluations: {name: {protocol: cold}}     one table each, further CTRConfig settings; and which
+                                              `labels` it is for
     datasets:
       name:
         interactions: FILE                    below the data folder
@@ -36,6 +37,7 @@ from userip_fast.ctr.config import CHOSEN, CLUSTERS, DIN, CTRConfig
 from userip_fast.ctr.evaluate import evaluate_ctr
 from userip_fast.ctr.statistics import in_words
 from userip_fast.data import read_interactions
+from userip_fast.em.calibrate import TABLE_RECIPE
 from userip_fast.errors import ConfigError, DataError
 from userip_fast.files import atomic_file, read_json, write_json
 from userip_fast.lm.embedded import RECIPE
@@ -95,12 +97,16 @@ def run_plan(
             short.get("evaluations") or dataset.get("evaluations") or plan["evaluations"]
         ):
             settings, over = plan["evaluations"][evaluation], short.get("ctr", {})
+            if label not in settings.get("labels", [label]):
+                continue
             merged = {**plan.get("ctr", {}), **dataset.get("ctr", {}), **settings, **over}
+            merged.pop("labels", None)
             merged["label"] = LABELS[label] or merged.get("label")
             ctr = CTRConfig(**_tuples(merged))
             folder = out / name / label / evaluation
-            # What the plan says, not a version's defaults; and what an embedded LM's training is.
-            want = {"ctr": merged, "config": asked, "lm": RECIPE}
+            # What the plan says, not a version's defaults; and what an embedded LM's training and
+            # an event table are.
+            want = {"ctr": merged, "config": asked, "lm": RECIPE, "table": TABLE_RECIPE}
             stamp = folder / "settings.json"
             if (folder / "ctr.json").is_file() and stamp.is_file() and read_json(stamp) == want:
                 here[evaluation] = read_json(folder / "ctr.json")

@@ -10,19 +10,19 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from userip_fast.behaviour import Source, Told
 from userip_fast.codebook import Codebook, UsageStats
 from userip_fast.config import EMConfig
+from userip_fast.em.calibrate import add_by_kind, chunks
+from userip_fast.em.counted import expected
 from userip_fast.em.lifts import Calibration, Usual, log_lifts, log_norm
 from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.readings import Readings, gradients, log_likelihoods
@@ -40,18 +40,14 @@ from userip_fast.em.units import Units
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import profile_posterior
 from userip_fast.packing import Int64, iter_packs
-from userip_fast.prefetch import Prefetch
 from userip_fast.prompts import ProfileField
 
 _FEWEST_USERS = 50  # below that all of them train
 logger = logging.getLogger("userip_fast.em")
 
 APART_USERS = 1_024  # read whole, if not told how many
-_HALF_EVENTS = (math.inf, 100.0, 30.0, 10.0, 3.0)
-_EARLY = (2, 5, 15)  # events of judges that are told to predict as many more
 _FEWEST_TEXTS = 256  # in the table, however many codes there are
 _START_USERS = 1_024  # whose behaviour codewords start from
-_CHUNK = 4_096  # users whose sums are added before they join the others': part of the result
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,6 @@ class Found:
         totals: As `profiles_total` of the training users.
         shares: Who has which codes, for `Users.stats`.
         table: [E, Z], what was read of kinds; None where users were read whole.
-        log_norm: [Z] fp64, of lifts (`userip_fast.em.lifts`).
     """
 
     objective: float
@@ -76,7 +71,6 @@ class Found:
     totals: npt.NDArray[np.float64]
     shares: Any
     table: Tensor | None = None
-    log_norm: Tensor | None = None
 
 
 @dataclass
@@ -109,10 +103,6 @@ class Users(Protocol):
 
     def stats(self, found: Found, codebooks: list[Codebook]) -> MixtureStats:
         """Gradients at `codebooks` for the shares in `found`."""
-        ...
-
-    def calibrate(self, found: Found, codebooks: list[Codebook]) -> Calibration:
-        """How an event table of `codebooks` is to be read."""
         ...
 
 
@@ -187,10 +177,6 @@ class Apart:
             self.lm_tokens += 2 * int(pack.cu_seqlens[-1])
         return MixtureStats(gradient, counts, total)
 
-    def calibrate(self, found: Found, codebooks: list[Codebook]) -> Calibration:
-        """There is no table."""
-        return Calibration()
-
 
 class Crowd:
     """All users of a source, through an event table of their most frequent texts.
@@ -203,6 +189,10 @@ class Crowd:
         source, users: The first so many users of it.
         fields: Whose codes make up the table's columns.
         neutral: [S, D] soft rows that tell nothing, where events are told by lifts.
+
+    Attributes:
+        kinds: How often users have each kind of event, read here or not.
+        usual: Reactions to items, where events tell of them and are told by lifts.
     """
 
     def __init__(
@@ -225,7 +215,7 @@ class Crowd:
         self.some = block.select(np.flatnonzero(~self.judging[:start]))
 
         columns = math.prod(f.codebook_size for f in fields)
-        counts = survey(source, tokenizer, 0, users)
+        self.kinds = counts = survey(source, tokenizer, 0, users)
         texts = _frequent(counts, max(_FEWEST_TEXTS, config.table_readings // columns))
         words = source.format.words
         self.usual = None if neutral is None or not words else Usual.of(counts, words)
@@ -251,13 +241,13 @@ class Crowd:
     def judge(self, codebooks: list[Codebook]) -> Found:
         """See `Users`."""
         grid, before = Grid(codebooks, self.engine), self.lm_tokens
-        table, norm = self._table(grid)
+        table = self._table(grid)
         objective, held_out, own_rows = 0.0, 0.0, 0
         used = [torch.zeros(k, dtype=torch.float64) for k in grid.sizes]
         counts = [torch.zeros(k, dtype=torch.int64) for k in grid.sizes]
         shares = torch.zeros(table.shape, dtype=torch.float64)
         totals = np.zeros(4)
-        for first, told in self._chunks():
+        for first, told in chunks(self.source, self.engine.lm.tokenizer, len(self.judging)):
             kinds, user, offsets = self._known(told)
             log_resp, evidence = profile_posterior(table, kinds, offsets, grid.log_prior)
             trains = torch.from_numpy(~self.judging[first : first + len(evidence)])
@@ -272,7 +262,7 @@ class Crowd:
                 # NumPy adds rows one after another whatever the number of threads.
                 used[j] += torch.from_numpy(r[trains].double().exp().numpy().sum(0))
                 counts[j] += torch.bincount(codes[trains, j], minlength=k)
-            shares += _by_kind(kinds, user, resp, len(table))
+            add_by_kind(shares, kinds, user, resp)
             own = trains[user]
             own_rows += int(self.tokens[kinds[own]].sum())
             totals[1] += float((grid.log_prior[at] - joint)[trains].sum())
@@ -282,30 +272,19 @@ class Crowd:
         totals[3] = self.trained * (self.lm_tokens - before) / own_rows
         usage = [UsageStats.of(c) for c in counts]
         if self.neutral is not None:
-            shares -= self._expected(shares, table)
-        return Found(objective, held_out, used, usage, totals, shares, table, norm)
+            shares -= expected(shares, table, self.counts, self.source.format)
+        return Found(objective, held_out, used, usage, totals, shares, table)
 
-    def _table(self, grid: Grid) -> tuple[Tensor, Tensor | None]:
-        """[E, Z] of the kinds that EM reads, and the norm of choices."""
+    def _table(self, grid: Grid) -> Tensor:
+        """[E, Z] of the kinds that EM reads."""
         asked = self.engine, self.readings, grid.soft
         tokens = self.config.pack_tokens
         if self.neutral is None:
-            return log_likelihoods(*asked, tokens, self._read), None
+            return log_likelihoods(*asked, tokens, self._read)
         lifts = log_lifts(*asked, self.neutral, tokens, self._read)
-        if self.usual is not None:
-            return self.usual.values(lifts, self.texts, self.source.format.feedback_weight), None
-        norm = log_norm(lifts, self.counts)
-        return (lifts - norm).float(), norm
-
-    def _expected(self, shares: Tensor, table: Tensor) -> Tensor:
-        """[E, Z] what the codes let expect, where `shares` [E, Z] were observed: as many choices of
-        a code's users, as many reactions to an item."""
-        if self.usual is None:
-            p = (table.double() + self.counts.log()[:, None]).exp() / self.counts.sum()
-            return shares.sum(0) * p
-        each = (len(self.texts), -1, table.shape[1])
-        p = (table.double() / self.source.format.feedback_weight).exp().view(each)
-        return (shares.view(each).sum(1, keepdim=True) * p).flatten(0, 1)
+        norm = None if self.usual else log_norm(lifts, self.counts)
+        how = Calibration(self.neutral, norm, usual=self.usual)
+        return how.values(lifts, self.texts, self.source.format.feedback_weight)
 
     def stats(self, found: Found, codebooks: list[Codebook]) -> MixtureStats:
         """One pass, forward and backward, over pairs of a reading and codes: all, or as many as
@@ -335,45 +314,6 @@ class Crowd:
             g = gradient[:, s].flatten(1)
             fields.append(g.new_zeros(k, g.shape[1]).index_add_(0, grid.codes[:, j], g))
         return MixtureStats(fields, found.used, nll)
-
-    def calibrate(self, found: Found, codebooks: list[Codebook]) -> Calibration:
-        """`half_events` under which the judges' first events predict their later ones best."""
-        neutral, norm, table = self.neutral, found.log_norm, found.table
-        assert table is not None
-        prior = Grid(codebooks, self.engine).log_prior
-        options = [Calibration(neutral, norm, half, self.usual) for half in _HALF_EVENTS]
-        told = np.zeros(len(options))
-        for first, chunk in self._chunks():
-            kinds, user, _ = self._known(chunk)
-            judge = self.judging[first:][user.numpy()]
-            kinds, owner = kinds[judge], user.numpy()[judge]
-            _, starts, own = np.unique(owner, return_index=True, return_counts=True)
-            place = np.arange(len(owner)) - np.repeat(starts, own)
-            length = np.repeat(own, own)
-            for n in _EARLY:
-                known = (length >= 2 * n) & (place < 2 * n)  # of users with as many again
-                early, later = known & (place < n), known & (place >= n)
-                users = int(early.sum()) // n
-                offsets = np.arange(users + 1) * n
-                for i, option in enumerate(options):
-                    weights = option.weights(offsets)
-                    log_resp, _ = profile_posterior(
-                        table, kinds[early], torch.from_numpy(offsets), prior, weights
-                    )
-                    each = log_resp.double().repeat_interleave(n, 0) + table[kinds[later]].double()
-                    told[i] += float(each.logsumexp(1).sum()) / n
-        best = int(told.argmax())
-        logger.info("each of n events counts 1 / (1 + n / %g)", _HALF_EVENTS[best])
-        return options[best]
-
-    def _chunks(self) -> Iterator[tuple[int, Told]]:
-        tokenizer, users = self.engine.lm.tokenizer, len(self.judging)
-
-        def told(first: int) -> tuple[int, Told]:
-            return first, self.source.told(tokenizer, first, min(first + _CHUNK, users))
-
-        with Prefetch(range(0, users, _CHUNK), told) as chunks:
-            yield from chunks
 
     def _known(self, told: Told) -> tuple[Tensor, Tensor, Tensor]:
         """[N] rows of the table and [N] users of the events that have one, and [U + 1] offsets."""
@@ -428,14 +368,6 @@ def _frequent(counts: Counter[Kind], texts: int) -> set[str]:
     for (text, _), count in counts.items():
         mass[text] += count
     return set(sorted(mass, key=lambda text: (-mass[text], text))[:texts])
-
-
-def _by_kind(kinds: Tensor, user: Tensor, resp: Tensor, num_kinds: int) -> Tensor:
-    """[E, Z] sum of `resp` [U, Z] over the events [N] of each kind, in order of users."""
-    order = torch.sort(kinds, stable=True).indices
-    ends = torch.bincount(kinds, minlength=num_kinds).cumsum(0)
-    offsets = torch.cat([ends.new_zeros(1), ends])
-    return F.embedding_bag(user[order], resp, offsets, mode="sum", include_last_offset=True)
 
 
 def _judging(count: int, held_out: float) -> npt.NDArray[np.bool_]:

@@ -11,7 +11,7 @@ affinities are those of
 
 with the share of all choices that fell on item i, or of the reactions to it that were w, such that
 either adds up to one. A table keeps the logarithm, of choices less log share[i], which is the same
-for all codes.
+for all codes. What counting tells beyond the LM (`userip_fast.em.counted`) is a part of the lift.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from userip_fast.em.counted import Counted
 from userip_fast.em.readings import Readings, log_likelihoods
 from userip_fast.errors import FormatError
 from userip_fast.lm.engine import Engine
@@ -114,12 +115,17 @@ class Calibration:
         usual: Reactions to items, where events tell of them.
         half_events: Events of a history at which each counts half: one taste explains many events,
             so that they say less of it than as many independent ones would. inf counts all whole.
+        usual: Reactions to items, where events tell of them.
+        counted: What counting tells beyond the LM; None for nothing.
+        raw: Whether the table is to be calibrated yet; it then keeps what it reads.
     """
 
     neutral: Tensor | None = None
     log_norm: Tensor | None = None
     half_events: float = math.inf
     usual: Usual | None = None
+    counted: Counted | None = None
+    raw: bool = False
 
     @property
     def plain(self) -> bool:
@@ -138,10 +144,14 @@ class Calibration:
         Args:
             weight: Loss weight of a word.
         """
-        if self.neutral is None:
+        if self.neutral is None or self.raw:
             return told
         if self.usual is not None:
+            if self.counted is not None:
+                told = told + weight * self.counted.log_of(texts)
             return self.usual.values(told, texts, weight)
+        if self.counted is not None:
+            told = told + self.counted.log_of(texts)
         assert self.log_norm is not None
         return (told - self.log_norm).float()
 
@@ -155,12 +165,13 @@ class Calibration:
 
     def reordered(self, orders: Sequence[Tensor]) -> Calibration:
         """For codes under other numbers: code k of field j is the old code `orders[j][k]`."""
+        counted = self.counted and self.counted.reordered(orders)
         if self.log_norm is None:
-            return self
+            return replace(self, counted=counted)
         grid = self.log_norm.view([len(order) for order in orders])
         for j, order in enumerate(orders):
             grid = grid.index_select(j, order)
-        return replace(self, log_norm=grid.flatten().clone())
+        return replace(self, log_norm=grid.flatten().clone(), counted=counted)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that `from_state` reads, beside `neutral`."""

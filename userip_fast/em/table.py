@@ -160,6 +160,7 @@ class EventTable:
         self.show = False
         self.grid = Grid(codebooks, engine)
         self.parts: list[Part] = []
+        self._raw: list[tuple[list[str], Behaviour, Tensor]] = []
         self.values = torch.empty(0, len(self.grid.codes))
         self._unpaid = 0  # rows that were read, and are no user's cost yet
         self._books = books_digest(codebooks)
@@ -206,19 +207,31 @@ class EventTable:
         total = columns * sum(int(r.behaviour.pack_rows(soft).sum()) for _, _, r in groups)
         with progress("reading events", total, "rows", self.show) as bar:
             for some, own, readings in groups:
-                shape = len(some), words
-                values = self.calibration.values(
-                    self._scored(readings, own, bar), some, self.format.feedback_weight
-                )
-                part = Part.of(
-                    some,
-                    own.lengths.reshape(shape),
-                    own.total_weight.reshape(shape),
-                    values.numpy().reshape(*shape, codes),
-                )
-                if self.store is not None:
-                    self.store.add(part)
-                self._take([part])
+                self._keep(some, own, self._scored(readings, own, bar))
+
+    def _keep(self, texts: list[str], own: Behaviour, told: Tensor) -> None:
+        """Takes in what was read: [T W, Z], likelihoods or lifts."""
+        shape = len(texts), len(self.words)
+        values = self.calibration.values(told, texts, self.format.feedback_weight)
+        part = Part.of(
+            texts,
+            own.lengths.reshape(shape),
+            own.total_weight.reshape(shape),
+            values.numpy().reshape(*shape, -1),
+        )
+        if self.store is not None:
+            self.store.add(part)
+        self._take([part])
+        if self.calibration.raw:
+            self._raw.append((texts, own, told))
+
+    def calibrated(self, how: Calibration) -> EventTable:
+        """A raw table's likelihoods or lifts, read as `how` says."""
+        out = EventTable(self.engine, self.format, self.codebooks, self.config, how)
+        out._unpaid = self._unpaid
+        for texts, own, told in self._raw:
+            out._keep(texts, own, told)
+        return out
 
     def _take(self, parts: Iterable[Part]) -> None:
         """Adds to the table what it lacks."""
@@ -262,7 +275,12 @@ class EventTable:
         self.read(kinds)
         return np.asarray([self._numbering.number[kind] for kind in kinds], np.int64)
 
-    def _rows_told(self, told: Told) -> Int64:
+    @property
+    def texts(self) -> list[str]:
+        """Whose rows are there: those of a text under each word follow each other."""
+        return [text for part in self.parts for text in part.texts.to_pylist()]
+
+    def rows_told(self, told: Told) -> Int64:
         """[N] the same of each event."""
         rows = self._numbering.of(told)[told.kinds]
         if len(unread := np.unique(told.kinds[rows < 0])):
@@ -283,7 +301,7 @@ class EventTable:
 
     def profiles(self, told: Told, hashes: npt.NDArray[np.uint64]) -> Profiles:
         """Of the users of `told`; what was read since the last ones costs each of them alike."""
-        rows, offsets = self._rows_told(told), told.offsets
+        rows, offsets = self.rows_told(told), told.offsets
         log_resp, evidence = self.posterior(rows, offsets)
         marginals = self.grid.marginals(log_resp)
         codes = torch.stack([r.argmax(1) for r in marginals], dim=1)

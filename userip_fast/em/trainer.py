@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from userip_fast.codebook import Codebook, UsageStats
 from userip_fast.config import Config
 from userip_fast.em.amortised import AmortisedEStep, Head, HeadReport, features, train_head
 from userip_fast.em.cache import BlockCache, DiskCache, MemoryCache, passed_over
+from userip_fast.em.calibrate import calibrate
 from userip_fast.em.checkpoints import Checkpoint, Checkpoints
 from userip_fast.em.crowd import APART_USERS, Apart, Crowd, Users
 from userip_fast.em.distributed import Processes
@@ -44,7 +45,7 @@ from userip_fast.em.steps import (
     books_digest,
     profiles_total,
 )
-from userip_fast.em.table import EventTable, has_table, survey
+from userip_fast.em.table import EventTable, Kind, has_table, survey
 from userip_fast.errors import FormatError
 from userip_fast.interrupts import deferred_interrupts
 from userip_fast.lm.engine import Engine
@@ -63,12 +64,14 @@ Log = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class FitResult:
-    """Codebooks, and the shared start [S, D] they were learned from; how an event table is read; of
-    an amortised E-step also its head, and how that does on users it has not learned from."""
+    """Codebooks, and the shared start [S, D] they were learned from; how an event table is read,
+    and the one of what was read for it; of an amortised E-step also its head, and how that does on
+    users it has not learned from."""
 
     codebooks: list[Codebook]
     start: Tensor
     calibration: Calibration = PLAIN
+    table: EventTable | None = None
     head: Head | None = None
     head_report: HeadReport | None = None
 
@@ -148,11 +151,13 @@ class Trainer:
                     kept.clear()
                 self.processes.barrier()
         if em.estep != "gradient":
-            books = self._fit_mixture(source, start, kept, resume, log)
+            tables = self.infer_cache(checkpoints, start) if checkpoints else None
+            books, table = self._fit_mixture(source, start, kept, resume, log, tables)
+            self.calibration = PLAIN if table is None else table.calibration
             if em.estep == "posterior":
-                return FitResult(books, start, self.calibration)
+                return FitResult(books, start, self.calibration, table)
             self.head, report = self._fit_head(source, books, start)
-            return FitResult(books, start, self.calibration, self.head, report)
+            return FitResult(books, start, self.calibration, table, self.head, report)
         estep = GradientEStep(self.engine, start, em, cache=cache)
         mstep = ThetaMStep(self.config.fields, self.engine.layout.field_slices, em)
         state = EMState()
@@ -252,9 +257,7 @@ class Trainer:
         tokenizer, size = self.engine.lm.tokenizer, self.config.em.block_users
         began = time.perf_counter()
         # Processes that share the users read alike, and so find the same to the bit.
-        kinds = survey(source, tokenizer, *(users or (0, source.num_users)))
-        longest = source.format.chunk_tokens + self.engine.layout.num_soft
-        in_memory(lambda: table.read(kinds), table, longest)
+        self._read(table, survey(source, tokenizer, *(users or (0, source.num_users))))
 
         def told(a: int) -> tuple[Told, npt.NDArray[np.uint64]]:
             b = min(a + size, last)
@@ -274,11 +277,21 @@ class Trainer:
         self.swept_s += time.perf_counter() - began
 
     def _fit_mixture(
-        self, source: Source, start: Tensor, kept: Checkpoints | None, resume: bool, log: Log
-    ) -> list[Codebook]:
-        """Codebooks of a mixture of soft prompts, from the users that `em.fit_users` says.
+        self,
+        source: Source,
+        start: Tensor,
+        kept: Checkpoints | None,
+        resume: bool,
+        log: Log,
+        tables: BlockCache | None,
+    ) -> tuple[list[Codebook], EventTable | None]:
+        """Codebooks of a mixture of soft prompts, from the users that `em.fit_users` says, and
+        their event table, calibrated.
 
         Each process learns them for itself: they see the same users and find the same.
+
+        Args:
+            tables: Keeps what is read into an event table.
         """
         em, fields = self.config.em, self.config.fields
         users: Users
@@ -296,8 +309,7 @@ class Trainer:
             for record in records:
                 log(record)
             if is_last(records[-1], em):
-                self.calibration = users.calibrate(users.judge(books), books)
-                return books
+                return books, self._calibrated(source, users, books, tables)
         else:
             books = mixture.best_start(fields, start)
         rounds = mixture.rounds(books, records[-1]["lr"] if records else None)
@@ -314,9 +326,25 @@ class Trainer:
                 log(record)
                 bar.advance(len(records) > 1, elbo=record["elbo"])
                 if is_last(record, em):
-                    self.calibration = users.calibrate(at.found, at.codebooks)
-                    return at.codebooks
+                    return at.codebooks, self._calibrated(source, users, at.codebooks, tables)
         raise AssertionError("EM goes on until its last round")
+
+    def _calibrated(
+        self, source: Source, users: Users, books: list[Codebook], tables: BlockCache | None
+    ) -> EventTable | None:
+        """Everything that was read of the users, to be read as their judges say; where an event
+        table serves."""
+        if not isinstance(users, Crowd):
+            return None
+        raw = Calibration(users.neutral, raw=True)
+        table = EventTable(self.engine, source.format, books, self.config.em, raw)
+        table.cache, table.show = tables, self.show
+        self._read(table, users.kinds)
+        return table.calibrated(calibrate(source, users.judging, table, users.kinds, users.usual))
+
+    def _read(self, table: EventTable, kinds: Iterable[Kind]) -> None:
+        longest = table.format.chunk_tokens + self.engine.layout.num_soft
+        in_memory(lambda: table.read(kinds), table, longest)
 
     def _told(self, source: Source, users: int) -> ToldUsers | None:
         """What the first users did, where the LM has a language to be told of it."""

@@ -1,22 +1,38 @@
 """The attention function that unmodified Hugging Face models call on packed rows.
 
 It is registered in `AttentionInterface` only, so no mask is ever built; what a row may see follows
-from the segment ids in the `PackContext` that travels as a keyword argument of `model.forward`.
+from the segment ids in the `PackContext` in force: a context variable, as not every model hands
+keyword arguments on to its attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from userip_fast.errors import UnsupportedError
+from userip_fast.lm.masks import Near, running
 from userip_fast.ops import soft_prompt_attention
 
+__all__ = ["KINDS", "NAME", "PackContext", "packed_attention", "reading", "register", "running"]
+
 NAME = "userip_packed"
+KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Types of layers, as configs call them, that this is all there is to."""
+
+
+class Call(NamedTuple):
+    """What a module asked of attention: [T, Hkv, d or dv] after RoPE, and near what."""
+
+    module: int  # its id
+    key: Tensor
+    value: Tensor
+    near: Near
 
 
 @dataclass
@@ -27,11 +43,13 @@ class PackContext:
         segment, position: [T] int32.
         cu_seqlens: [U + 1] int32.
         prefix_segment, prefix_position: [P] int32.
-        prefix: Per layer (keys, values) [P, Hkv, d] after RoPE.
-        capture: When a list, each layer appends its (keys, values) [T, Hkv, d] to it.
-        windows: When a list, each layer appends its sliding window to it (0 for none).
+        prefix: Of each attention module, by its id, one (keys, values) [P, Hkv, d or dv] after RoPE
+            for each time it asks.
+        near: What the masks of each module narrow by, by its id; nothing where it is not in it.
+        calls: When a list, each call is appended to it.
+        asked: How often each module has asked so far.
         stop: The function raises `Attended` instead of returning.
-        attended: [R, H, d], what the function returns instead of looking at its arguments.
+        attended: [R, H, dv], what the function returns instead of looking at its arguments.
         work_lists: Of the pack, made by the first layer that needs them.
     """
 
@@ -42,21 +60,55 @@ class PackContext:
     num_fields: int
     prefix_segment: Tensor
     prefix_position: Tensor
-    prefix: list[tuple[Tensor, Tensor]] | None = None
-    capture: list[tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
-    windows: list[int] | None = None
+    prefix: Mapping[int, list[tuple[Tensor, Tensor]]] | None = None
+    near: Mapping[int, Near] = field(default_factory=dict)
+    calls: list[Call] | None = field(default=None, repr=False)
+    asked: dict[int, int] = field(default_factory=dict)
     stop: bool = False
     attended: Tensor | None = None
     impl: str = "auto"
     work_lists: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False)
 
 
+_CURRENT: ContextVar[PackContext | None] = ContextVar("pack", default=None)
+
+
+@contextmanager
+def reading(context: PackContext) -> Iterator[None]:
+    """Within it, attention is of this pack."""
+    token = _CURRENT.set(context)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def again() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of a layer's first run and of its recomputation, which may be in another thread and
+    in another order, as torch's checkpoint wants them."""
+    now = _CURRENT.get()
+    return nullcontext(), nullcontext() if now is None else reading(
+        replace(now, asked=dict(now.asked))
+    )
+
+
 class Attended(Exception):  # noqa: N818 - a way out, not an error
-    """Carries the attention output [T, H, d] out of a layer that goes no further."""
+    """Carries the attention output [T, H, dv] out of a layer that goes no further."""
 
     def __init__(self, out: Tensor) -> None:
         super().__init__()
         self.out = out
+
+
+def current() -> PackContext:
+    """The context in force."""
+    context = _CURRENT.get()
+    if context is None:
+        raise UnsupportedError(
+            f"attention {NAME!r} is for the packed engine alone; "
+            "model.set_attn_implementation('eager') lets the model run by itself"
+        )
+    return context
 
 
 # What models pass on beside what the function reads, and what changes nothing here.
@@ -73,58 +125,64 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    userip: PackContext | None = None,
+    s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, d], key and value [1, Hkv, T, d], RoPE applied; returns [1, T, H, d]."""
-    if userip is None:
-        raise UnsupportedError(
-            f"{type(module).__name__} does not pass keyword arguments on to attention, so the "
-            "packed engine cannot run this model; use em.engine=reference"
-        )
+    """query [1, H, T, d], key [1, Hkv, T, d], value [1, Hkv, T, dv], RoPE applied, and `s_aux` [H],
+    the heads' sinks; returns [1, T, H, dv]."""
+    context, name = current(), type(module).__name__
     if attention_mask is not None or dropout:
         raise UnsupportedError(
-            f"{type(module).__name__} brings its own attention mask or dropout ({dropout}), which "
+            f"{name} brings its own attention mask or dropout ({dropout}), which "
             "the packed engine does not support; use em.engine=reference"
         )
     unknown = [name for name, x in others.items() if x is not None and name not in _HARMLESS]
     if unknown or is_causal is False:
         raise UnsupportedError(
-            f"{type(module).__name__} asks attention for {unknown[0] if unknown else 'no mask'!r}, "
+            f"{name} asks attention for {unknown[0] if unknown else 'no mask'!r}, "
             "which the packed engine does not support; use em.engine=reference"
         )
-    if userip.attended is not None:
-        return userip.attended.unsqueeze(0), None
+    if context.attended is not None:
+        return context.attended.unsqueeze(0), None
+    near = context.near.get(id(module), Near())
+    if sliding_window and near.window != sliding_window and context.near:
+        raise UnsupportedError(
+            f"{name} tells attention of a sliding window of {sliding_window}, and its masks are "
+            f"of {near.window}; use em.engine=reference"
+        )
     # [T, H, d], strided; `x[0]` would fill zeros and copy in backward.
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    if userip.capture is not None:
-        userip.capture.append((k.detach().contiguous(), v.detach().contiguous()))
-    if userip.windows is not None:
-        userip.windows.append(int(sliding_window or 0))
-    if userip.prefix is None:
-        prefix_k = prefix_v = k.new_empty(0, k.shape[1], k.shape[2])
+    if context.calls is not None:
+        kept_k, kept_v = (x.detach().contiguous() for x in (k, v))
+        context.calls.append(Call(id(module), kept_k, kept_v, near))
+    if context.prefix is None:
+        prefix_k, prefix_v = k[:0].detach(), v[:0].detach()
     else:
-        prefix_k, prefix_v = userip.prefix[module.layer_idx]
+        time = context.asked.get(id(module), 0)
+        context.asked[id(module)] = time + 1
+        prefix_k, prefix_v = context.prefix[id(module)][time]
     out = soft_prompt_attention(
         q,
         k,
         v,
         prefix_k,
         prefix_v,
-        userip.segment,
-        userip.prefix_segment,
-        userip.cu_seqlens,
-        userip.position,
-        userip.prefix_position,
-        num_fields=userip.num_fields,
+        context.segment,
+        context.prefix_segment,
+        context.cu_seqlens,
+        context.position,
+        context.prefix_position,
+        num_fields=context.num_fields,
         scale=float(q.shape[-1] ** -0.5 if scaling is None else scaling),
-        window=int(sliding_window or 0),
+        window=near.window,
         softcap=float(softcap or 0.0),
-        max_seqlen=userip.max_seqlen,
-        impl=userip.impl,
+        chunk=near.chunk,
+        sinks=None if s_aux is None else s_aux.detach(),
+        max_seqlen=context.max_seqlen,
+        impl=context.impl,
     )
-    if userip.stop:
+    if context.stop:
         raise Attended(out)
     return out.unsqueeze(0), None
 
@@ -134,16 +192,3 @@ def register() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
-
-
-@contextmanager
-def running(model: Any, implementation: str) -> Iterator[None]:
-    """The model runs with another attention implementation inside it."""
-    before = model.config.get_text_config()._attn_implementation
-    if before != implementation:
-        model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        if before != implementation:
-            model.set_attn_implementation(before)

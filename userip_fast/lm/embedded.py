@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from userip_fast.config import LMConfig
 from userip_fast.errors import FormatError
 from userip_fast.files import atomic_dir, one_writer, read_json, write_json
-from userip_fast.lm.pretraining import train
+from userip_fast.lm.foldin import FOLDIN_FILES, FoldIn
+from userip_fast.lm.pretraining import teach, train
 from userip_fast.packing import Behaviour, Int64
 from userip_fast.prompts import Layout, PromptTemplate
 from userip_fast.sums import (
@@ -33,12 +34,14 @@ from userip_fast.sums import (
 
 if TYPE_CHECKING:
     from userip_fast.behaviour import Told
+    from userip_fast.lm.frozen import FrozenLM
 
 logger = logging.getLogger("userip_fast.lm")
 
 _FORMAT, _VERSION = "userip_fast.lm", 1
 RECIPE = 5  # raise with any change that makes cached models stale
 _BOS = "<s>"
+_NEEDED = ("config.json", "model.safetensors")
 
 BehaviourOf = Callable[[Any, Layout], "tuple[Behaviour, Told]"]
 """Builds the users' behaviour, and its events as kinds, once the tokenizer is there."""
@@ -83,36 +86,77 @@ def embedded_lm(
         slots = slot_ids(tokenizer)
         of_entry.append([slots.shape, hashlib.sha256(slots.astype("<i8").tobytes()).hexdigest()])
     key = json.dumps(of_entry, sort_keys=True)
-    folder = cache_folder() / "lm" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    if _usable(folder, logger.debug):
+
+    def make(tmp: Path) -> dict[str, Any]:
+        known = tokenizer or _train_tokenizer(texts, template, config.embedded_vocab)
+        layout = template.layout(known)
+        behaviour, told = behaviour_of(known, layout)
+        model, foldin, training = train(known, layout, behaviour, told, slots, config, seed, show)
+        model.save_pretrained(tmp)
+        known.save_pretrained(tmp)
+        if foldin is not None:
+            foldin.save(tmp)
+        return training
+
+    return _cached("lm", key, _NEEDED, make)
+
+
+def taught(
+    lm: FrozenLM,
+    template: PromptTemplate,
+    behaviour_of: BehaviourOf,
+    tokens: int,
+    *,
+    content_key: str,
+    seed: int = 0,
+    show: bool = False,
+) -> FoldIn | None:
+    """The language in which `lm`, which stays as it is, is told of these users: trained unless it
+    is in the cache, undamaged (see `userip_fast.lm.pretraining.teach`).
+
+    Args:
+        tokens: To train on, at most.
+        template, behaviour_of, content_key, seed, show: As in `embedded_lm`.
+    """
+    prompts = [(f.prompt, f.num_virtual_tokens) for f in template.fields]
+    key = json.dumps([RECIPE, lm.fingerprint, str(lm.dtype), prompts, content_key, tokens, seed])
+
+    def make(tmp: Path) -> dict[str, Any]:
+        layout = template.layout(lm.tokenizer)
+        behaviour, told = behaviour_of(lm.tokenizer, layout)
+        foldin, training = teach(lm, layout, behaviour, told, tokens, seed, show)
+        foldin.save(tmp)
+        return training
+
+    return FoldIn.load(_cached("taught", key, FOLDIN_FILES, make))
+
+
+def _cached(
+    kind: str, key: str, needed: Sequence[str], make: Callable[[Path], dict[str, Any]]
+) -> Path:
+    """The entry of the cache that `key` names: undamaged, or made by `make` in a folder, which
+    returns how training went."""
+    folder = cache_folder() / kind / hashlib.sha256(key.encode()).hexdigest()[:24]
+    if _usable(folder, needed, logger.debug):
         return folder
     with one_writer(folder, "another process, which trains the same LM"):
-        if _usable(folder, logger.warning):
+        if _usable(folder, needed, logger.warning):
             return folder  # the other one has trained it
-        tokenizer = tokenizer or _train_tokenizer(texts, template, config.embedded_vocab)
-        layout = template.layout(tokenizer)
-        behaviour, told = behaviour_of(tokenizer, layout)
-        model, foldin, training = train(
-            tokenizer, layout, behaviour, told, slots, config, seed, show
-        )
-        _warn(training["nll"])
         with atomic_dir(folder) as tmp:
-            model.save_pretrained(tmp)
-            tokenizer.save_pretrained(tmp)
-            if foldin is not None:
-                foldin.save(tmp)
+            training = make(tmp)
+            _warn(training["nll"])
             write_json(tmp / "training.json", training)
             about = {"format": _FORMAT, "version": _VERSION, "files": folder_sums(tmp)}
             write_json(tmp / MANIFEST, sealed(about))
     return folder
 
 
-def _usable(folder: Path, tell: Callable[..., None]) -> bool:
+def _usable(folder: Path, needed: Sequence[str], tell: Callable[..., None]) -> bool:
     """Whether the entry is there and undamaged; what is damaged is told."""
     if not folder.exists():
         return False
     try:
-        check_embedded(folder)
+        check_embedded(folder, needed)
     except FormatError as e:
         tell("cached LM: %s; it is trained again", e)
         return False
@@ -135,7 +179,7 @@ def _warn(nll: dict[str, float] | None) -> None:
         )  # fmt: skip
 
 
-def check_embedded(folder: Path) -> None:
+def check_embedded(folder: Path, needed: Sequence[str] = _NEEDED) -> None:
     """Checks that an embedded LM's folder is whole and as it was written.
 
     Raises:
@@ -145,7 +189,7 @@ def check_embedded(folder: Path) -> None:
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise FormatError(f"{folder / MANIFEST}: is not that of an embedded LM")
     check_seal(folder / MANIFEST, manifest)
-    check_sums(folder, manifest.get("files"), ("config.json", "model.safetensors"))
+    check_sums(folder, manifest.get("files"), needed)
 
 
 def _train_tokenizer(texts: Sequence[str], template: PromptTemplate, vocab: int) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from userip_fast.errors import MismatchError, UnsupportedError
 from userip_fast.lm import attention
-from userip_fast.lm.attention import PackContext
+from userip_fast.lm.attention import Call, PackContext
 from userip_fast.lm.frozen import FrozenLM
 from userip_fast.lm.last_layer import last_layer, rows_behind_attention
 from userip_fast.lm.stack import Stack, stack_of
@@ -96,11 +96,14 @@ class PackedEngine:
             whole = "off" if lm.device.type == "cpu" or impl == "cpu" else "triton"
         stack = None if whole == "off" else stack_of(lm.model, whole)
         with told(f"{type(lm.model).__name__} cannot be run on packed rows"):
-            if probe:
-                self._probe(stack)
-            else:
-                self.stack = stack
             self.prefix = self._prefix_keys_values()
+            last = () if self.last_layer is None else self.last_layer.modules()
+            if sum(len(self.prefix.get(id(m), ())) for m in last) != 1:
+                self.last_layer = None
+            if probe:
+                self._probe()
+                self.last_layer = self.last_layer if self._picks_rows() else None
+            self.stack = stack if not probe or self._says_the_same(stack) else None
 
     def nll(self, pack: Pack, soft_rows: Tensor) -> Tensor:
         """See `Engine.nll`."""
@@ -119,15 +122,15 @@ class PackedEngine:
 
     def loss(self, hidden: Tensor, pack: Pack) -> Tensor:
         """As `nll`, from the final hidden states [R, D] of the loss rows."""
-        scale = self.lm.logit_scale
         return linear_cross_entropy(
-            hidden if scale == 1 else hidden * scale,
+            hidden,
             self.lm.head_weight,
             pack.target,
             pack.loss_weight,
             pack.cu_rows,
             bias=self.lm.head_bias,
             softcap=self.lm.softcap,
+            scale=self.lm.logit_scale,
         )
 
     def hidden_states(self, pack: Pack, soft_rows: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -155,6 +158,7 @@ class PackedEngine:
             self.prefix_segment,
             self.prefix_position,
             prefix=self.prefix,
+            near=self.lm.near,
             impl=self.impl,
         )
         return self._forward(x, pack.position, context, rows)
@@ -166,14 +170,14 @@ class PackedEngine:
             return self.stack(x, position, context, self._attention_impl(x), rows)
         with ExitStack() as stack:
             stack.enter_context(self.lm.attention(attention.NAME))
+            stack.enter_context(attention.reading(context))
             if rows is not None:
                 assert self.last_layer is not None
                 stack.enter_context(rows_behind_attention(self.last_layer, rows, len(x)))
-            out: Any = self.lm.model.base_model(
+            out: Any = self.lm.body(
                 inputs_embeds=x.unsqueeze(0),
                 position_ids=position.long().unsqueeze(0),
                 use_cache=False,
-                userip=context,
             )
         return out.last_hidden_state.squeeze(0)
 
@@ -194,70 +198,74 @@ class PackedEngine:
             self.layout.num_fields,
             self.prefix_segment[:0],
             self.prefix_position[:0],
+            near=self.lm.near,
             impl=self.impl,
             **options,
         )
 
     @torch.no_grad()
-    def _probe(self, stack: Stack | None) -> None:
-        """Two small users packed against the second alone; and the windows of all layers.
-
-        A stack that reads them otherwise than the modules do is not used.
-        """
-        name, lm = type(self.lm.model).__name__, self.lm
-        vocabulary = lm.token_embedding.shape[0]
-        x = lm.embed(torch.arange(3, 13, device=lm.device) % vocabulary)
-        windows: list[int] = []
-        context = self._plain([5, 5], windows=windows)
-        want_windows = layer_windows(lm.model.config.get_text_config())
-        whole = self._forward(x, context.position, context)[5:]
-        if windows != want_windows:
-            raise UnsupportedError(
-                f"{name} tells attention of sliding windows {windows}, its config says "
-                f"{want_windows}; use em.engine=reference"
-            )
-        rows = torch.tensor([6, 9], device=lm.device)
-        picked = self._forward(x, context.position, self._plain([5, 5]), rows)[rows]
+    def _probe(self) -> None:
+        """Two small users packed against the second alone."""
+        lm = self.lm
+        x, whole = self._two_users()
         with lm.attention("eager"):
-            alone = lm.model.base_model(inputs_embeds=x[None, 5:], use_cache=False)
-        want = alone.last_hidden_state[0]
-        limit = torch.finfo(lm.dtype).eps ** 0.5 * float(want.abs().max())
-        pairs = ((whole, want), (picked, want[[1, 4]]))
-        if not all(float((got - x).abs().max()) <= limit for got, x in pairs):
+            alone = lm.body(inputs_embeds=x[None, 5:], use_cache=False)
+        if not _near(whole[5:], alone.last_hidden_state[0]):
             raise UnsupportedError(
-                f"{name} reads packed users in another way than a user alone; "
+                f"{type(lm.model).__name__} reads packed users in another way than a user alone; "
                 "use em.engine=reference"
             )
-        if stack is None:
-            return
-        self.stack = stack
-        whole = self._forward(x, context.position, self._plain([5, 5]))[5:]
-        picked = self._forward(x, context.position, self._plain([5, 5]), rows)
-        pairs = ((whole, want), (picked, want[[1, 4]]))
-        if not all(float((got - x).abs().max()) <= limit for got, x in pairs):
-            self.stack = None
-            logger.info("%s is not what its layers look like: it runs module by module", name)
+
+    def _two_users(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Embedded tokens [10, D] of two users, and their final hidden states [10, D]."""
+        lm, context = self.lm, self._plain([5, 5])
+        x = lm.embed(torch.arange(3, 13, device=lm.device) % lm.token_embedding.shape[0])
+        return x, self._forward(x, context.position, context, rows)
 
     @torch.no_grad()
-    def _prefix_keys_values(self) -> list[tuple[Tensor, Tensor]]:
+    def _says_the_same(self, stack: Stack | None) -> bool:
+        """Whether a stack reads two users, and some of their rows, as the modules do."""
+        if stack is None:
+            return False
+        rows = torch.tensor([6, 9], device=self.lm.device)
+        _, want = self._two_users()
+        self.stack = stack
+        (_, whole), (_, picked) = self._two_users(), self._two_users(rows)
+        self.stack = None
+        if _near(whole, want) and _near(picked, want[rows]):
+            return True
+        name = type(self.lm.model).__name__
+        logger.info("%s is not what its layers look like: it runs module by module", name)
+        return False
+
+    @torch.no_grad()
+    def _picks_rows(self) -> bool:
+        """Whether the last layer may be run on chosen rows alone."""
+        if self.last_layer is None:
+            return False
+        rows = torch.tensor([6, 9], device=self.lm.device)
+        _, whole = self._two_users()
+        try:
+            _, picked = self._two_users(rows)
+        except Exception as e:  # of a library's code, on fewer rows than it was told of
+            logger.debug("the last layer is run on all rows: %s", e)
+            return False
+        return _near(picked[rows], whole[rows])
+
+    @torch.no_grad()
+    def _prefix_keys_values(self) -> dict[int, list[tuple[Tensor, Tensor]]]:
         """Runs the prefix alone, as if it were one user, under the same mask rule."""
         rows = len(self.layout.prefix_ids)
-        captured: list[tuple[Tensor, Tensor]] = []
-        context = self._plain([max(rows, 1)], capture=captured)
+        calls: list[Call] = []
+        context = self._plain([max(rows, 1)], calls=calls)
         if rows:
             context = replace(context, segment=self.prefix_segment, position=self.prefix_position)
         ids = _tensor(self.layout.prefix_ids, self.lm.device).long() if rows else context.position
         self._forward(self.lm.embed(ids.long()), context.position, context)
-        return [(k[:rows], v[:rows]) for k, v in captured]
-
-
-def layer_windows(config: Any) -> list[int]:
-    """The sliding window of each layer as a text config has it, 0 for none."""
-    count, window = config.num_hidden_layers, getattr(config, "sliding_window", None) or 0
-    if not getattr(config, "use_sliding_window", True):
-        window = 0
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * count
-    return [window if kind == "sliding_attention" else 0 for kind in kinds]
+        prefix: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for call in calls:
+            prefix.setdefault(call.module, []).append((call.key[:rows], call.value[:rows]))
+        return prefix
 
 
 class ReferenceEngine:
@@ -325,15 +333,21 @@ class ReferenceEngine:
             | ((row >= fields) & (column < fields) & (column >= -1))
         )
         sees = (sees & causal) | torch.eye(segment.shape[1], device=segment.device).bool()
-        config = self.lm.model.config.get_text_config()
-        full = _additive(sees, self.lm.dtype)
-        window = max(layer_windows(config))
-        near = sees & (position[:, None, :] > position[:, :, None] - window)
-        sliding = _additive(near, self.lm.dtype) if window else full
-        kinds = getattr(config, "layer_types", None)
-        if kinds and set(kinds) != {"full_attention"}:
-            return {"full_attention": full, "sliding_attention": sliding}
-        return sliding
+        here, there = position[:, :, None], position[:, None, :]
+        window, chunk = (max(sizes) for sizes in zip(*self.lm.near.values()))
+        near = sees & (there > here - window) if window else sees
+        if chunk:
+            near = sees & (there // chunk == here // chunk)
+        full, narrow = (_additive(x, self.lm.dtype) for x in (sees, near))
+        kinds = set(getattr(self.lm.model.config.get_text_config(), "layer_types", None) or [])
+        if kinds - {"full_attention"}:
+            return {kind: full if kind == "full_attention" else narrow for kind in attention.KINDS}
+        return narrow
+
+
+def _near(got: Tensor, want: Tensor) -> bool:
+    limit = torch.finfo(want.dtype).eps ** 0.5 * float(want.abs().max())
+    return bool((got - want).abs().max() <= limit)
 
 
 def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,7 +33,7 @@ Kind = tuple[str, str]
 RANK = 32
 _COMMON = 10.0  # events of a kind at which its weight begins to fall
 _SURE = 10.0  # events at which half of a vector's squared length is there
-_TENSORS, _KINDS = "foldin.safetensors", "foldin.parquet"
+FOLDIN_FILES = _TENSORS, _KINDS = "foldin.safetensors", "foldin.parquet"
 
 
 def kind_vectors(

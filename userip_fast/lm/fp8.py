@@ -163,7 +163,12 @@ def _rounded_together(linears: Sequence[Any]) -> list[FP8Linear]:
     whole = torch.cat([m.weight.detach() for m in linears])
     values, scale = quantize_rows(whole)
     back, back_scale = quantize_rows(whole.t().contiguous())
-    parts = zip(values.split(sizes), scale.split(sizes), back.split(sizes, 1), strict=True)
+    parts = zip(
+        torch.split(values, sizes),
+        torch.split(scale, sizes),
+        torch.split(back, sizes, 1),
+        strict=True,
+    )
     return [
         FP8Linear(m.weight, m.bias, (v, s, b, back_scale)).train(m.training)
         for m, (v, s, b) in zip(linears, parts, strict=True)

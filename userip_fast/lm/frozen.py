@@ -21,9 +21,10 @@ from torch import Tensor
 
 from userip_fast.config import LMConfig
 from userip_fast.errors import ConfigError, MismatchError, UnavailableError, UnsupportedError
-from userip_fast.lm import attention, stored
+from userip_fast.lm import attention, gguf, stored
 from userip_fast.lm.foldin import FoldIn
 from userip_fast.lm.fuse import fuse, pays
+from userip_fast.lm.masks import Near, body, near_of_modules
 from userip_fast.lm.memory import Plan, budget_bytes, choose
 from userip_fast.lm.nf4 import is_linear4bit, quantize_linears
 from userip_fast.lm.residency import set_recompute, settle
@@ -32,6 +33,7 @@ from userip_fast.lm.trace import Architecture, Workload
 from userip_fast.text_tokens import text_tokenizer
 
 if TYPE_CHECKING:
+    from userip_fast.lm.bf16 import BF16Report
     from userip_fast.lm.fp8 import GateReport
 
 logger = logging.getLogger("userip_fast.lm")
@@ -43,7 +45,8 @@ class FrozenLM:
     """A frozen causal LM and its tokenizer.
 
     Attributes:
-        model: The Hugging Face model; its base returns final hidden states (after the last norm).
+        model, body: The Hugging Face model, and the part of it that returns final hidden states
+            (after the last norm).
         tokenizer: Its fast tokenizer.
         device, dtype: Of the activations.
         hidden_size: D.
@@ -52,19 +55,21 @@ class FrozenLM:
         quantization: "none", "nf4" or "nf4-double".
         fingerprint: Digest of every byte that decides what it computes; of a stored LM as it is
             stored (`userip_fast.lm.stored`), else of the tensors handed over.
-        head_weight, head_bias, softcap, logit_scale: The frozen head: `ops.linear_cross_entropy` of
-            `logit_scale * hidden states`.
+        head_weight, head_bias, softcap, logit_scale: The frozen head, as `ops.linear_cross_entropy`
+            takes it.
         token_embedding, embedding_scale: Token t enters the model as `embedding_scale * row t`.
         embedding_rms: Root mean square of an entry of an embedded token; the unit of `em.lr`.
-        folder: What `load` read; None for a model handed over as it is.
+        folder: What `load` read, a folder or a GGUF file; None for a model handed over as it is.
         plan: How `load` decided to keep and run it; None for a model handed over as it is.
         fp8_report: What the FP8 gate found, in that residency.
+        bf16_report: What a trial of bf16 products found, where there was one.
     """
 
     folder: Path | None = None
     plan: Plan | None = None
     architecture: Architecture | None = None
     fp8_report: GateReport | None = None
+    bf16_report: BF16Report | None = None
     foldin: FoldIn | None = None
 
     def __init__(
@@ -76,6 +81,7 @@ class FrozenLM:
         quantization: str,
     ) -> None:
         self.model = model
+        self.body = body(model)
         self.tokenizer = tokenizer
         self.source = source
         self.embedded = False
@@ -96,11 +102,11 @@ class FrozenLM:
         self.head_weight: Tensor = head.weight
         self.head_bias: Tensor | None = getattr(head, "bias", None)
         text_config = model.config.get_text_config()
-        self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0) / float(
-            getattr(text_config, "logits_scaling", None) or 1.0
-        )
+        self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0)
+        # Granite divides by it, HyperCLOVA X multiplies: `_probe` asks the model.
+        self.logit_scale /= float(getattr(text_config, "logits_scaling", None) or 1.0)
         self.softcap = float(getattr(text_config, "final_logit_softcapping", None) or 0.0)
-        self.max_positions = int(getattr(text_config, "max_position_embeddings", 2**31 - 1))
+        self.max_positions = _positions(model, text_config)
         scale = getattr(embedding, "embed_scale", 1.0)
         self.embedding_scale = float(scale)
         rows = self.embed(
@@ -113,6 +119,11 @@ class FrozenLM:
     def fingerprint(self) -> str:
         """See the class."""
         return stored.model_fingerprint(self.model, self.tokenizer)
+
+    @cached_property
+    def near(self) -> dict[int, Near]:
+        """What the masks of each attention module narrow by, by the module's id."""
+        return near_of_modules(self.model)
 
     def is_known_as(self, fingerprint: str) -> bool:
         """Whether a fingerprint, of either kind, is this LM's; files are read again before a no."""
@@ -127,7 +138,8 @@ class FrozenLM:
         """Loads a model folder or hub id, and settles how its weights are kept.
 
         Args:
-            path: A folder in Hugging Face format, or a hub id.
+            path: A folder in Hugging Face format, a hub id, a GGUF file or a folder with one, or a
+                short name (`userip_fast.lm.gguf`).
             config: Quantisation, dtype, device, residency; whether to read all bytes again.
             work: What an E-step will ask of it; decides what fits into memory.
 
@@ -141,19 +153,25 @@ class FrozenLM:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         config = config or LMConfig()
-        stored.check_path(path)
+        file = gguf.file_of(path)
+        where: dict[str, Any] = {"pretrained_model_name_or_path": path}
+        if file is None:
+            stored.check_path(path)
+        else:
+            where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         attention.register()
         device = resolve_device(config.device)
         dtype = _resolve_dtype(config.dtype, device)
         remote = {"trust_remote_code": config.trust_remote_code}
         with told(f"LM {path!r} cannot be loaded"):
-            hf_config = AutoConfig.from_pretrained(path, **remote)
-            tokenizer = AutoTokenizer.from_pretrained(path, **remote)
+            hf_config = AutoConfig.from_pretrained(**where, **remote)
+            tokenizer = AutoTokenizer.from_pretrained(**where, **remote)
         packed = getattr(hf_config, "quantization_config", None)
-        quantization = config.quantization.replace("auto", "nf4-double")
+        quantization = config.quantization.replace("auto", "nf4-double" if file is None else "none")
         if packed:
             quantization = stored.quantization_of(path, packed)
-        bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
+        # Of a GGUF file we quantise, not bitsandbytes: it takes part in transformers' own loading.
+        bitsandbytes = file is None and importlib.util.find_spec("bitsandbytes") is not None
         if packed and not bitsandbytes:
             raise UnavailableError(
                 f"LM {path!r} is stored as {quantization} by bitsandbytes, which is not "
@@ -167,7 +185,7 @@ class FrozenLM:
         # transformers makes models under switches of the whole process.
         with told(f"LM {path!r} cannot be loaded"), _LOADING:
             model, info = AutoModelForCausalLM.from_pretrained(
-                path, output_loading_info=True, **kwargs
+                **where, output_loading_info=True, **kwargs
             )
         if missing := sorted(info["missing_keys"]):
             raise UnsupportedError(
@@ -183,7 +201,7 @@ class FrozenLM:
             quantize_linears(model, nested=quantization == "nf4-double")
         with told(f"LM {path!r} cannot be used"):  # its files may hold any value of any type
             lm = cls(model, tokenizer, source=str(path), quantization=quantization)
-            lm.folder = stored.folder_of(path)
+            lm.folder = file or stored.folder_of(path)
             lm.foldin = None if lm.folder is None else FoldIn.load(lm.folder)
             lm.fingerprint = stored.fingerprint(lm.folder, tokenizer, again=config.verify)
         lm._settle(config, work or Workload())
@@ -228,6 +246,10 @@ class FrozenLM:
         set_recompute(self.model, recompute)
         if fused:
             logger.info("fused element-wise parts of %s", dict(fuse(self.model)) or "no module")
+            if config.dtype == "auto" and config.memory_gib is None:  # half as much again
+                from userip_fast.lm.bf16 import try_out
+
+                self.bf16_report = try_out(self)
 
     def _make_plan(self, config: LMConfig, work: Workload, four_bit: bool, fused: bool) -> None:
         self.architecture = Architecture(
@@ -305,38 +327,43 @@ class FrozenLM:
                 f"{name} does not call attention through transformers' attention interface"
             )
         text_config = self.model.config.get_text_config()
-        rope = getattr(text_config, "rope_parameters", None) or getattr(
-            text_config, "rope_scaling", None
-        )
-        # One for all layers, or one for each type of layer.
-        parts = [rope, *rope.values()] if isinstance(rope, dict) else [rope or {}]
-        for part in parts:
-            kind = stored.entry(part, "rope_type", "default")
-            if kind in ("dynamic", "longrope"):
-                raise UnsupportedError(
-                    f"{name} uses rope type {kind!r}, whose angles depend on the batch"
-                )
+        if getattr(text_config, "hidden_size_per_layer_input", None):
+            raise UnsupportedError(
+                f"{name} takes per-layer inputs of each token id, and a soft prompt has none"
+            )
         kinds = set(getattr(text_config, "layer_types", None) or [])
-        if strange := sorted(kinds - {"full_attention", "sliding_attention"}):
+        if strange := sorted(kinds - attention.KINDS):
             raise UnsupportedError(f"{name} has layers of type {strange[0]!r}")
+        if getattr(self.model, "_is_stateful", False) and not kinds:
+            raise UnsupportedError(f"{name} keeps a state beside attention, which packs would mix")
         ids = torch.arange(2, device=self.device)
         scaled = self.token_embedding[ids] * torch.tensor(self.embedding_scale, dtype=self.dtype)
         if not torch.equal(self.embed(ids), scaled):
             raise UnsupportedError(f"{name} changes token embeddings in a way other than a scale")
         with torch.no_grad(), self.attention("eager"), told(f"{name} cannot be run on two tokens"):
             inputs = {"input_ids": ids[None], "use_cache": False}
-            hidden = self.model.base_model(**inputs).last_hidden_state
-            first = self.model.base_model(input_ids=ids[None, :1], use_cache=False)
+            hidden = self.body(**inputs).last_hidden_state
+            by_value = self.body(inputs_embeds=self.embed(ids[None]), use_cache=False)
+            if not torch.allclose(by_value.last_hidden_state, hidden, rtol=1e-2, atol=1e-4):
+                raise UnsupportedError(
+                    f"{name} reads token ids beside their embeddings (per-layer inputs), and a "
+                    "soft prompt has none"
+                )
+            first = self.body(input_ids=ids[None, :1], use_cache=False)
             change = (first.last_hidden_state[0, 0] - hidden[0, 0]).abs().max()
             if change > 0.05 * hidden[0, 0].abs().max():
                 raise UnsupportedError(f"{name} lets a token see later ones: not a causal LM")
             want = self.model(**inputs).logits[0, -1].float()
-            got = (self.logit_scale * hidden[0, -1:] @ self.head_weight.T).float()[0]
+            raw = (hidden[0, -1:] @ self.head_weight.T).float()[0]
             if self.head_bias is not None:
-                got = got + self.head_bias.float()
-            if self.softcap:
-                got = self.softcap * torch.tanh(got / self.softcap)
-        if not torch.allclose(got, want, rtol=2e-2, atol=2e-2 * float(want.abs().max())):
+                raw = raw + self.head_bias.float()
+        for scale in (self.logit_scale, 1 / self.logit_scale):
+            cap = self.softcap
+            got = cap * torch.tanh(scale * raw / cap) if cap else scale * raw
+            if torch.allclose(got, want, rtol=2e-2, atol=2e-2 * float(want.abs().max())):
+                self.logit_scale = scale
+                break
+        else:
             raise UnsupportedError(
                 f"{name} does more between hidden states and logits than a linear "
                 "head with a scale and a soft cap"
@@ -367,6 +394,29 @@ def _resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         # bf16 matrix products without bf16 instructions take a scalar path, about 50x slower.
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _positions(model: Any, text_config: Any) -> int:
+    """Positions that the model has, up to which what it makes of one depends on no other.
+
+    Some ropes take other angles once any position of a batch is past the length that the model was
+    first trained for; Llama 4 scales queries by their place in the batch, from `floor_scale` on.
+    """
+    limits = [int(getattr(text_config, "max_position_embeddings", None) or 2**31 - 1)]
+    rope = getattr(text_config, "rope_parameters", None) or getattr(
+        text_config, "rope_scaling", None
+    )
+    # One for all layers, or one for each type of layer.
+    for part in [rope, *rope.values()] if isinstance(rope, dict) else [rope or {}]:
+        if stored.entry(part, "rope_type", "default") in ("dynamic", "longrope"):
+            first = stored.entry(part, "original_max_position_embeddings", None)
+            first = first or getattr(text_config, "original_max_position_embeddings", None)
+            limits.append(int(first or limits[0]))
+    for module in model.modules():
+        if getattr(module, "attn_temperature_tuning", False):
+            module.attn_temperature_tuning = False  # which below `floor_scale` is a factor of 1
+            limits.append(int(module.floor_scale) - 1)
+    return min(limits)
 
 
 def _check_finite(path: str, model: Any) -> None:

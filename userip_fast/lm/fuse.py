@@ -1,10 +1,11 @@
 """Puts the fused element-wise ops into an unmodified Hugging Face model, where they do the same.
 
-Three kinds of module are looked for, and each class is tried on random input before it is touched:
-RMSNorms (`weight` and an epsilon), gated MLPs (`gate_proj`, `up_proj`, `down_proj`, `act_fn`), and
-attention that calls `apply_rotary_pos_emb`. Of a module that passes, `forward` is overridden on the
-instance; its class, other models and the library stay as they are. Attention runs its own code with
-another RoPE in the place of that name. What does not pass is left alone and named in the log.
+Four kinds of module are looked for, and each class is tried on random input before it is touched:
+RMSNorms (`weight` and an epsilon), gated MLPs (`gate_proj`, `up_proj`, `down_proj`, `act_fn`),
+attention that calls `apply_rotary_pos_emb`, and frozen fp32 linears (`ops/_products.py`). Of a
+module that passes, `forward` is overridden on the instance; its class, other models and the library
+stay as they are. Attention runs its own code with another RoPE in the place of that name. What does
+not pass is left alone and named in the log.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from userip_fast.lm.bf16 import ATTRIBUTE
+from userip_fast.ops._products import frozen_linear
 from userip_fast.ops.frozen_block import candidates, gated, rms_norm, rotate
 
 logger = logging.getLogger("userip_fast.lm")
@@ -87,23 +90,50 @@ def pays(like: Tensor) -> bool:
     return first() is None
 
 
+def is_fused(module: nn.Module) -> bool:
+    """Whether `fuse` has overridden its `forward`."""
+    forward = getattr(module.__dict__.get("forward"), "__func__", None)
+    return bool(getattr(forward, "userip_fused", False))
+
+
 def unfuse(model: nn.Module) -> None:
     """Takes the overrides out again; the model computes with its own code."""
     for module in model.modules():
-        forward = getattr(module.__dict__.get("forward"), "__func__", None)
-        if getattr(forward, "userip_fused", False):
+        if is_fused(module):
             del module.__dict__["forward"]
 
 
 def _candidate(module: Any, like: Tensor, impl: str) -> _Candidate | None:
     if "RMSNorm" in type(module).__name__ and isinstance(getattr(module, "weight", None), Tensor):
         return _norm(module, impl)
+    if type(module) is nn.Linear:
+        return _linear(module, like)
     if all(hasattr(module, n) for n in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return _mlp(module, like, impl)
     forward: Any = inspect.unwrap(type(module).forward)
     if hasattr(module, "head_dim") and _ROPE in forward.__code__.co_names:
         return _attention(module, forward, like, impl)
     return None
+
+
+def _linear(module: Any, like: Tensor) -> _Candidate | None:
+    """Its weight is frozen: the product may be any library's, and wants a gradient of x alone."""
+    if module.weight.dtype != torch.float32 or module.weight.requires_grad:
+        return None
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        half = getattr(self, ATTRIBUTE, None)
+        if half is not None and not torch.is_grad_enabled():
+            y = nn.functional.linear(input.to(half.dtype), half).float()
+            return y if self.bias is None else y.add_(self.bias)
+        return frozen_linear(input, self.weight, self.bias)
+
+    def compare() -> tuple[Any, Any]:
+        x = _random(like, 5, module.in_features)
+        x[:, 16:] = 0.0  # libraries may sum in another order, which over few numbers hardly shows
+        return type(module).forward(module, x), forward(module, x)
+
+    return _Candidate(forward, compare)
 
 
 def _norm(module: Any, impl: str) -> _Candidate:
@@ -177,7 +207,11 @@ def _attention(module: Any, forward: Any, like: Tensor, impl: str) -> _Candidate
     def compare() -> tuple[Any, Any]:
         q, k = (_random(like, 2, heads, 5, module.head_dim) for heads in (4, 2))
         cos, sin = (_random(like, 2, 5, module.head_dim) for _ in range(2))
-        return plain(q, k, cos, sin), rope(q, k, cos, sin)
+        try:
+            turned = plain(q, k, cos, sin)
+        except RuntimeError:  # it takes angles of another shape: half of them, or of a part of q
+            return q.new_zeros(0), q
+        return turned, rope(q, k, cos, sin)
 
     return _Candidate(override, compare)
 

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from userip_fast.lm.attention import PackContext
+from userip_fast.lm.attention import Call, PackContext
+from userip_fast.lm.masks import Near
 from userip_fast.lm.products import Product
 from userip_fast.ops import packed_attention
 from userip_fast.ops import packed_block as ops
@@ -65,7 +66,7 @@ class HeadNorms:
 
 @dataclass(frozen=True)
 class AttentionHalf:
-    """Of one layer. `heads`: (H, Hkv, d)."""
+    """Of one layer. `heads`: (H, Hkv, d); `module`: the id of its attention module."""
 
     norm: Norm
     qkv: Product
@@ -73,8 +74,7 @@ class AttentionHalf:
     heads: tuple[int, int, int]
     head_norms: HeadNorms | None
     scaling: float
-    window: int
-    index: int
+    module: int
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, angles: tuple[Tensor, Tensor],
@@ -124,12 +124,13 @@ class _Attention(torch.autograd.Function):
             n = half.head_norms
             qk = ops.norm_turn(qk, n.query, n.key, *angles, heads, n.eps, n.offset, how)
         q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, turned:]
-        if context.capture is not None:
-            context.capture.append((k.contiguous(), v.contiguous()))
+        near = context.near.get(half.module, Near())
+        if context.calls is not None:
+            context.calls.append(Call(half.module, k.contiguous(), v.contiguous(), near))
         if context.prefix is None:
             prefix = (k.new_empty(0, kv_heads, dim), k.new_empty(0, kv_heads, dim))
         else:
-            prefix = context.prefix[half.index]
+            prefix = context.prefix[half.module][0]
         mask = packed_attention.Mask(
             context.segment,
             context.prefix_segment,
@@ -137,7 +138,8 @@ class _Attention(torch.autograd.Function):
             context.position,
             context.prefix_position,
         )
-        settings = (context.num_fields, half.scaling, half.window, 0.0, context.max_seqlen, impl)
+        numbers = (half.scaling, near.window, 0.0, near.chunk)
+        settings = (context.num_fields, *numbers, context.max_seqlen, impl)
         out, lse = packed_attention.forward(q, k, v, *prefix, mask, settings, context.work_lists)
         ctx.save_for_backward(s, r, qkv, qk, out, lse, rows, *angles, *prefix, *mask)
         ctx.half, ctx.settings, ctx.lists = half, settings, context.work_lists
@@ -151,7 +153,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         s, r, qkv, qk, out, lse, rows, cosine, sine, *rest = ctx.saved_tensors
-        prefix, mask = rest[:2], packed_attention.Mask(*rest[2:])
+        prefix_k, prefix_v, *mask_of = rest
+        mask = packed_attention.Mask(*mask_of)
         half: AttentionHalf = ctx.half
         (heads, kv_heads, _), how = half.heads, half.norm.impl
         d_out, d_s = grads
@@ -161,8 +164,9 @@ class _Attention(torch.autograd.Function):
             d_attended = _placed(d_attended, rows, len(s))
             d_s = None if d_s is None else _placed(d_s, rows, len(s))
         q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :]
+        d_attended, settings = d_attended.view(out.shape), ctx.settings
         d = packed_attention.backward(
-            d_attended.view(out.shape), q, k, v, *prefix, mask, out, lse, ctx.settings, ctx.lists
+            d_attended, q, k, v, prefix_k, prefix_v, mask, out, lse, settings, ctx.lists
         )
         d_qk = d[:, : heads + kv_heads]
         if half.head_norms is None:

@@ -10,20 +10,21 @@ puts them back in their places. The price: q, k and v of the chosen rows are com
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from userip_fast.lm.attention import Attended
+from userip_fast.lm.attention import Attended, current, reading
+from userip_fast.lm.masks import body
 
 
 def last_layer(model: Any) -> nn.Module | None:
     """The model's last decoder layer, None where it is not the end of one list of all layers."""
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
+    for module in body(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module[-1]
     return None
@@ -34,7 +35,7 @@ def rows_behind_attention(layer: nn.Module, rows: Tensor, num_rows: int) -> Iter
     """Within it, only `rows` [R] of the model's T = `num_rows` output rows mean anything.
 
     Args:
-        layer: `last_layer` of the model, which must be called with a `PackContext` as `userip`.
+        layer: `last_layer` of the model, which asks attention once, within `attention.reading`.
         rows: [R] int64.
         num_rows: T.
     """
@@ -44,18 +45,22 @@ def rows_behind_attention(layer: nn.Module, rows: Tensor, num_rows: int) -> Iter
             return x.index_select(1, rows)
         return x
 
+    second = ExitStack()
+
     def before(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        context = kwargs.pop("userip")
+        context = current()
         try:
-            module.forward(*args, **kwargs, userip=replace(context, stop=True))
+            with reading(replace(context, stop=True)):
+                module.forward(*args, **kwargs)
         except Attended as found:
             attended = found.out.index_select(0, rows)
         else:
             raise AssertionError("the last layer did not call attention")
-        args, kwargs = pytree.tree_map(only_rows, (args, kwargs))
-        return args, {**kwargs, "userip": replace(context, attended=attended)}
+        second.enter_context(reading(replace(context, attended=attended)))
+        return pytree.tree_map(only_rows, (args, kwargs))
 
     def after(_module: nn.Module, _args: Any, out: Any) -> Any:
+        second.close()
         x = out[0] if isinstance(out, tuple) else out  # [1, R, D]
         whole = x.new_zeros(1, num_rows, x.shape[2]).index_copy(1, rows, x)
         return (whole, *out[1:]) if isinstance(out, tuple) else whole
@@ -67,5 +72,6 @@ def rows_behind_attention(layer: nn.Module, rows: Tensor, num_rows: int) -> Iter
     try:
         yield
     finally:
+        second.close()
         for handle in handles:
             handle.remove()

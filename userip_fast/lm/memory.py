@@ -26,9 +26,10 @@ logger = logging.getLogger("userip_fast.lm")
 
 GIB = 2**30
 _QUICK_ROWS = 1024  # a pack of so many rows is as fast as a larger one on a CPU
-_CPU_SHARE = 0.6
-"""Of a CPU's free memory, what is planned for. A fit predicted at 6.0 GiB was killed at 8.2: beside
-tensors there are the log, Python, the allocator's gaps, and other programs."""
+_CPU_SHARE = 0.45
+"""Of a CPU's free memory, what is planned for. Processes that fitted SmolLM2-135M had 12.4 and 5.5
+GiB where 6.0 and 3.3 were predicted: beside tensors there are the log, libraries and, it seems, the
+allocator's gaps between packs of many shapes. Smaller packs are as fast."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""Pre-training of the embedded LM, until users held out gain nothing."""
+"""Training of the embedded LM, or of the language that a frozen LM is told of users in, until users
+held out gain nothing."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,11 @@ from userip_fast.lm.lessons import STEP_TOKENS, Batch, Batches, Data
 from userip_fast.packing import Behaviour, Int64
 from userip_fast.progress import progress
 from userip_fast.prompts import Layout
+from userip_fast.threads import look
 
 if TYPE_CHECKING:
     from userip_fast.behaviour import Told
+    from userip_fast.lm.frozen import FrozenLM
 
 _DECAY = 0.1
 _CONTRAST = 8.0  # nats a token that a nat of telling users apart is worth
@@ -29,6 +33,7 @@ _PATIENCE = 4  # looks in vain until steps become smaller
 _DROPS, _DROP = 2, 0.3  # how often they do, and by how much
 _LAST_PART = 0.4  # of the budget, in which they become smaller in any case
 _JUDGE_BATCHES = 16
+_TAUGHT_LOOKS, _TAUGHT_JUDGES = 8, 4  # a real LM's look costs as much as a step of training
 _TOLD = 10  # events that judges are told of
 _PRIOR = 10.0  # events that an item's reactions start with
 
@@ -44,31 +49,99 @@ def train(
     show: bool,
 ) -> tuple[Any, FoldIn | None, dict[str, Any]]:
     """The model, the language of its soft rows, and how training went (see `Judges`)."""
-    generator = np.random.default_rng(seed)
     data = Data.of(behaviour, layout, told, slots, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _new_model(tokenizer, layout, behaviour, config)
-        soft = _SoftRows(model, layout, None if slots is not None else data.vectors.shape[1])
+        rank = None if slots is not None else data.vectors.shape[1]
+        soft = _SoftRows(model.get_input_embeddings(), layout, rank, model.config.hidden_size)
     model.train()
-    batches = Batches(data, layout, generator)
     parameters = [*model.parameters(), *soft.parameters()]
-    optimizer = _optimizer(parameters)
-    losses = _contrast if data.choices else _losses
     # Half for language, half for what the E-step asks: of reactions it is one token of a dozen.
     shares = (1.0, _CONTRAST) if data.choices else (0.5, 0.5)
-    steps = max(1, _budget(config, data) // STEP_TOKENS)
-    judges = _Judges(data, layout, seed)
-    every = max(1, steps // _LOOKS)
+    judges = _Judges(data, layout, seed, _JUDGE_BATCHES)
+    tokens = _budget(config.embedded_tokens, data)
+    what = "pre-training the LM"
+    curve = _learn(model, soft, parameters, data, judges, shares, tokens, _LOOKS, what, show)
+    model.eval()
+    return model, soft.language(data), curve
+
+
+def teach(
+    lm: FrozenLM,
+    layout: Layout,
+    behaviour: Behaviour,
+    told: Told,
+    tokens: int,
+    seed: int,
+    show: bool,
+) -> tuple[FoldIn, dict[str, Any]]:
+    """The language in which a frozen LM is told of users, and how training went: prompt tuning of
+    the map alone ("The Power of Scale for Parameter-Efficient Prompt Tuning", 2021), by gradients
+    through the LM.
+
+    Args:
+        tokens: To train on, at most.
+    """
+    data = Data.of(behaviour, layout, told, None, seed)
+    soft = _SoftRows(lm.embed, layout, data.vectors.shape[1], lm.hidden_size, lm.device)
+    # A row like those of text, and the same for all users until something is learned: an LM that
+    # cannot change makes noise of rows that it has never met.
+    ids, counts = np.unique(behaviour.ids, return_counts=True)
+    rows = lm.embed(torch.from_numpy(ids).long().to(lm.device)).double().cpu()
+    mean = torch.from_numpy(counts).double() @ rows / counts.sum()
+    mean *= lm.embedding_rms / mean.square().mean().sqrt()
+    with torch.no_grad():
+        soft.weight.zero_()
+        soft.bias.copy_(mean.float().expand_as(soft.bias))
+    # The language cannot change: what the E-step asks is all there is to learn.
+    judges = _Judges(data, layout, seed, _TAUGHT_JUDGES)
+    steps = _budget(tokens, data)
+    what = "telling the LM of users"
+    with lm.attention("sdpa"):
+        curve = _learn(
+            lm.model, soft, [*soft.parameters()], data, judges, (0.0, 1.0), steps, _TAUGHT_LOOKS,
+            what, show,
+        )  # fmt: skip
+    found = soft.language(data)
+    assert found is not None
+    return found, curve
+
+
+def _learn(
+    model: Any,
+    soft: _SoftRows,
+    parameters: list[Tensor],
+    data: Data,
+    judges: _Judges,
+    shares: tuple[float, float],
+    tokens: int,
+    looks: int,
+    what: str,
+    show: bool,
+) -> dict[str, Any]:
+    """Trains `parameters` in place, to the best that judges saw; the curve.
+
+    Args:
+        shares: Of the loss of all tokens, and of what the E-step asks.
+    """
+    layout, seed = judges.layout, judges.seed
+    batches = Batches(data, layout, np.random.default_rng(seed))
+    optimizer = _optimizer(parameters)
+    losses = _contrast if data.choices else _losses
+    steps = max(1, tokens // STEP_TOKENS)
+    every = max(1, steps // looks)
+    warm = 50 if shares[0] else max(1, steps // 8)  # a map alone is soon on its way
     curve: dict[str, Any] = {n: [] for n in ("tokens", "loss", "scored", "held_out")}
     recent: list[tuple[float, float]] = []
     best, kept, in_vain, drops = math.inf, None, 0, 0
-    with progress("pre-training the LM", steps * STEP_TOKENS, "tokens", show) as bar:
+    with progress(what, steps * STEP_TOKENS, "tokens", show) as bar:
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = _rate(step, steps, drops if judges.batches else None)
+                group["lr"] = _rate(step, steps, drops if judges.batches else None, warm)
             whole, scored = losses(model, soft, layout, batches.next())
             loss = shares[0] * whole + shares[1] * scored
+            look()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -94,14 +167,13 @@ def train(
                 if drops > _DROPS:
                     break
     _restore(parameters, kept)
-    model.eval()
-    return model, soft.language(data), {**curve, "nll": judges.report(model, soft)}
+    return {**curve, "nll": judges.report(model, soft)}
 
 
-def _rate(step: int, steps: int, drops: int | None) -> float:
+def _rate(step: int, steps: int, drops: int | None, warm: int) -> float:
     """Learning rate: a short way up, then level, lowered where held-out users gained nothing, and
     in the last part of the budget down to a tenth; half a cosine where nobody is held out."""
-    up = min(1.0, (step + 1) / min(50, steps))
+    up = min(1.0, (step + 1) / min(warm, steps))
     if drops is None:
         return 3e-3 * up * (0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
     down = min(1.0, (1 - step / steps) / _LAST_PART)
@@ -146,9 +218,9 @@ def _optimizer(parameters: list[Tensor]) -> torch.optim.AdamW:
     )
 
 
-def _budget(config: LMConfig, data: Data) -> int:
-    """Tokens to train on: some passes over the log, and what the config allows at most."""
-    return min(config.embedded_tokens, _PASSES * max(len(data.behaviour.ids), STEP_TOKENS))
+def _budget(tokens: int, data: Data) -> int:
+    """Tokens to train on: some passes over the log, and `tokens` at most."""
+    return min(tokens, _PASSES * max(len(data.behaviour.ids), STEP_TOKENS))
 
 
 def _losses(model: Any, soft: _SoftRows, layout: Layout, b: Batch) -> tuple[Tensor, Tensor]:
@@ -181,37 +253,58 @@ def _contrast(model: Any, soft: _SoftRows, layout: Layout, b: Batch) -> tuple[Te
 
 def _token_losses(model: Any, soft: _SoftRows, layout: Layout, b: Batch) -> Tensor:
     """[B, T]; 0 where there is no loss."""
-    embed = model.get_input_embeddings()
-    at = torch.from_numpy(layout.soft_position).long()
-    x = embed(b.ids).index_copy(1, at, soft(b))
-    out = model(inputs_embeds=x, attention_mask=b.mask, position_ids=b.position, use_cache=False)
+    at = torch.from_numpy(layout.soft_position).long().to(soft.device)
+    x = soft.embed(b.ids.to(soft.device))
+    x = x.index_copy(1, at, soft(b).to(x))
+    mask, position = b.mask.to(x.device), b.position.to(x.device)
+    logits = model(
+        inputs_embeds=x, attention_mask=mask, position_ids=position, use_cache=False
+    ).logits
     return F.cross_entropy(
-        out.logits.flatten(0, 1), b.target.flatten(), ignore_index=-100, reduction="none"
-    ).view_as(b.target)
+        logits.flatten(0, 1).float(), b.target.to(x.device).flatten(), ignore_index=-100,
+        reduction="none",
+    ).view(b.target.shape).cpu()  # fmt: skip
 
 
 class _SoftRows(torch.nn.Module):
-    """What stands in the soft rows: a map of what is told, or words that are known."""
+    """What stands in the soft rows: a map of what is told, or words that are known.
 
-    def __init__(self, model: Any, layout: Layout, rank: int | None) -> None:
+    Args:
+        embed: The LM's embedding of token ids, no parameter of ours.
+        rank: Length of what is told; None for words.
+        device: Where the LM runs.
+    """
+
+    def __init__(
+        self,
+        embed: Callable[[Tensor], Tensor],
+        layout: Layout,
+        rank: int | None,
+        hidden: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         super().__init__()
-        self.embed = [model.get_input_embeddings()]  # the model's own, no parameter of ours
+        self.device = device
+        self._embed = [embed]
         self.field = np.repeat(
             np.arange(layout.num_fields), [s.stop - s.start for s in layout.field_slices]
         )
-        hidden = model.config.hidden_size
         if rank is not None:
             # So that what is told is as large as a token's embedding.
-            spread = model.config.initializer_range / math.sqrt(rank)
+            spread = hidden**-0.5 / math.sqrt(rank)
             self.weight = torch.nn.Parameter(spread * torch.randn(layout.num_soft, rank, hidden))
             self.bias = torch.nn.Parameter(torch.zeros(layout.num_soft, hidden))
+
+    @property
+    def embed(self) -> Callable[[Tensor], Tensor]:
+        return self._embed[0]
 
     def forward(self, b: Batch) -> Tensor:
         """[B, S, D]."""
         if b.words is not None:
-            found: Tensor = self.embed[0](b.words)
-            return found
-        return torch.einsum("bsr,srd->bsd", b.told[:, self.field], self.weight) + self.bias
+            return self.embed(b.words)
+        told = torch.einsum("bsr,srd->bsd", b.told[:, self.field], self.weight)
+        return told + self.bias
 
     def language(self, data: Data) -> FoldIn | None:
         """For users to come; None where words are all that was told."""
@@ -233,13 +326,13 @@ class _Judges:
         batches: Told of at most `_TOLD` other events.
     """
 
-    def __init__(self, data: Data, layout: Layout, seed: int) -> None:
-        self.data, self.layout = data, layout
+    def __init__(self, data: Data, layout: Layout, seed: int, batches: int) -> None:
+        self.data, self.layout, self.seed = data, layout, seed
         self.batches: list[Batch] = []
         if data.judges.any():
             queue = Batches(data, layout, np.random.default_rng(seed), judging=True, told=_TOLD)
             queue._shuffle()
-            self.batches = [queue.batch(b) for b in queue.queue[:_JUDGE_BATCHES]]
+            self.batches = [queue.batch(b) for b in queue.queue[:batches]]
 
     def loss(self, model: Any, soft: _SoftRows, told: bool = True) -> float:
         """Of what the E-step asks, in nats; infinite without judges."""

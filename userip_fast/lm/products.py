@@ -109,7 +109,8 @@ def product_of(linears: Sequence[nn.Module]) -> Product | None:
     if len(kinds) != 1 or len({getattr(m, "bias", None) is None for m in linears}) != 1:
         return None
     if isinstance(first, FP8Linear):
-        memory = {m.forward_weight.untyped_storage()._cdata for m in linears}
+        buffers: list[Any] = [m.forward_weight for m in linears]
+        memory = {w.untyped_storage()._cdata for w in buffers}
         return E4M3Product(linears) if len(memory) == 1 else None
     if isinstance(first, StreamedLinear):
         return StreamedProduct(linears) if StreamedProduct.fits(linears) else None
@@ -119,7 +120,7 @@ def product_of(linears: Sequence[nn.Module]) -> Product | None:
 
 
 def _rows(weight: Tensor, linears: Sequence[Any]) -> tuple[Tensor, ...]:
-    return weight.split([m.weight.shape[0] for m in linears])
+    return torch.split(weight, [m.weight.shape[0] for m in linears])
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:

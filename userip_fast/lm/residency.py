@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from userip_fast.errors import UnsupportedError
+from userip_fast.lm import attention
 from userip_fast.lm.nf4 import NF4Linear, is_linear4bit, replace_linear4bit
 from userip_fast.nf4 import NF4Weight
 from userip_fast.ops.nf4_dequantize import nf4_dequantize, nf4_dequantize_into
@@ -58,7 +59,10 @@ def set_recompute(model: Any, on: bool) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     if on:
-        settings = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is random
+        # Nothing is random; attention is of the same pack.
+        settings = {
+            "use_reentrant": False, "preserve_rng_state": False, "context_fn": attention.again,
+        }  # fmt: skip
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)(settings)
     # A layer recomputes where it is in training mode; the rest stays in eval mode, without dropout.

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from userip_fast.lm.attention import PackContext
 from userip_fast.lm.halves import AttentionHalf, HeadNorms, MLPHalf, Norm
+from userip_fast.lm.masks import body
 from userip_fast.lm.products import product_of
 from userip_fast.ops.frozen_block import rms_norm
 
@@ -53,8 +54,9 @@ class Stack:
                 return m(*a(x, residual, angles, context, impl, chosen))
 
             if module.training and getattr(module, "gradient_checkpointing", False):
+                whole = x if residual is None else x + residual  # what is kept: one tensor a layer
                 x, residual = checkpoint(
-                    layer, x, residual, use_reentrant=False, preserve_rng_state=False
+                    layer, whole, None, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 x, residual = layer(x, residual)
@@ -78,16 +80,11 @@ def stack_of(model: Any, impl: str) -> Stack | None:
         model: After `fuse`; all its linears as they stay.
         impl: Implementation of the element-wise operators, "triton" or "reference".
     """
-    from userip_fast.lm.engine import layer_windows
-
-    base, config = model.base_model, model.config.get_text_config()
+    base, config = body(model), model.config.get_text_config()
     if _parts(base) != _BASE or getattr(config, "attn_logit_softcapping", None):
         return None
     norm = _norm(base.norm, impl)
-    layers = [
-        _layer(layer, i, window, impl)
-        for i, (layer, window) in enumerate(zip(base.layers, layer_windows(config)))
-    ]
+    layers = [_layer(layer, impl) for layer in base.layers]
     if norm is None or len(layers) != config.num_hidden_layers or not all(layers):
         return None
     return Stack(tuple(x for x in layers if x is not None), norm, base.rotary_emb)
@@ -105,13 +102,14 @@ def _fused(module: nn.Module) -> Any:
 
 def _norm(module: Any, impl: str) -> Norm | None:
     numbers = getattr(_fused(module), "userip_norm", None)
-    return None if numbers is None else Norm(module.weight.detach(), *numbers, impl)
+    if numbers is None:
+        return None
+    eps, offset = numbers
+    return Norm(module.weight.detach(), eps, offset, impl)
 
 
-def _layer(
-    layer: Any, index: int, window: int, impl: str
-) -> tuple[AttentionHalf, MLPHalf, nn.Module] | None:
-    if _parts(layer) != _LAYER:
+def _layer(layer: Any, impl: str) -> tuple[AttentionHalf, MLPHalf, nn.Module] | None:
+    if _parts(layer) != _LAYER or getattr(layer.self_attn, "sinks", None) is not None:
         return None
     attention, mlp = layer.self_attn, layer.mlp
     first, second = _norm(layer.input_layernorm, impl), _norm(layer.post_attention_layernorm, impl)
@@ -147,7 +145,7 @@ def _layer(
         head_norms = HeadNorms(query.weight, key.weight, query.eps, query.offset)
     return (
         AttentionHalf(
-            first, qkv, output, heads, head_norms, float(attention.scaling), window, index
+            first, qkv, output, heads, head_norms, float(attention.scaling), id(attention)
         ),
         MLPHalf(second, gate_up, down, act),
         layer,

@@ -61,13 +61,11 @@ def check_path(path: str) -> None:
         if not (folder / "config.json").exists():
             raise UnsupportedError(
                 f"LM {path!r} is a folder without config.json; name the folder that "
-                f"save_pretrained wrote{_gguf(folder)}"
+                "save_pretrained wrote"
             )
         weight_files(folder)
     elif folder.exists():
-        raise UnsupportedError(
-            f"LM {path!r} is a file; name the folder it lies in{_gguf(folder.parent)}"
-        )
+        raise UnsupportedError(f"LM {path!r} is a file; name the folder it lies in")
     elif not _HUB_ID.fullmatch(path) or folder.parent.is_dir():
         raise UnsupportedError(
             f"LM {path!r}: there is no such folder. (A hub id is OWNER/NAME, say "
@@ -99,15 +97,6 @@ def _hub_is_away() -> bool:
     except OSError:
         return True
     return False
-
-
-def _gguf(folder: Path) -> str:
-    if not any(folder.glob("*.gguf")):
-        return ""
-    return (
-        ". GGUF is not read: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME)"
-        ".save_pretrained(OTHER) writes a folder that is, its tokenizer likewise"
-    )
 
 
 def _hub_file(path: str, name: str) -> str | None:
@@ -150,7 +139,7 @@ def weight_files(folder: Path) -> list[Path]:
             except (KeyError, TypeError, AttributeError) as e:
                 raise FormatError(f"{index}: is not an index of weight files") from e
     raise UnsupportedError(
-        f"LM {str(folder)!r} holds neither model.safetensors nor pytorch_model.bin{_gguf(folder)}"
+        f"LM {str(folder)!r} holds neither model.safetensors nor pytorch_model.bin"
     )
 
 
@@ -158,12 +147,15 @@ def fingerprint(folder: Path, tokenizer: Any, *, again: bool = False) -> str:
     """See the module.
 
     Args:
-        folder: See `folder_of`.
+        folder: See `folder_of`; or a GGUF file.
         tokenizer: The tokenizer that was loaded from it.
         again: Whether to read the weights again even where their sums are kept.
     """
-    config = read_json(folder / "config.json")
     digest = _tokenizer_digest(tokenizer)
+    if folder.is_file():  # it holds the configuration too
+        digest.update(kept_sum(folder, again=again).encode())
+        return FULL + digest.hexdigest()
+    config = read_json(folder / "config.json")
     decides = {k: v for k, v in config.items() if k not in _ORIGIN}
     digest.update(json.dumps(decides, sort_keys=True).encode())
     code = sorted(folder.glob("*.py")) if "auto_map" in config else []

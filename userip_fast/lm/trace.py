@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from userip_fast.config import Config
 from userip_fast.lm import attention
 from userip_fast.lm.fuse import fuse
+from userip_fast.lm.masks import body
 from userip_fast.lm.residency import layer_of, set_recompute, settle
 from userip_fast.ops._dispatch import unannounced
 from userip_fast.ops.linear_cross_entropy import scratch_bytes as head_scratch
@@ -160,9 +161,13 @@ class Architecture:
         attention.register()
         config = copy.deepcopy(self.hf_config)
         text = config.get_text_config()
+        for name, value in list(vars(text).items()):  # what configs list layer by layer
+            if isinstance(value, list) and len(value) == text.num_hidden_layers:
+                setattr(text, name, [value[i % len(value)] for i in range(layers)])
         text.num_hidden_layers = layers
-        if kinds := getattr(text, "layer_types", None):
-            text.layer_types = [kinds[i % len(kinds)] for i in range(layers)]
+        rope = getattr(text, "rope_parameters", None)
+        if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
+            rope["rope_type"] = "default"  # no larger, and chosen without a look at the positions
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
@@ -202,9 +207,20 @@ class Architecture:
         theta = torch.empty(
             pack.num_users, work.soft_rows, self.hidden_size, device="meta", requires_grad=True
         )
-        with unannounced():
+        with unannounced(), _GroupedProducts():  # type: ignore[no-untyped-call]
             engine = PackedEngine(lm, layout, impl, probe=False)
             yield (lambda: engine.nll(pack, theta)), theta
+
+
+class _GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Experts' grouped product [S, K] x [E, K, N] on `meta` in any dtype: torch has it in bf16."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket.__name__ == "_grouped_mm" and args[0].dim() == 2:
+            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 class _PeakTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -247,14 +263,14 @@ def _attention_scratch(device_type: str, args: Any, backward: bool) -> int:
         return 0  # beyond the outputs, a list of tiles
     from userip_fast.ops._soft_prompt_attention_cpu import scratch_bytes
 
-    q, k, prefix, users = args[0], args[1], args[3].shape[0], args[7].shape[0] - 1
-    softcap, longest = args[-3], args[-2]
-    return scratch_bytes(q, k, prefix, users, longest, softcap=softcap, backward=backward)
+    (q, k, v), prefix, users = args[:3], args[3].shape[0], args[7].shape[0] - 1
+    softcap, longest = args[-4], args[-2]
+    return scratch_bytes(q, k, v, prefix, users, longest, softcap=softcap, backward=backward)
 
 
 _SCRATCH = {
     "linear_cross_entropy": lambda device_type, args: head_scratch(
-        device_type, args[0], args[1], need_grad=args[7]
+        device_type, args[0], args[1], need_grad=args[8]
     ),
     "soft_prompt_attention": lambda device_type, args: _attention_scratch(device_type, args, False),
     "soft_prompt_attention_backward": lambda device_type, args: _attention_scratch(
@@ -269,7 +285,7 @@ class _MetaLM:
     def __init__(self, model: Any) -> None:
         embedding = model.get_input_embeddings()
         head = model.get_output_embeddings()
-        self.model, self.device = model, torch.device("meta")
+        self.model, self.body, self.device = model, body(model), torch.device("meta")
         self.token_embedding, self.dtype = embedding.weight, embedding.weight.dtype
         self.hidden_size = embedding.weight.shape[1]
         self.embedding_scale = float(getattr(embedding, "scalar_embed_scale", 1.0))
@@ -277,6 +293,7 @@ class _MetaLM:
         text = model.config.get_text_config()
         self.softcap = float(getattr(text, "final_logit_softcapping", None) or 0.0)
         self.logit_scale = 1.0
+        self.near: dict[int, Any] = {}
         self.embed = embedding
 
     def attention(self, name: str) -> Any:

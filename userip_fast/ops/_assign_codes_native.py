@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,17 +11,6 @@ from torch import Tensor
 from userip_fast import _extension
 
 _TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of csrc/cpu/assign_codes.h
-
-
-@cache
-def _isa() -> str:
-    """The best instruction set of this processor; AVX-512 only where it is asked for.
-
-    The AVX-512 code is no faster on a Zen 4, and has not run on an Intel processor yet.
-    """
-    names: list[str] = _module().assign_codes_isas()
-    wanted = os.environ.get("USERIP_FAST_AVX512") == "1"
-    return next(name for name in names if wanted or name != "avx512")
 
 
 def _module() -> Any:
@@ -40,7 +27,8 @@ def assign_codes_cpu(
     need_stats: bool,
     isa: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `assign_codes_reference`; `isa` is one of `_C.assign_codes_isas()`.
+    """As `assign_codes_reference`; `isa` is one of `_C.instruction_sets()["assign_codes"]`;
+    None for the one in use.
 
     Memory beside the outputs: the codebook packed once more, 1 to 2 MiB per thread, and for
     statistics at most 32 MiB or 8 times the codebook, whichever is more.
@@ -57,7 +45,7 @@ def assign_codes_cpu(
     counts = torch.empty(total, dtype=torch.int64)
     sums = torch.empty((total, dim))
     _module().assign_codes_cpu(
-        isa=isa or _isa(),
+        isa=isa or "",
         x=x.data_ptr(),
         type=_TYPE[x.dtype],
         rows=rows,

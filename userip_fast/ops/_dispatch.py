@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from userip_fast import isa, threads
 from userip_fast.errors import UnavailableError
 
 logger = logging.getLogger("userip_fast.ops")
@@ -54,7 +55,7 @@ def resolve(op: str, impl: str, candidates: Mapping[str, WhyNot]) -> str:
         reason = candidates[impl]()
         if reason is not None:
             raise UnavailableError(f"{op}: impl={impl!r} cannot run here: {reason}")
-        return impl
+        return _ready(impl)
     skipped: list[str] = []
     for name, why_not in candidates.items():
         reason = why_not()
@@ -63,6 +64,14 @@ def resolve(op: str, impl: str, candidates: Mapping[str, WhyNot]) -> str:
             if (op, name, why) not in _announced and not _quiet.get():
                 _announced.add((op, name, why))
                 logger.info("%s: impl=%s (%s)", op, name, why)
-            return name
+            return _ready(name)
         skipped.append(f"{name}: {reason}")
     raise UnavailableError(f"{op}: no implementation can run this call: {'; '.join(skipped)}")
+
+
+def _ready(impl: str) -> str:
+    """`impl`, with threads and instruction sets settled where it computes on the CPU."""
+    if impl == "cpu":
+        threads.settle()
+        isa.settle()
+    return impl

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from userip_fast import _extension
+from userip_fast.ops._products import product
 
 # Up to this many rows the fused kernel is the faster: for a 4096 x 4096 weight on one Zen 3 core
 # 10.7 ms against 18.1 at 16 rows and 23.0 against 25.5 at 32; about even at 64, slower beyond.
@@ -77,8 +78,6 @@ def linear(
     bias = None if bias is None else bias.float().contiguous()
     y = torch.empty(batch, rows)
     if batch <= FUSED_ROWS:
-        if cols % 8:  # the kernel reads whole vectors
-            wide = torch.nn.functional.pad(wide, (0, -cols % 8))
         weight.c.nf4_linear(
             weight.addresses,
             weight.sizes,
@@ -95,10 +94,10 @@ def linear(
     for r0 in range(0, rows, step):
         r1 = min(rows, r0 + step)
         block = weight.block(r0, r1, 0, cols, scratch, x.dtype)
-        if bias is None:
-            torch.mm(wide, block.T, out=y[:, r0:r1])
-        else:
-            torch.addmm(bias[r0:r1], wide, block.T, out=y[:, r0:r1])
+        part = product(wide, block, None if bias is None else bias[r0:r1])
+        if r1 - r0 == rows:
+            return part.to(x.dtype)
+        y[:, r0:r1] = part
     return y.to(x.dtype)
 
 
@@ -115,5 +114,8 @@ def linear_grad(
     scratch = torch.empty(rows * step)
     for c0 in range(0, cols, step):
         c1 = min(cols, c0 + step)
-        torch.mm(wide, weight.block(0, rows, c0, c1, scratch, grad.dtype), out=dx[:, c0:c1])
+        part = product(wide, weight.block(0, rows, c0, c1, scratch, grad.dtype).t())
+        if c1 - c0 == cols:
+            return part.to(grad.dtype)
+        dx[:, c0:c1] = part
     return dx.to(grad.dtype)

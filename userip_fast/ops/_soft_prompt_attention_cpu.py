@@ -31,10 +31,12 @@ class _Pack:
     cu_seqlens: Tensor
     position: Tensor
     prefix_position: Tensor
+    sinks: Tensor | None
     num_fields: int
     scale: float
     window: int
     softcap: float
+    chunk: int
 
     @property
     def factor(self) -> float:
@@ -63,7 +65,7 @@ class _Block:
     def __init__(self, users: list[tuple[int, int]], pack: _Pack, k: Tensor, acc: torch.dtype):
         self.pack, self.acc = pack, acc
         self.size, self.n = len(users), users[-1][0]
-        self.kv_heads, self.dim = k.shape[1:]
+        self.kv_heads = k.shape[1]
         length, start = torch.tensor(users).T.unsqueeze(-1)  # [B, 1] each
         at = torch.arange(self.n)
         # Padding reads the user's last row, and is written to a trash row past the pack's end.
@@ -87,6 +89,7 @@ class _Block:
             position[:, None],
             pack.num_fields,
             pack.window,
+            pack.chunk,
         )
         ok &= ok.new_ones(self.n, prefix + self.n).tril(prefix)
         bias = torch.zeros(ok.shape, dtype=acc).masked_fill_(~ok, -math.inf)
@@ -97,8 +100,9 @@ class _Block:
         x = x.index_select(0, self.source).to(self.acc)
         if zero_padding:
             x[self.padding] = 0.0
-        x = x.view(self.size, self.n, self.kv_heads, -1, self.dim).permute(2, 0, 3, 1, 4)
-        return x.reshape(self.kv_heads * self.size, -1, self.dim)
+        width = x.shape[2]
+        x = x.view(self.size, self.n, self.kv_heads, -1, width).permute(2, 0, 3, 1, 4)
+        return x.reshape(self.kv_heads * self.size, -1, width)
 
     def columns(self, prefix: Tensor, x: Tensor) -> Tensor:
         """Prefix and own rows of K or V, [Hkv * B, P + n, d]."""
@@ -107,7 +111,7 @@ class _Block:
 
     def write(self, out: Tensor, x: Tensor) -> None:
         """The inverse of `rows`, into out [T + 1, h, d]."""
-        x = x.view(self.kv_heads, self.size, -1, self.n, self.dim).permute(1, 3, 0, 2, 4)
+        x = x.view(self.kv_heads, self.size, -1, self.n, x.shape[2]).permute(1, 3, 0, 2, 4)
         out.index_copy_(0, self.target, x.reshape(-1, *out.shape[1:]).to(out.dtype))
 
     def probabilities(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -119,16 +123,22 @@ class _Block:
             slope = self.pack.softcap * (1 - s.square())
             s.mul_(self.pack.softcap)
         s.view(self.kv_heads, self.size, -1, *self.bias.shape[2:]).add_(self.bias)
-        return s.softmax(-1), slope
+        if self.pack.sinks is None:
+            return s.softmax(-1), slope
+        sink = self.pack.sinks.to(self.acc).view(self.kv_heads, 1, -1, 1)
+        sink = sink.expand(-1, self.size, -1, self.n).reshape(self.kv_heads * self.size, -1, 1)
+        top = torch.maximum(s.amax(-1, keepdim=True), sink)
+        s.sub_(top).exp_()
+        return s.div_(s.sum(-1, keepdim=True) + (sink - top).exp_()), slope
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *pack_and_settings: Any
 ) -> Tensor:
-    """out [T, H, d]; arguments as `soft_prompt_attention_reference`."""
+    """out [T, H, dv]; arguments as `soft_prompt_attention_reference`."""
     pack = _Pack(*pack_and_settings)
     acc = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_zeros(q.shape[0] + 1, *q.shape[1:])
+    out = q.new_zeros(q.shape[0] + 1, q.shape[1], v.shape[2])
     for users in pack.blocks(q.shape[1], acc.itemsize):
         block = _Block(users, pack, k, acc)
         p, _ = block.probabilities(block.rows(q).mul_(pack.factor), block.columns(prefix_k, k))
@@ -146,7 +156,7 @@ def backward(
     out: Tensor,
     *pack_and_settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq [T, H, d], dk and dv [T, Hkv, d]."""
+    """dq [T, H, d], dk [T, Hkv, d] and dv [T, Hkv, dv]."""
     pack = _Pack(*pack_and_settings)
     acc = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (x.new_zeros(x.shape[0] + 1, *x.shape[1:]) for x in (q, k, v))
@@ -167,12 +177,20 @@ def backward(
 
 
 def scratch_bytes(
-    q: Tensor, k: Tensor, prefix: int, users: int, longest: int, *, softcap: float, backward: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: int,
+    users: int,
+    longest: int,
+    *,
+    softcap: float,
+    backward: bool,
 ) -> int:
     """Memory of the largest block beside the results, for `userip_fast.lm.memory`.
 
     Args:
-        q, k: As for the op; only shapes and dtype count.
+        q, k, v: As for the op; only shapes and dtype count.
         prefix: P.
         users: U, all taken to be as long as the longest.
         longest: Most rows of a user.
@@ -183,7 +201,12 @@ def scratch_bytes(
     one = longest * (longest + prefix) * size  # scores of a user and head
     block = max(1, min(users, _BLOCK_BYTES // max(1, one * q.shape[1])))
     scores, bias = block * one * q.shape[1], block * one
-    rows = block * longest * q.shape[1] * q.shape[2] * size
-    columns = block * (longest + prefix) * k.shape[1] * q.shape[2] * size
-    held = (4 * rows + 3 * columns) if backward else 2 * (rows + columns)
+    row, column = (
+        block * longest * q.shape[1] * size,
+        block * (longest + prefix) * k.shape[1] * size,
+    )
+    widths = q.shape[2] + v.shape[2]  # q, dq and k beside d_out, out and v; backward dk or dv too
+    held = (row + column) * widths
+    if backward:
+        held += row * widths + column * max(q.shape[2], v.shape[2])
     return bias + (3 if softcap > 0.0 else 2) * scores + held

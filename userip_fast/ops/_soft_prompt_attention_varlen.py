@@ -151,7 +151,7 @@ def forward(
         out, lse = (share_a * out_a + share_b * out).to(q.dtype), merged
     soft_out, _ = kernels.forward(
         q[at.soft], k[at.soft], v[at.soft], prefix_k, prefix_v, *at.soft_pack,
-        num_fields, scale, 0, 0.0,
+        None, num_fields, scale, 0, 0.0, 0,
     )  # fmt: skip
     full_out[: at.used] = out
     full_out[at.soft] = soft_out
@@ -194,11 +194,12 @@ def backward(
             grad, rows, prefix_k, prefix_v, result, row_lse, at.shared, scale
         )[0]
     soft = tuple(x[at.soft] for x in (q, k, v))
-    settings = (num_fields, scale, 0, 0.0)
-    soft_out, soft_lse = kernels.forward(*soft, prefix_k, prefix_v, *at.soft_pack, *settings)
+    settings = (num_fields, scale, 0, 0.0, 0)
+    soft_out, soft_lse = kernels.forward(*soft, prefix_k, prefix_v, *at.soft_pack, None, *settings)
     soft_grads = kernels.backward(
-        d_out[at.soft], *soft, prefix_k, prefix_v, *at.soft_pack, soft_out, soft_lse, *settings
-    )
+        d_out[at.soft], *soft, prefix_k, prefix_v, *at.soft_pack, None, soft_out, soft_lse,
+        *settings,
+    )  # fmt: skip
     for full, part in zip((dq, dk, dv), soft_grads, strict=True):
         full[at.soft] += part
     return dq, dk, dv

@@ -143,7 +143,7 @@ def _assign_codes(
     if run.__module__.startswith("userip_fast.kernels"):
         found: Any = run(*args, need_distance=need_distance)
         if found.usable():  # a device is waited for once
-            return found.out  # type: ignore[no-any-return]
+            return found.out
         _refuse_codewords(*_norms(codewords))
         if not need_distance:  # scores overflow before distances do
             found = run(*args)

@@ -1,6 +1,6 @@
 """Frozen LM head and token negative log-likelihood on loss rows only, without full logits.
 
-    nll[u] = - sum_{r in rows of u} w_r * log softmax(softcap(hidden_r W^T + b))[target_r]
+    nll[u] = - sum_{r in rows of u} w_r * log softmax(softcap(scale (hidden_r W^T + b)))[target_r]
 
 The head is frozen, so there is no weight gradient. Logits exist for one chunk of rows at a time and
 are overwritten by their own gradient, which is multiplied into `d_hidden` at once: the backward
@@ -10,6 +10,7 @@ entropy, without dW.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from userip_fast import _extension
 from userip_fast.ops import _triton
 from userip_fast.ops._dispatch import WhyNot, resolve
+from userip_fast.ops._products import product
 
 _CHUNK_BYTES = 64 << 20  # logits of one chunk: the scratch, whatever vocabulary and rows
 
@@ -30,6 +32,7 @@ def linear_cross_entropy_reference(
     cu_rows: Tensor,
     bias: Tensor | None = None,
     softcap: float = 0.0,
+    scale: float = 1.0,
     need_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The oracle: `linear_cross_entropy`'s nll [U] fp32, and d_hidden [R, D] (or [0, D])."""
@@ -42,6 +45,7 @@ def linear_cross_entropy_reference(
         logits = (hidden[part] @ weight.T).float()
         if bias is not None:
             logits += bias.float()
+        logits.mul_(scale)
         if softcap > 0.0:
             logits.div_(softcap).tanh_()
             slope = 1 - logits.square()
@@ -55,7 +59,7 @@ def linear_cross_entropy_reference(
             logits.mul_(loss_weight[part].unsqueeze(1))
             if softcap > 0.0:
                 logits.mul_(slope)
-            d_hidden[part] = logits.to(weight.dtype) @ weight
+            d_hidden[part] = logits.mul_(scale).to(weight.dtype) @ weight
     return torch.segment_reduce(token_nll, "sum", offsets=cu_rows), d_hidden
 
 
@@ -68,9 +72,11 @@ def _chunked(
     cu_rows: Tensor,
     bias: Tensor | None,
     softcap: float,
+    scale: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference, with the element-wise half of a chunk in one pass over it.
+    """As the reference, with the element-wise half of a chunk in one pass over it, and `scale` in
+    the products, before they are rounded.
 
     On CPU products are in fp32 whatever the dtype (16 bits take a scalar path there), the head
     being widened a block of the vocabulary at a time.
@@ -82,17 +88,20 @@ def _chunked(
     step = max(1, min(rows, _CHUNK_BYTES // (dtype.itemsize * vocab)))
     columns = vocab if weight.dtype == dtype else max(1, _CHUNK_BYTES // (4 * dtype.itemsize * dim))
     target, loss_weight = target.contiguous(), loss_weight.contiguous()
-    bias = None if bias is None else bias.to(dtype).contiguous()
+    bias = None if bias is None else (bias * scale).to(dtype).contiguous()
     token_nll = hidden.new_empty(rows, dtype=torch.float32)
     d_hidden = torch.empty_like(hidden) if need_grad else hidden.new_empty(0, dim)
-    scratch = hidden.new_empty(step, vocab, dtype=dtype)
+    whole = wide and weight.dtype == dtype
+    scratch = hidden.new_empty(0 if whole else step, vocab, dtype=dtype)
     for i in range(0, rows, step):
         part = slice(i, min(rows, i + step))
         h = hidden[part].to(dtype)
-        logits = scratch[: h.shape[0]]
-        for v in range(0, vocab, columns):
+        logits = scratch[: h.shape[0]]  # of none where products make their own: the last is freed
+        if whole:
+            logits = product(h if scale == 1 else h * scale, weight)
+        for v in range(0, 0 if whole else vocab, columns):
             block = slice(v, v + columns)
-            torch.mm(h, weight[block].to(dtype).T, out=logits[:, block])
+            logits[:, block].addmm_(h, weight[block].to(dtype).T, beta=0, alpha=scale)
         args = (target[part], loss_weight[part], token_nll[part])
         if impl == "triton":
             from userip_fast.kernels.linear_cross_entropy import cross_entropy_rows
@@ -106,10 +115,12 @@ def _chunked(
                 logits.data_ptr(), h.shape[0], vocab, b, softcap, t, w, out, need_grad
             )
         if need_grad:
-            gradient = logits[:, :columns] @ weight[:columns].to(dtype)
+            gradient = product(logits[:, :columns], weight[:columns].to(dtype).t())
+            if scale != 1:
+                gradient *= scale
             for v in range(columns, vocab, columns):
                 block = slice(v, v + columns)
-                gradient.addmm_(logits[:, block], weight[block].to(dtype))
+                gradient.addmm_(logits[:, block], weight[block].to(dtype), alpha=scale)
             d_hidden[part] = gradient
     return torch.segment_reduce(token_nll, "sum", offsets=cu_rows), d_hidden
 
@@ -132,18 +143,20 @@ def _linear_cross_entropy(
     cu_rows: Tensor,
     bias: Tensor | None,
     softcap: float,
+    scale: float,
     need_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    inputs = (hidden, weight, target, loss_weight, cu_rows, bias, softcap, need_grad)
+    inputs = (hidden, weight, target, loss_weight, cu_rows, bias, softcap, scale, need_grad)
     if impl == "reference":
         return linear_cross_entropy_reference(*inputs)
     return _chunked(impl, *inputs)
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden, weight, target, loss_weight, cu_rows, bias, softcap, need_grad, impl):  # type: ignore[no-untyped-def]
+def _(hidden, weight, target, loss_weight, cu_rows, *settings):  # type: ignore[no-untyped-def]
     nll = hidden.new_empty(cu_rows.shape[0] - 1, dtype=torch.float32)
+    need_grad = settings[-2]
     return nll, hidden.new_empty(hidden.shape[0] if need_grad else 0, hidden.shape[1])
 
 
@@ -156,7 +169,7 @@ def _backward(ctx, grad_nll, _grad_d_hidden):  # type: ignore[no-untyped-def]
     per_row = torch.repeat_interleave(
         grad_nll, cu_rows.diff(), output_size=d_hidden.shape[0]
     ).unsqueeze(1)
-    return (d_hidden * per_row).to(d_hidden.dtype), *[None] * 8
+    return (d_hidden * per_row).to(d_hidden.dtype), *[None] * 9
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
@@ -191,6 +204,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     softcap: float = 0.0,
+    scale: float = 1.0,
     impl: str = "auto",
 ) -> Tensor:
     """Per-user weighted token NLL through a frozen LM head.
@@ -204,6 +218,8 @@ def linear_cross_entropy(
         cu_rows: [U + 1] int64, rows of user u are `cu_rows[u]:cu_rows[u + 1]`; 0 first, R last.
         bias: [V] or None.
         softcap: Final logit soft cap `s * tanh(logits / s)` as in Gemma 2; 0 for none.
+        scale: Multiplies the logits, bias included, before the soft cap: Cohere's logit_scale,
+            1 / Granite's logits_scaling.
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -250,8 +266,10 @@ def linear_cross_entropy(
             raise ValueError(
                 f"linear_cross_entropy: cu_rows must rise from 0 to {rows}, got {cu_rows.tolist()}"
             )
+    if not math.isfinite(scale) or scale == 0.0:
+        raise ValueError(f"linear_cross_entropy: scale must be finite and not 0, got {scale}")
     chosen = resolve("linear_cross_entropy", impl, _candidates(hidden))
     need_grad = hidden.requires_grad and torch.is_grad_enabled()
     return _linear_cross_entropy(
-        hidden, weight, target, loss_weight, cu_rows, bias, softcap, need_grad, chosen
+        hidden, weight, target, loss_weight, cu_rows, bias, softcap, scale, need_grad, chosen
     )[0]

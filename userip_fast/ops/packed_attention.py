@@ -34,8 +34,8 @@ def forward(
     if settings[-1] == "triton" and not watched(q):
         from userip_fast.kernels import soft_prompt_attention as kernels
 
-        return kernels.forward(q, k, v, prefix_k, prefix_v, *mask, *settings[:4], lists)
-    return attention_forward(q, k, v, prefix_k, prefix_v, *mask, *settings)
+        return kernels.forward(q, k, v, prefix_k, prefix_v, *mask, None, *settings[:5], lists)
+    return attention_forward(q, k, v, prefix_k, prefix_v, *mask, None, *settings)
 
 
 @torch.library.custom_op("userip_fast::packed_attention_backward", mutates_args=())
@@ -43,10 +43,10 @@ def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor,
     segment: Tensor, prefix_segment: Tensor, cu_seqlens: Tensor, position: Tensor,
     prefix_position: Tensor, out: Tensor, lse: Tensor, num_fields: int, scale: float,
-    window: int, softcap: float, max_seqlen: int, impl: str,
+    window: int, softcap: float, chunk: int, max_seqlen: int, impl: str,
 ) -> Tensor:  # fmt: skip
     mask = Mask(segment, prefix_segment, cu_seqlens, position, prefix_position)
-    settings = (num_fields, scale, window, softcap, max_seqlen, impl)
+    settings = (num_fields, scale, window, softcap, chunk, max_seqlen, impl)
     return _run(d_out, q, k, v, prefix_k, prefix_v, mask, out, lse, settings, None)
 
 
@@ -61,14 +61,14 @@ def _run(
 ) -> Tensor:  # fmt: skip
     (rows, heads, dim), kv_heads = q.shape, k.shape[1]
     whole = q.new_empty(rows, heads + 2 * kv_heads, dim)
-    parts = whole.split([heads, kv_heads, kv_heads], 1)
+    parts = torch.split(whole, [heads, kv_heads, kv_heads], 1)
     if settings[-1] == "triton":
         from userip_fast.kernels import soft_prompt_attention as kernels
 
-        more: Any = (*mask, out, lse, *settings[:4], lists, parts)
+        more: Any = (*mask, None, out, lse, *settings[:5], lists, parts)
         kernels.backward(d_out, q, k, v, prefix_k, prefix_v, *more)
         return whole
-    grads = attention_backward(d_out, q, k, v, prefix_k, prefix_v, *mask, out, lse, *settings)
+    grads = attention_backward(d_out, q, k, v, prefix_k, prefix_v, *mask, None, out, lse, *settings)
     for part, grad in zip(parts, grads, strict=True):
         part.copy_(grad)
     return whole

@@ -90,7 +90,7 @@ def _gated_halves_fake(x, act, impl):  # type: ignore[no-untyped-def]
 def gated_halves(x: Tensor, act: str, impl: str) -> Tensor:
     """x [M, 2 F] contiguous to act(gate) up [M, F]."""
     if impl == "reference":
-        return gated_reference(*x.chunk(2, 1), act)
+        return gated_reference(*_halves(x), act)
     from userip_fast.kernels import packed_block as kernels
 
     y = x.new_empty(x.shape[0], x.shape[1] // 2)
@@ -106,7 +106,7 @@ def _gated_halves_backward_fake(dy, x, act, impl):  # type: ignore[no-untyped-de
 def gated_halves_backward(dy: Tensor, x: Tensor, act: str, impl: str) -> Tensor:
     """dy [M, F] and x to dx [M, 2 F]."""
     if impl == "reference":
-        return torch.cat(gated_backward_reference(dy, *x.chunk(2, 1), act), 1)
+        return torch.cat(gated_backward_reference(dy, *_halves(x), act), 1)
     from userip_fast.kernels import packed_block as kernels
 
     dx = torch.empty_like(x)
@@ -122,7 +122,7 @@ def _gated_halves_e4m3_fake(x, act, impl):  # type: ignore[no-untyped-def]
 def gated_halves_e4m3(x: Tensor, act: str, impl: str) -> tuple[Tensor, Tensor]:
     """`gated_halves` in e4m3: values [M, F] and scales [M]."""
     if impl == "reference":
-        return cast_rows_reference(gated_reference(*_wide(x).chunk(2, 1), act))
+        return cast_rows_reference(gated_reference(*_halves(_wide(x)), act))
     from userip_fast.kernels import packed_block as kernels
 
     y, scale = _e4m3_like(x, x.shape[1] // 2)
@@ -138,7 +138,7 @@ def _gated_halves_backward_e4m3_fake(dy, x, act, impl):  # type: ignore[no-untyp
 def gated_halves_backward_e4m3(dy: Tensor, x: Tensor, act: str, impl: str) -> tuple[Tensor, Tensor]:
     """`gated_halves_backward` in e4m3: values [M, 2 F] and scales [M]."""
     if impl == "reference":
-        parts = gated_backward_reference(_wide(dy), *_wide(x).chunk(2, 1), act)
+        parts = gated_backward_reference(_wide(dy), *_halves(_wide(x)), act)
         return cast_rows_reference(torch.cat(parts, 1))
     from userip_fast.kernels import packed_block as kernels
 
@@ -212,6 +212,11 @@ def norm_turn_backward_(
 
     weights = (q_weight, k_weight)
     kernels.turn(d, d, x, cosine, sine, weights, queries, eps, offset, True)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = x.chunk(2, 1)
+    return gate, up
 
 
 def _parts(

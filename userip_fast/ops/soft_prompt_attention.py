@@ -11,6 +11,10 @@ for a plain sequence (`num_fields`), one per item (`num_fields + i`) when items 
 given the profile. The last two terms are one comparison, `s_c < (num_fields if behaviour else 0)`,
 which is how every implementation writes them. The prefix is constant and gets no gradient.
 
+A window or a chunk (never both) narrows this by position. A head may have a sink, a constant logit
+whose share of the softmax goes nowhere: lse' = logaddexp(lse, sink). v may be of another width
+than q and k. None of the three changes the backward pass but by its lse and widths.
+
 Backward, with P = exp(S - lse) and delta = sum_d(out * d_out), as in FlashAttention-2 (arXiv
 2307.08691): dV = P^T dO, dS = P (dO V^T - delta), dQ = scale dS K, dK = scale dS^T Q; a soft cap
 multiplies dS by 1 - (S / softcap)^2.
@@ -38,12 +42,15 @@ def visible(
     column_position: Tensor,
     num_fields: int,
     window: int,
+    chunk: int,
 ) -> Tensor:
     """Who may see whom, causality apart; broadcasts [..., R, 1] rows over [..., 1, C] columns."""
     limit = torch.where(row_segment >= num_fields, num_fields, 0)
     ok = (column_segment == row_segment) | (column_segment < limit)
     if window > 0:
         ok = ok & (column_position > row_position - window)
+    if chunk > 0:
+        ok = ok & (column_position // chunk == row_position // chunk)
     return ok
 
 
@@ -71,6 +78,7 @@ def _user_scores(
     scale: float,
     window: int,
     softcap: float,
+    chunk: int,
 ) -> Tensor:
     """Scaled, capped and masked scores [Hkv, H / Hkv, n, P + n]."""
     n, prefix = q.shape[0], columns.shape[0] - q.shape[0]
@@ -78,9 +86,8 @@ def _user_scores(
     scores = torch.einsum("rhgd,chd->hgrc", grouped, columns) * scale
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
-    ok = visible(
-        segment[prefix:, None], segment, position[prefix:, None], position, num_fields, window
-    )
+    rows = segment[prefix:, None], segment, position[prefix:, None], position
+    ok = visible(*rows, num_fields, window, chunk)
     ok = ok & ok.new_ones(n, prefix + n).tril(prefix)
     return scores.masked_fill(~ok, -math.inf)
 
@@ -96,14 +103,16 @@ def soft_prompt_attention_reference(
     cu_seqlens: Tensor,
     position: Tensor,
     prefix_position: Tensor,
+    sinks: Tensor | None,
     num_fields: int,
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The oracle, user by user: out [T, H, d] and natural-log lse [H, T] fp32 (fp64 of fp64)."""
+    """The oracle, user by user: out [T, H, dv] and natural-log lse [H, T] fp32 (fp64 of fp64)."""
     acc = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_zeros(q.shape)
+    out = q.new_zeros(*q.shape[:2], v.shape[2])
     lse = q.new_zeros(q.shape[1], q.shape[0], dtype=acc)
     bounds = user_bounds(cu_seqlens, q.shape[0])
     for start, end in pairwise(bounds):
@@ -119,10 +128,14 @@ def soft_prompt_attention_reference(
             scale,
             window,
             softcap,
+            chunk,
         )
         values = torch.cat([prefix_v, v[own]]).to(acc)
-        out[own] = torch.einsum("hgrc,chd->rhgd", scores.softmax(-1), values).flatten(1, 2)
-        lse[:, own] = scores.logsumexp(-1).flatten(0, 1)
+        top = scores.logsumexp(-1, keepdim=True)
+        if sinks is not None:
+            top = torch.logaddexp(top, sinks.to(acc).view(values.shape[1], -1, 1, 1))
+        out[own] = torch.einsum("hgrc,chd->rhgd", (scores - top).exp(), values).flatten(1, 2)
+        lse[:, own] = top.squeeze(-1).flatten(0, 1)
     return out, lse
 
 
@@ -138,17 +151,19 @@ def soft_prompt_attention_backward_reference(
     cu_seqlens: Tensor,
     position: Tensor,
     prefix_position: Tensor,
+    sinks: Tensor | None,
     out: Tensor,
     lse: Tensor,
     num_fields: int,
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The oracle's dq [T, H, d], dk and dv [T, Hkv, d]; zero in slack rows."""
+    """The oracle's dq [T, H, d], dk [T, Hkv, d] and dv [T, Hkv, dv]; zero in slack rows."""
     acc = lse.dtype
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-    prefix, kv_heads, dim = prefix_k.shape[0], *k.shape[1:]
+    prefix, kv_heads = prefix_k.shape[0], k.shape[1]
     bounds = user_bounds(cu_seqlens, q.shape[0])
     for start, end in pairwise(bounds):
         if start == end:
@@ -164,10 +179,11 @@ def soft_prompt_attention_backward_reference(
             scale,
             window,
             softcap,
+            chunk,
         )
         grad, rows, result = (
-            x[own].to(acc).reshape(end - start, kv_heads, -1, dim) for x in (d_out, q, out)
-        )  # [n, Hkv, G, d]
+            x[own].to(acc).reshape(end - start, kv_heads, -1, x.shape[2]) for x in (d_out, q, out)
+        )  # [n, Hkv, G, d or dv]
         p = torch.exp(scores - lse[:, own].reshape(kv_heads, -1, end - start, 1))
         dp = torch.einsum("rhgd,chd->hgrc", grad, torch.cat([prefix_v, v[own]]).to(acc))
         delta = (grad * result).sum(-1).permute(1, 2, 0).unsqueeze(-1)
@@ -192,15 +208,17 @@ def attention_forward(
     cu_seqlens: Tensor,
     position: Tensor,
     prefix_position: Tensor,
+    sinks: Tensor | None,
     num_fields: int,
     scale: float,
     window: int,
     softcap: float,
+    chunk: int,
     max_seqlen: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    pack = (segment, prefix_segment, cu_seqlens, position, prefix_position)
-    settings = (num_fields, scale, window, softcap)
+    pack = (segment, prefix_segment, cu_seqlens, position, prefix_position, sinks)
+    settings = (num_fields, scale, window, softcap, chunk)
     if impl == "cpu":
         from userip_fast.ops import _soft_prompt_attention_cpu as cpu
 
@@ -215,17 +233,18 @@ def attention_forward(
         from userip_fast.ops import _soft_prompt_attention_varlen as varlen
 
         extra = (max_seqlen, kernels, varlen.TorchFlash())
-        return varlen.forward(q, k, v, prefix_k, prefix_v, pack, *settings, *extra)
+        return varlen.forward(q, k, v, prefix_k, prefix_v, pack[:5], *settings[:4], *extra)
     assert impl == "reference", impl
     return soft_prompt_attention_reference(q, k, v, prefix_k, prefix_v, *pack, *settings)
 
 
 @attention_forward.op.register_fake
-def _(q, *args):  # type: ignore[no-untyped-def]
+def _(q, k, v, *args):  # type: ignore[no-untyped-def]
+    out = q.new_empty(*q.shape[:2], v.shape[2])
     if args[-1] == "cpu":
-        return q.new_empty(q.shape), q.new_empty(0)
+        return out, q.new_empty(0)
     acc = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=acc)
+    return out, q.new_empty(q.shape[1], q.shape[0], dtype=acc)
 
 
 @step_op("soft_prompt_attention_backward")
@@ -241,17 +260,19 @@ def attention_backward(
     cu_seqlens: Tensor,
     position: Tensor,
     prefix_position: Tensor,
+    sinks: Tensor | None,
     out: Tensor,
     lse: Tensor,
     num_fields: int,
     scale: float,
     window: int,
     softcap: float,
+    chunk: int,
     max_seqlen: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pack = (segment, prefix_segment, cu_seqlens, position, prefix_position)
-    settings = (num_fields, scale, window, softcap)
+    pack = (segment, prefix_segment, cu_seqlens, position, prefix_position, sinks)
+    settings = (num_fields, scale, window, softcap, chunk)
     if impl == "cpu":
         from userip_fast.ops import _soft_prompt_attention_cpu as cpu
 
@@ -266,7 +287,7 @@ def attention_backward(
 
         extra = (max_seqlen, kernels, varlen.TorchFlash())
         return varlen.backward(
-            d_out, q, k, v, prefix_k, prefix_v, pack, out, lse, *settings, *extra
+            d_out, q, k, v, prefix_k, prefix_v, pack[:5], out, lse, *settings[:4], *extra
         )
     assert impl == "reference", impl
     return soft_prompt_attention_backward_reference(
@@ -279,7 +300,9 @@ def _(d_out, q, k, v, *args):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _why_not_triton(q: Tensor) -> str | None:
+def _why_not_triton(q: Tensor, v: Tensor) -> str | None:
+    if max(q.shape[2], v.shape[2]) > 256:
+        return f"it takes heads of at most 256, these are {q.shape[2]} and {v.shape[2]}"
     if q.dtype == torch.float64:
         return "it computes in float32, the tensors are float64"
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
@@ -287,26 +310,28 @@ def _why_not_triton(q: Tensor) -> str | None:
     return why_not_triton(q)
 
 
-def _why_not_varlen(q: Tensor) -> str | None:
+def _why_not_varlen(q: Tensor, v: Tensor, sinks: Tensor | None, chunk: int) -> str | None:
+    if sinks is not None or chunk or v.shape[2] != q.shape[2]:
+        return "it knows neither sinks nor chunks nor a v of another width"
     if q.device.type != "cuda":
         return f"it needs a CUDA device for torch's flash kernels, the tensors are on {q.device}"
     if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] % 8:
         return f"flash kernels take bf16 or fp16 and multiples of 8, got {q.dtype}, {q.shape[2]}"
-    return _why_not_triton(q)  # for the soft rows
+    return _why_not_triton(q, v)  # for the soft rows
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:10], *output)
+    ctx.save_for_backward(*inputs[:11], *output)
     ctx.mark_non_differentiable(output[1])
-    ctx.settings = inputs[10:]
+    ctx.settings = inputs[11:]
     ctx.set_materialize_grads(False)  # the lse has none, which would be zeros else
 
 
 def _backward(ctx, d_out, _d_lse):  # type: ignore[no-untyped-def]
     if d_out is None:
-        return (None,) * 16
+        return (None,) * 18
     grads = attention_backward(d_out, *ctx.saved_tensors, *ctx.settings)
-    return *grads, *[None] * 13
+    return *grads, *[None] * 15
 
 
 _attention = differentiable(attention_forward, _setup_context, _backward)
@@ -328,6 +353,8 @@ def soft_prompt_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    chunk: int = 0,
+    sinks: Tensor | None = None,
     max_seqlen: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -337,24 +364,27 @@ def soft_prompt_attention(
         q: [T, H, d] fp32/bf16/fp16 (fp64 for oracles), RoPE applied; rows may be strided, the last
             dimension is contiguous. Differentiable. Slack rows may hold any finite value.
         k: [T, Hkv, d], like `q`; Hkv divides H. Differentiable.
-        v: [T, Hkv, d], like `k`. Differentiable.
+        v: [T, Hkv, dv], like `k` but for its width. Differentiable.
         prefix_k: [P, Hkv, d], K of BOS and the field names after RoPE; constant. P may be 0.
-        prefix_v: [P, Hkv, d].
+        prefix_v: [P, Hkv, dv].
         segment: [T] int32: the field of a soft row, `num_fields` or more for behaviour.
         prefix_segment: [P] int32: -1 for BOS (visible to all), else the field.
         cu_seqlens: [U + 1] int32, first row of each user, from 0; the last entry is at most T. Rows
             past it are slack: output and gradients are zero there.
-        position: [T] int32, RoPE positions; read only when `window` > 0.
+        position: [T] int32, RoPE positions; read only under a window or in chunks.
         prefix_position: [P] int32.
         num_fields: J.
         scale: Multiplies q.k, usually d ** -0.5.
         window: Keep only columns with `position_c > position_r - window`; 0 for no window.
         softcap: Scores become `softcap * tanh(score / softcap)`; 0 for none.
+        chunk: Keep only columns with `position_c // chunk == position_r // chunk`; 0 for none.
+        sinks: [H], any dtype, constant: a logit of each head beside its scores, after the soft cap,
+            whose probability is dropped, as in gpt-oss; None for none.
         max_seqlen: Most rows of any user, if known on the host; only `varlen` needs it.
         impl: "auto", "cpu", "triton", "varlen" or "reference".
 
     Returns:
-        out: [T, H, d] in the dtype of `q`, contiguous. Sums are kept in fp32.
+        out: [T, H, dv] in the dtype of `q`, contiguous. Sums are kept in fp32.
 
     Raises:
         ValueError: A shape, dtype or argument breaks the rules above.
@@ -362,26 +392,40 @@ def soft_prompt_attention(
     """
     pack = (segment, prefix_segment, cu_seqlens, position, prefix_position)
     _check(q, k, v, prefix_k, prefix_v, *pack)
-    if num_fields < 1 or window < 0 or not softcap >= 0.0 or not math.isfinite(scale):
+    if (
+        num_fields < 1
+        or min(window, chunk) < 0
+        or not softcap >= 0.0
+        or not math.isfinite(scale)
+        or (window and chunk)
+    ):
         raise ValueError(
-            f"{_OP}: num_fields >= 1, window >= 0, softcap >= 0 and a finite scale are needed, got "
-            f"num_fields={num_fields}, window={window}, softcap={softcap}, scale={scale}"
+            f"{_OP}: num_fields >= 1, window >= 0 or chunk >= 0 (not both), softcap >= 0 and a "
+            f"finite scale are needed, got num_fields={num_fields}, window={window}, "
+            f"chunk={chunk}, softcap={softcap}, scale={scale}"
+        )
+    if sinks is not None and (
+        sinks.shape != q.shape[1:2] or sinks.device != q.device or sinks.requires_grad
+    ):
+        raise ValueError(
+            f"{_OP}: sinks must be a constant [{q.shape[1]}] on {q.device}, got "
+            f"{tuple(sinks.shape)} on {sinks.device}, requires_grad={sinks.requires_grad}"
         )
     on_cpu = q.device.type == "cpu"
     why_not = {  # tensors on `meta` stand for any device
         "cpu": lambda: (
             None if on_cpu or q.is_meta else f"it is for CPU tensors, these are on {q.device}"
         ),
-        "triton": lambda: _why_not_triton(q),
+        "triton": lambda: _why_not_triton(q, v),
         "reference": lambda: None,
-        "varlen": lambda: _why_not_varlen(q),
+        "varlen": lambda: _why_not_varlen(q, v, sinks, chunk),
     }
     # What comes after the reference is never chosen by "auto": Triton's interpreter is for tests,
     # and whether varlen is faster anywhere has not been measured.
     order = ("cpu", "reference", "triton") if on_cpu else ("triton", "reference", "cpu")
     chosen = resolve(_OP, impl, {name: why_not[name] for name in (*order, "varlen")})
-    settings = (num_fields, scale, window, softcap, max_seqlen or 0)
-    return _attention(q, k, v, prefix_k, prefix_v, *pack, *settings, chosen)[0]
+    settings = (num_fields, scale, window, softcap, chunk, max_seqlen or 0)
+    return _attention(q, k, v, prefix_k, prefix_v, *pack, sinks, *settings, chosen)[0]
 
 
 def _check(
@@ -396,23 +440,24 @@ def _check(
     position: Tensor,
     prefix_position: Tensor,
 ) -> None:
-    if q.dim() != 3 or k.dim() != 3 or prefix_k.dim() != 3:
+    if any(x.dim() != 3 for x in (q, k, v, prefix_k)):
         raise ValueError(
-            f"{_OP}: q [T, H, d], k [T, Hkv, d] and prefix_k [P, Hkv, d] must have 3 dimensions, "
-            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(prefix_k.shape)}"
+            f"{_OP}: q [T, H, d], k [T, Hkv, d], v [T, Hkv, dv] and prefix_k [P, Hkv, d] must have "
+            f"3 dimensions, got {', '.join(str(tuple(x.shape)) for x in (q, k, v, prefix_k))}"
         )
     (rows, heads, dim), kv_heads, prefix = q.shape, k.shape[1], prefix_k.shape[0]
-    if not 8 <= dim <= 256 or kv_heads < 1 or heads % kv_heads:
+    width = v.shape[2]
+    if not 8 <= dim <= 512 or not 1 <= width <= 512 or kv_heads < 1 or heads % kv_heads:
         raise ValueError(
-            f"{_OP}: head size must be 8 to 256 and the key heads must divide the query heads, got "
-            f"head size {dim}, {heads} query heads, {kv_heads} key heads"
+            f"{_OP}: head size must be 8 to 512, v at most 512 wide, and the key heads must divide "
+            f"the query heads, got head size {dim}, v {width} wide, {heads} query heads, "
+            f"{kv_heads} key heads"
         )
-    kv, prefix_kv = (rows, kv_heads, dim), (prefix, kv_heads, dim)
     for name, x, shape in (
-        ("k", k, kv),
-        ("v", v, kv),
-        ("prefix_k", prefix_k, prefix_kv),
-        ("prefix_v", prefix_v, prefix_kv),
+        ("k", k, (rows, kv_heads, dim)),
+        ("v", v, (rows, kv_heads, width)),
+        ("prefix_k", prefix_k, (prefix, kv_heads, dim)),
+        ("prefix_v", prefix_v, (prefix, kv_heads, width)),
     ):
         if tuple(x.shape) != shape or x.dtype != q.dtype or x.device != q.device:
             raise ValueError(

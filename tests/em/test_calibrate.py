@@ -1,0 +1,186 @@
+"""What judges choose: how far counts are trusted beside the LM, and how much an event says."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from test_lifts import FIT, choices, lm  # noqa: F401
+from test_resume import read
+
+import userip_fast as uf
+from userip_fast.behaviour import Told
+from userip_fast.em.calibrate import calibrate
+from userip_fast.em.counted import Counted, expected
+from userip_fast.em.lifts import Calibration, Usual
+from userip_fast.errors import FormatError
+
+K = 2
+WORDS = ("bad", "good")
+
+
+class World:
+    """Users of two tastes, whose events the LM's table tells apart as far as it says."""
+
+    def __init__(self, users, events, items, copies=1, words=(), seed=0):
+        random = np.random.default_rng(seed)
+        self.texts = [f"item {i}" for i in range(items)]
+        self.taste = random.integers(K, size=users)
+        if words:
+            good = random.uniform(0.1, 0.9, (K, items))
+            item = random.integers(items, size=(users, events // copies))
+            how = random.random(item.shape) < good[self.taste[:, None], item]
+            kinds = (2 * item + how).repeat(copies, 1)
+            p = np.stack([1 - good, good], 2).reshape(K, -1)
+        else:
+            p = random.dirichlet(np.full(items, 0.8), K)
+            kinds = np.stack([random.choice(items, events // copies, p=p[z]) for z in self.taste])
+            kinds = kinds.repeat(copies, 1)
+        self.words, self.kinds = words, kinds
+        self.p = np.ascontiguousarray(np.log(p.T))
+        self.counts = {}
+        names = [(t, w) for t in self.texts for w in words or ("",)]
+        for i, n in enumerate(np.bincount(kinds.ravel(), minlength=len(names)).tolist()):
+            self.counts[names[i]] = n
+        self.events = torch.tensor(list(self.counts.values()), dtype=torch.float64)
+        self.fmt = SimpleNamespace(words=words, feedback_weight=1.0)
+        self.source = SimpleNamespace(format=self.fmt, told=self.told)
+
+    def told(self, tokenizer, first, last):
+        kinds = self.kinds[first:last].astype(np.int64)
+        offsets = np.arange(len(kinds) + 1) * kinds.shape[1]
+        return Told([], None, np.zeros(0, np.int64), kinds.ravel(), offsets)
+
+    def table(self, lifts, neutral):
+        return SimpleNamespace(
+            engine=SimpleNamespace(lm=SimpleNamespace(tokenizer=None)),
+            calibration=Calibration(neutral, raw=True),
+            values=lifts.float(),
+            texts=self.texts,
+            words=self.words or ("",),
+            grid=SimpleNamespace(log_prior=torch.full((K,), 1 / K).double().log()),
+            rows_told=lambda told: told.kinds,
+        )
+
+    def calibrate(self, lifts, neutral=None, judging=None):
+        usual = Usual.of(self.counts, self.words) if self.words and neutral is not None else None
+        if judging is None:
+            judging = np.arange(len(self.kinds)) % 5 == 0
+        return calibrate(self.source, judging, self.table(lifts, neutral), self.counts, usual)
+
+
+@pytest.mark.parametrize("copies", [1, 8])
+def test_events_that_say_the_same_count_less(copies):
+    """Where events are drawn apart each counts whole; where each draw is told again and again,
+    later events are predicted best when it counts for less."""
+    world = World(400, 64, 20, copies)
+    half = world.calibrate(torch.from_numpy(world.p), judging=np.ones(400, bool)).half_events
+    assert half >= 100 if copies == 1 else half <= 30
+
+
+@pytest.mark.parametrize("words", [(), WORDS])
+def test_counts_speak_where_the_lm_does_not_tell(words):
+    """The LM knows the taste of half of the items' choosers; counts tell of the other half."""
+    world = World(1500, 40, 30, words=words)
+    known = torch.arange(len(world.p)) < len(world.p) // 2
+    lifts = torch.from_numpy(world.p)
+    usual = lifts.exp().mean(1, keepdim=True).log()
+    lifts = torch.where(known[:, None], lifts - usual, 0.0)
+    how = world.calibrate(lifts, torch.zeros(1, 2))
+    values = how.values(lifts.float(), world.texts, 1.0).double()
+    truth = torch.from_numpy(world.p)
+    if not words:
+        truth = truth - (world.events / world.events.sum()).log()[:, None]
+        total = (values.exp() * (world.events / world.events.sum())[:, None]).sum(0)
+        torch.testing.assert_close(total, torch.ones(K).double(), rtol=1e-5, atol=0)
+    before = how.counted
+    alone = Calibration(torch.zeros(1, 2), torch.zeros(K).double(), usual=how.usual)
+    off = (alone.values(lifts.float(), world.texts, 1.0) - truth)[~known].abs().mean()
+    assert before is not None
+    assert (values - truth)[~known].abs().mean() < 0.4 * off
+    # An item that was never counted is told by the LM alone.
+    assert not before.log_of(["never met"]).any()
+
+
+def test_where_the_lm_tells_all_counts_change_little():
+    world = World(1500, 40, 30)
+    lifts = torch.from_numpy(world.p) - torch.from_numpy(world.p).exp().mean(1, keepdim=True).log()
+    how = world.calibrate(lifts, torch.zeros(1, 2))
+    assert how.counted is None or np.abs(how.counted.log_factors).mean() < 0.1
+
+
+def test_without_judges_nothing_is_counted():
+    world = World(30, 10, 8)
+    how = world.calibrate(torch.zeros(8, K), torch.zeros(1, 2), np.zeros(30, bool))
+    assert how.counted is None
+    assert how.half_events == np.inf
+
+
+def test_expected_events_add_up_to_the_observed():
+    torch.manual_seed(0)
+    observed = torch.rand(12, 5, dtype=torch.float64)
+    events = observed.sum(1)
+    share = events / events.sum()
+    values = torch.randn(12, 5).double()
+    choice = values - (share[:, None] * values.exp()).sum(0).log()
+    fmt = SimpleNamespace(words=(), feedback_weight=1.0)
+    got = expected(observed, choice, events, fmt)
+    torch.testing.assert_close(got.sum(0), observed.sum(0))
+    fmt = SimpleNamespace(words=("a", "b", "c"), feedback_weight=2.0)
+    reaction = 2.0 * values.view(4, 3, 5).log_softmax(1).flatten(0, 1)
+    got = expected(observed, reaction, events, fmt).view(4, 3, 5).sum(1)
+    torch.testing.assert_close(got, observed.view(4, 3, 5).sum(1))
+
+
+def test_factors_are_kept_checked_and_renumbered():
+    random = np.random.default_rng(0)
+    observed = torch.from_numpy(random.poisson(3.0, (8, 6))).double()
+    made = Counted.of(["a", "b", "c", "d"], observed, torch.full((8, 6), 3.0).double(), 2, 1.0)
+    want = ((observed + 1) / 4).log().float().view(4, 2, 6)
+    torch.testing.assert_close(
+        made.log_of(["c", "x", "a"]).view(3, 2, 6),
+        torch.stack([want[2], torch.zeros(2, 6), want[0]]),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+    orders = [torch.tensor([1, 0]), torch.tensor([2, 0, 1])]
+    moved = made.reordered(orders).log_factors.reshape(4, 2, 2, 3)
+    grid = made.log_factors.reshape(4, 2, 2, 3)
+    np.testing.assert_array_equal(moved, grid[:, :, orders[0]][:, :, :, orders[1]])
+    told = made.to_arrow()
+    again = Counted.from_arrow(told, 2, 6)
+    assert again.digest == made.digest
+    nan = pa.FixedSizeListArray.from_arrays(pa.array(np.full(48, np.nan, np.float32)), 12)
+    bad = (told.drop_columns("text"), told.drop_columns("log_factors"))
+    bad += (told.set_column(1, "log_factors", nan),)
+    for table in bad:
+        with pytest.raises(FormatError):
+            Counted.from_arrow(table, 2, 6)
+    with pytest.raises(FormatError):
+        Counted.from_arrow(told, 3, 6)
+
+
+@pytest.mark.parametrize("rated", [False, True])
+def test_a_model_keeps_what_was_counted(lm, tmp_path, rated, monkeypatch):  # noqa: F811
+    """A fit's table, a loaded model's and one that reads everything anew are the same."""
+    monkeypatch.setattr("userip_fast.em.calibrate._PRIORS", (1.0,))
+    data = read(60) if rated else choices()
+    model = uf.fit(data, lm, config=FIT, out=tmp_path / "run")
+    assert model.calibration.counted is not None
+    table = model.event_table()
+    kinds = list(table._numbering.number)
+    model.save(tmp_path / "model")
+    again = uf.Model.load(tmp_path / "model")
+    assert again.fingerprint == model.fingerprint
+    loaded = again.event_table()
+    at = loaded.rows(kinds)
+    assert torch.equal(loaded.values[at], table.values)
+    model.keep_table(None)
+    anew = model.event_table()
+    assert anew is not table
+    at = anew.rows(kinds)
+    assert torch.equal(anew.values[at], table.values)
+    (tmp_path / "model" / "counted.parquet").unlink()
+    with pytest.raises(FormatError):
+        uf.Model.load(tmp_path / "model")

@@ -1,0 +1,152 @@
+"""How an event table is to be read once its codebooks are there: what counting adds to it, and how
+much an event of a long history says. Both are chosen by users whom the codebooks never saw."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from userip_fast.behaviour import Source, Told
+from userip_fast.em.counted import Counted, expected
+from userip_fast.em.lifts import Calibration, Usual, log_norm
+from userip_fast.em.table import EventTable, Kind
+from userip_fast.ops import profile_posterior
+from userip_fast.packing import Int64
+from userip_fast.prefetch import Prefetch
+
+TABLE_RECIPE = 2
+"""Changes with what a fit makes of the same data, LM and settings."""
+CHUNK = 4_096  # users whose sums are added before they join the others': part of the result
+_HALF_EVENTS = (math.inf, 100.0, 30.0, 10.0, 3.0)
+_PRIORS = (math.inf, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
+_EARLY = (2, 5, 15)  # events of judges that are told to predict as many more
+_JUDGES = 8_192  # at most
+
+logger = logging.getLogger("userip_fast.em")
+
+
+def calibrate(
+    source: Source,
+    judging: npt.NDArray[np.bool_],
+    table: EventTable,
+    counts: Mapping[Kind, int],
+    usual: Usual | None,
+) -> Calibration:
+    """The calibration under which first events of judges predict their later ones best.
+
+    Args:
+        judging: [U] which of the source's first users judge; the others are counted.
+        table: Of their kinds of event, not calibrated: lifts, or likelihoods.
+        counts: How often each kind occurred.
+        usual: Reactions to items, where events tell of them and are told by lifts.
+    """
+    neutral = table.calibration.neutral
+    fmt, lifts, texts = source.format, table.values, table.texts
+    counted = neutral is not None
+    asked = [(text, word) for text in texts for word in table.words]
+    events = torch.tensor([counts.get(kind, 0) for kind in asked], dtype=torch.float64)
+
+    def read(how: Calibration) -> tuple[Calibration, Tensor]:
+        if counted and usual is None:
+            own = lifts if how.counted is None else lifts + how.counted.log_of(texts)
+            how = replace(how, log_norm=log_norm(own, events))
+        return how, how.values(lifts, texts, fmt.feedback_weight)
+
+    plain, values = read(Calibration(neutral, usual=usual))
+    judges = _Judges(table.grid.log_prior)
+    observed = torch.zeros(values.shape, dtype=torch.float64)
+    for first, told in chunks(source, table.engine.lm.tokenizer, len(judging)):
+        rows, offsets = table.rows_told(told), told.offsets
+        judge = judging[first : first + len(offsets) - 1]
+        judges.add(rows, offsets, judge)
+        if counted:
+            log_resp, _ = profile_posterior(
+                values, torch.from_numpy(rows), torch.from_numpy(offsets), table.grid.log_prior
+            )
+            resp = log_resp.double().exp() * torch.from_numpy(~judge)[:, None]
+            user = np.repeat(np.arange(len(judge)), np.diff(offsets))
+            add_by_kind(observed, torch.from_numpy(rows), torch.from_numpy(user), resp)
+    usually = expected(observed, values, events, fmt) if counted else observed
+    best, most, best_prior = plain, -math.inf, math.inf
+    for prior in _PRIORS if counted and judges.count else _PRIORS[:1]:
+        how, own = plain, values
+        if math.isfinite(prior):
+            factors = Counted.of(texts, observed, usually, len(table.words), prior)
+            how, own = read(replace(plain, counted=factors))
+        for half in _HALF_EVENTS:
+            option = replace(how, half_events=half)
+            if (told_best := judges.told(option, own)) > most:
+                best, most, best_prior = option, told_best, prior
+    logger.info(
+        "counts speak where they are above %g; each of n events counts 1 / (1 + n / %g)",
+        best_prior,
+        best.half_events,
+    )
+    return best
+
+
+class _Judges:
+    """The first events of users, which are to predict their next ones."""
+
+    def __init__(self, log_prior: Tensor) -> None:
+        self.log_prior = log_prior
+        self.count = 0
+        self._rows: list[Int64] = []
+        self._lengths: list[Int64] = []
+
+    def add(self, rows: Int64, offsets: Int64, judge: npt.NDArray[np.bool_]) -> None:
+        """Takes in those of the users, whose events are `rows`, who judge."""
+        own = np.flatnonzero(judge)[: _JUDGES - self.count]
+        lengths = np.minimum(np.diff(offsets)[own], 2 * max(_EARLY))
+        self._rows += [rows[a : a + n] for a, n in zip(offsets[own].tolist(), lengths.tolist())]
+        self._lengths.append(lengths)
+        self.count += len(own)
+
+    def told(self, how: Calibration, values: Tensor) -> float:
+        """Nats of the later events, each on its own; 0 where nobody judges."""
+        rows = np.concatenate([np.zeros(0, np.int64), *self._rows])
+        lengths = np.concatenate([np.zeros(0, np.int64), *self._lengths])
+        place = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        length = np.repeat(lengths, lengths)
+        total = 0.0
+        for n in _EARLY:
+            known = (length >= 2 * n) & (place < 2 * n)  # of users with as many again
+            early, later = known & (place < n), known & (place >= n)
+            offsets = np.arange(int(early.sum()) // n + 1) * n
+            log_resp, _ = profile_posterior(
+                values,
+                torch.from_numpy(rows[early]),
+                torch.from_numpy(offsets),
+                self.log_prior,
+                how.weights(offsets),
+            )
+            each = log_resp.double().repeat_interleave(n, 0) + values[rows[later]].double()
+            total += float(each.logsumexp(1).sum()) / n
+        return total
+
+
+def chunks(source: Source, tokenizer: object, users: int) -> Iterator[tuple[int, Told]]:
+    """What the first users of `source` are told to have done, and where each chunk begins."""
+
+    def told(first: int) -> tuple[int, Told]:
+        return first, source.told(tokenizer, first, min(first + CHUNK, users))
+
+    with Prefetch(range(0, users, CHUNK), told) as found:
+        yield from found
+
+
+def add_by_kind(into: Tensor, kinds: Tensor, user: Tensor, resp: Tensor) -> None:
+    """Adds to `into` [E, Z] the sums of `resp` [U, Z] over the events [N] of each kind, in order of
+    users; kinds without events cost nothing."""
+    ordered, order = torch.sort(kinds, stable=True)
+    there, count = torch.unique_consecutive(ordered, return_counts=True)
+    offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    into[there] += F.embedding_bag(user[order], resp, offsets, mode="sum", include_last_offset=True)

@@ -1,0 +1,119 @@
+"""What counting tells beyond the LM.
+
+The LM says which codes choose an item, or like it, from the item's text. Where users of codes z had
+n[i, z] events of kind i (an item, and how it went) and the table of `userip_fast.em.lifts` lets
+expect e[i, z], its probability is multiplied by
+
+    (n[i, z] + prior) / (e[i, z] + prior)
+
+and scaled to add up to one again: the posterior mean of a factor with a Gamma(prior, prior)
+distribution, by which Poisson counts differ from what was expected (DuMouchel 1999). The LM speaks
+for items of which little was seen, and alone for new ones; counts speak for the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from userip_fast.behaviour import BehaviourFormat
+from userip_fast.errors import FormatError
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """Factors of the kinds of event that were counted.
+
+    Attributes:
+        texts: Of T items.
+        log_factors: [T, W, Z] float16, for W words and Z combinations of codes.
+    """
+
+    texts: list[str]
+    log_factors: npt.NDArray[np.float16]
+
+    @classmethod
+    def of(
+        cls, texts: list[str], observed: Tensor, expected: Tensor, words: int, prior: float
+    ) -> Counted:
+        """From numbers of events [T W, Z], observed and expected."""
+        factors = ((observed + prior) / (expected + prior)).log()
+        return cls(texts, factors.view(len(texts), words, -1).numpy().astype(np.float16))
+
+    def reordered(self, orders: Sequence[Tensor]) -> Counted:
+        """For codes under other numbers: code k of field j is the old code `orders[j][k]`."""
+        t, w, _ = self.log_factors.shape
+        grid = torch.from_numpy(self.log_factors).view(t, w, *(len(order) for order in orders))
+        for j, order in enumerate(orders):
+            grid = grid.index_select(2 + j, order)
+        return Counted(self.texts, grid.reshape(t, w, -1).numpy())
+
+    def log_of(self, texts: Sequence[str]) -> Tensor:
+        """[n W, Z] fp32; 0 of texts that were not counted."""
+        rows = np.asarray([self._row.get(text, -1) for text in texts], np.int64)
+        out = np.zeros((len(rows), *self.log_factors.shape[1:]), np.float32)
+        out[rows >= 0] = self.log_factors[rows[rows >= 0]]
+        return torch.from_numpy(out).flatten(0, 1)
+
+    @cached_property
+    def _row(self) -> dict[str, int]:
+        return {text: i for i, text in enumerate(self.texts)}
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of everything."""
+        told = hashlib.sha256("\x1f".join(self.texts).encode())
+        told.update(self.log_factors.tobytes())
+        return told.digest()
+
+    def to_arrow(self) -> pa.Table:
+        """Ready for Parquet."""
+        flat = pa.array(self.log_factors.ravel().astype(np.float32))
+        width = int(np.prod(self.log_factors.shape[1:]))
+        factors = pa.FixedSizeListArray.from_arrays(flat, width)
+        return pa.table({"text": pa.array(self.texts, pa.large_string()), "log_factors": factors})
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table, words: int, combinations: int) -> Counted:
+        """The inverse of `to_arrow`.
+
+        Raises:
+            FormatError: It is none, or of other words or codes.
+        """
+        width, there = words * combinations, "log_factors" in table.column_names
+        want = pa.list_(pa.float32(), width)
+        if not there or table.schema.field("log_factors").type != want:
+            raise FormatError(f"log_factors must be lists of {width} float32")
+        flat = table["log_factors"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        texts: list[Any] = [None]
+        if "text" in table.column_names:
+            texts = table["text"].to_pylist()
+        if None in texts or len(flat) != len(texts) * width or not np.isfinite(flat).all():
+            raise FormatError("every text must have finite factors")
+        return cls(texts, flat.reshape(len(texts), words, combinations).astype(np.float16))
+
+
+def expected(observed: Tensor, values: Tensor, events: Tensor, fmt: BehaviourFormat) -> Tensor:
+    """[E, Z] fp64, what a table lets expect where `observed` [E, Z] events were seen: of a code's
+    users as many choices as they made, or of an item as many reactions.
+
+    Args:
+        values: [E, Z], as `Calibration.values` gives them.
+        events: [E], of anybody.
+        fmt: How events are told: under W words, or none.
+    """
+    if not fmt.words:
+        share = events / events.sum().clamp_min(1)
+        return observed.sum(0) * values.double().exp() * share[:, None]
+    each = (-1, len(fmt.words), values.shape[1])
+    p = (values.double() / fmt.feedback_weight).exp().view(each)
+    return (observed.view(each).sum(1, keepdim=True) * p).flatten(0, 1)
