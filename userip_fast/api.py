@@ -28,6 +28,7 @@ from userip_fast.files import lock_file, storage_errors, sweep_leftovers, write_
 from userip_fast.lm import FrozenLM
 from userip_fast.lm.embedded import SlotIds, embedded_lm
 from userip_fast.lm.frozen import resolve_device
+from userip_fast.lm.pretraining import PRETRAINING
 from userip_fast.lm.trace import Workload
 from userip_fast.model import (
     Data,
@@ -45,6 +46,7 @@ from userip_fast.packing import Behaviour
 from userip_fast.prompts import Layout, ProfileField, PromptTemplate
 from userip_fast.reach import Reach
 from userip_fast.report import report_run
+from userip_fast.scalars import Scalars
 
 logger = logging.getLogger("userip_fast")
 
@@ -79,6 +81,10 @@ class Run:
         return self.root / "metrics.jsonl"
 
     @property
+    def scalars(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 
@@ -94,7 +100,7 @@ def fit(
     resume: bool = False,
     probabilities: bool = False,
     like: str | os.PathLike[str] | None = None,
-    show: bool = False,
+    show: bool = True,
 ) -> Model:
     """Learns codebooks on the users of `data`, and writes model, bank, metrics and report.
 
@@ -153,22 +159,26 @@ def _fit(
     """The work of `fit`, in a run folder that is ours alone."""
     writes = processes.rank == 0
     started = time.monotonic()
-    with processes.first_alone():  # it fills the cache of embedded LMs
-        model, source = prepare(data, config, lm=loaded, show=show and writes)
-    trainer = model.trainer
-    assert trainer is not None
-    trainer.processes = processes
-
     records: list[dict[str, Any]] = []
-    with _JsonLines(run.log if run and writes else None) as jsonl:
+    kept = run if writes else None
+    with Scalars(kept and kept.scalars) as scalars:
+        with processes.first_alone():  # it fills the cache of embedded LMs
+            model, source = prepare(data, config, lm=loaded, show=show and writes)
+        if model.lm.embedded:
+            scalars.training(PRETRAINING, Path(model.lm.source))
+        trainer = model.trainer
+        assert trainer is not None
+        trainer.processes = processes
+        with _JsonLines(kept and kept.log) as jsonl:
 
-        def log(record: dict[str, Any]) -> None:
-            records.append(record)
-            jsonl.write(record)
+            def log(record: dict[str, Any]) -> None:
+                records.append(record)
+                jsonl.write(record)
+                scalars.round(record)
 
-        result = trainer.fit(
-            source, log=log, checkpoints=run.checkpoints if run else None, resume=resume
-        )
+            result = trainer.fit(
+                source, log=log, checkpoints=run.checkpoints if run else None, resume=resume
+            )
     model.codebooks = result.codebooks
     model.start, model.head = result.start, result.head
     model.calibration = result.calibration

@@ -65,7 +65,7 @@ _COMPARED = ("paper", "kmeans_states", "oracle")
 
 
 def run_demo(
-    out: str | Path = "runs/demo", *, full: bool = False, seed: int = 0, show: bool = False
+    out: str | Path = "runs/demo", *, full: bool = False, seed: int = 0, show: bool = True
 ) -> dict[str, Any]:
     """Runs the demo and writes `out/{model,bank,metrics.json,...}` (of the first seed).
 

@@ -22,6 +22,7 @@ from userip_fast.files import atomic_dir, one_writer, read_json, write_json
 from userip_fast.lm.pretraining import train
 from userip_fast.packing import Behaviour, Int64
 from userip_fast.prompts import Layout, PromptTemplate
+from userip_fast.quiet import quiet_libraries
 from userip_fast.sums import (
     MANIFEST,
     cache_folder,
@@ -96,7 +97,7 @@ def embedded_lm(
             tokenizer, layout, behaviour, told, slots, config, seed, show
         )
         _warn(training["nll"])
-        with atomic_dir(folder) as tmp:
+        with quiet_libraries(), atomic_dir(folder) as tmp:
             model.save_pretrained(tmp)
             tokenizer.save_pretrained(tmp)
             if foldin is not None:

@@ -21,6 +21,9 @@ from userip_fast.prompts import Layout
 if TYPE_CHECKING:
     from userip_fast.behaviour import Told
 
+PRETRAINING = "pre-training the LM"
+"""What progress calls it."""
+
 _DECAY = 0.1
 _CONTRAST = 8.0  # nats a token that a nat of telling users apart is worth
 _PASSES = 20  # over the log, at most
@@ -63,7 +66,8 @@ def train(
     curve: dict[str, Any] = {n: [] for n in ("tokens", "loss", "scored", "held_out")}
     recent: list[tuple[float, float]] = []
     best, kept, in_vain, drops = math.inf, None, 0, 0
-    with progress("pre-training the LM", steps * STEP_TOKENS, "tokens", show) as bar:
+    total = steps * STEP_TOKENS
+    with progress(PRETRAINING, total, "tokens", show, at_most=True) as bar:
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = _rate(step, steps, drops if judges.batches else None)
