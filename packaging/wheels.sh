@@ -16,9 +16,10 @@ trap 'rm -rf "$work"' EXIT
 
 found=
 for v in 3.11 3.12 3.13 3.14; do
-  own=$(command -v "python$v" || ls -d "${PYENV_ROOT:-$HOME/.pyenv}/versions/$v".*/bin/python 2>/dev/null | tail -1)
-  # A shim of pyenv is there for versions that are not.
-  if [ -n "$own" ] && "$own" -c '' 2>/dev/null; then found="$found $own"; fi
+  for own in "python$v" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$v".*/bin/python; do
+    # Run, not only found: a shim of pyenv is there for versions that are not.
+    if "$own" -c '' 2>/dev/null; then found="$found $own"; break; fi
+  done
 done
 pythons=${PYTHONS:-$found}
 [ -n "$pythons" ] || { echo "wheels: no Python from 3.11 found; name some: PYTHONS=..." >&2; exit 2; }

@@ -5,25 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
 
-from userip_fast.bank import BankWriter
+from userip_fast._version import __version__
+from userip_fast.bank import BankWriter, FeatureBank
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource, Told
 from userip_fast.behaviour_stream import StreamSource
 from userip_fast.config import Config
-from userip_fast.data import Catalogue, InteractionStream
+from userip_fast.data import Catalogue, Interactions, InteractionStream
 from userip_fast.em.distributed import Processes, start_processes
 from userip_fast.em.mstep import check_codebook_sizes
 from userip_fast.em.steps import profiles_total
 from userip_fast.errors import ConfigError, DataError, StorageError
+from userip_fast.explain import explain
 from userip_fast.files import lock_file, storage_errors, sweep_leftovers, write_json
 from userip_fast.lm import FrozenLM
 from userip_fast.lm.embedded import SlotIds, embedded_lm
@@ -51,6 +56,7 @@ from userip_fast.scalars import Scalars
 logger = logging.getLogger("userip_fast")
 
 _LM_USERS = 100_000  # of a stream, those whose behaviour the embedded LM is trained on
+_EXPLAINED_USERS = 4096  # among whom the report finds examples; `userip explain` takes all
 _BANK_BLOCK = 1 << 18  # users handed to the bank's writer at once
 
 
@@ -230,6 +236,11 @@ def _fit(
                 writer.append(source.keys_of(a, b), code_ids[a:b].numpy(), p)
         seconds = time.monotonic() - started
         metrics = {
+            "run": {
+                "userip_fast": __version__,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "command": _command(),
+            },
             "data": {
                 "users": source.num_users,
                 "items": data.num_items,
@@ -271,6 +282,9 @@ def _fit(
             "seed": config.em.seed,
         }
         write_json(run.metrics, metrics)
+        if isinstance(data, Interactions):
+            bank = FeatureBank.open(run.bank)
+            explain(model, data.head_users(_EXPLAINED_USERS), bank=bank, out=run.root, show=False)
         report_run(run.root)
         trainer.forget(run.checkpoints)
     processes.barrier()
@@ -331,6 +345,14 @@ def load_lm(
     lm = FrozenLM.load(str(folder), how, Workload.of(config))
     lm.embedded = True
     return lm
+
+
+def _command() -> str | None:
+    """The command line, where `userip` is what runs."""
+    program = Path(sys.argv[0])
+    if program.name == "userip" or program.parts[-2:] == ("userip_fast", "__main__.py"):
+        return shlex.join(["userip", *sys.argv[1:]])
+    return None
 
 
 def _tensor(x: Any) -> Any:

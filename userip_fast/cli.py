@@ -671,6 +671,24 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder of fit.")]) -> N
     _say(report_run(run))
 
 
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="Run folder of fit.")],
+    users: Annotated[int, typer.Option(help="Users of the bank, in hash order.")] = 1000,
+    items: Annotated[int, typer.Option(help="The most frequent items.")] = 3000,
+    open: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+) -> None:
+    """Write RUN/explore.html: the report with a search over codes, items and users, in one file."""
+    from userip_fast.show import show_run
+
+    path = show_run(run, users=users, items=items)
+    _say(path)
+    if open:
+        import webbrowser
+
+        webbrowser.open(path.resolve().as_uri())
+
+
 def _names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(n.strip() for n in text.split(",") if n.strip())
 

@@ -116,7 +116,7 @@ def clock(seconds: float) -> str:
     """45 s, 3 min 20 s, 2 h 5 min."""
     whole = round(seconds)
     if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+        return f"{seconds:.1f} s" if whole < 10 else f"{whole} s"
     minutes, whole = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole} s"
