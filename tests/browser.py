@@ -12,12 +12,25 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+# Chromium reads what it is asked from 3 and answers to 4.
+_HAND_OVER = """
+import os, sys
+down, up, path, *flags = sys.argv[1:]
+down, up = os.dup(int(down)), os.dup(int(up))
+while min(down, up) < 5:
+    down, up = os.dup(down), os.dup(up)
+os.dup2(down, 3)
+os.dup2(up, 4)
+os.execv(path, [path, *flags])
+"""
 
 
 def find() -> str | None:
@@ -38,7 +51,7 @@ class Browser:
                  "--disable-background-networking", "--disable-component-update",
                  f"--user-data-dir={self.folder.name}")  # fmt: skip
         self.process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{down} 4>&{up}', "sh", path, *flags],
+            [sys.executable, "-S", "-c", _HAND_OVER, str(down), str(up), path, *flags],
             pass_fds=(down, up),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

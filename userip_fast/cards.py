@@ -11,7 +11,10 @@ from userip_fast.visible import visible
 
 
 def code_cards(
-    codes: Sequence[Mapping[str, Any]], explained: Sequence[Mapping[str, Any]], field: int = 0
+    codes: Sequence[Mapping[str, Any]],
+    explained: Sequence[Mapping[str, Any]],
+    field: int = 0,
+    reactions: Sequence[str] = (),
 ) -> str:
     """Cards of a field's codes, the most used first.
 
@@ -19,17 +22,27 @@ def code_cards(
         codes: As in codes.json.
         explained: As in explain.json; may be empty.
         field: Number of the field, for links to a card.
+        reactions: Words for how an event went, the worst first.
     """
     extra = {e["code"]: e for e in explained}
     everyone = max(1, sum(c["users"] for c in codes))
     most = max((t["high"] for c in codes for t in c.get("told", ())), default=1.0)
     order = sorted(codes, key=lambda c: (-c["users"], c["code"]))
-    drawn = (_card(c, extra.get(c["code"], {}), everyone, most, anchor(field, c["code"])) for c in order)
+    mean = {
+        w: sum(c["users"] * c.get("reactions", {}).get(w, 0.0) for c in codes) / everyone
+        for w in reactions
+    }
+    drawn = (_card(c, extra.get(c["code"], {}), everyone, most, mean, anchor(field, c["code"])) for c in order)
     return f'<div class="cards">{"".join(drawn)}</div>'
 
 
 def _card(
-    card: Mapping[str, Any], more: Mapping[str, Any], everyone: int, most: float, name: str
+    card: Mapping[str, Any],
+    more: Mapping[str, Any],
+    everyone: int,
+    most: float,
+    mean: Mapping[str, float],
+    name: str,
 ) -> str:
     users = card["users"]
     parts = [
@@ -41,7 +54,7 @@ def _card(
     elif users:
         parts.append('<p class="note">Nothing that other users bear out tells it apart.</p>')
     if went := card.get("reactions"):
-        parts += ["<h4>Reactions</h4>", _shares(went)]
+        parts += ["<h4>Reactions</h4>", _shares(went, mean)]
     items = [f"{item} (×{lift:.1f})" for item, lift in zip(card["items"], card["lift"])]
     for title, listed in (
         (f"Items that {page.term('stand out')}", items),
@@ -81,13 +94,19 @@ def _told(told: Iterable[Mapping[str, Any]], most: float) -> str:
     return f'<div class="told">{"".join(rows)}</div>'
 
 
-def _shares(went: Mapping[str, float]) -> str:
+def _shares(went: Mapping[str, float], mean: Mapping[str, float]) -> str:
+    """Of each reaction, as a bar and in words, beside the mean over all users' codes."""
+    went = {w: went.get(w, 0.0) for w in mean} or went
     drawn = "".join(
         f'<i class="share{i % 4}" style="width:{100 * share:.1f}%"></i>'
         for i, share in enumerate(went.values())
     )
     words = ", ".join(f"{word} {share:.0%}" for word, share in went.items())
-    return f'<div class="share">{drawn}</div><p>{_text(words)}</p>'
+    said = f'<div class="share">{drawn}</div><p>{_text(words)}</p>'
+    if mean:
+        usual = ", ".join(f"{share:.0%}" for share in mean.values())
+        said += f'<p class="note">all codes: {usual}</p>'
+    return said
 
 
 def _listed(title: str, texts: Sequence[str]) -> list[str]:

@@ -24,7 +24,6 @@ _PACKAGES = (
     "numpy",
     "pyarrow",
     "safetensors",
-    "matplotlib",
     "scikit-learn",
     "torch-rechub",
     "lightgbm",
@@ -33,6 +32,9 @@ _PACKAGES = (
     "redis",
     "pandas",
     "polars",
+    "duckdb",
+    "datasets",
+    "tensorboard",
 )
 """What is needed, and what extras and features that look for a library may find or miss."""
 

@@ -171,9 +171,14 @@ def ctr_dots(result: Mapping[str, Any], title: str) -> str:
     """A dot with its interval for each feature, best first; dashed: what `none` reaches."""
     points = ctr_points(result)[::-1]
     floor = max(result.get("floor", {}).values(), default=None)
-    values = [v for p in points for v in p[:3]] + ([] if floor is None else [floor])
     if not points:
         return ""
+    values = [v for p in points for v in p[:3]]
+    far = ""
+    if floor is not None and floor >= min(values) - (max(values) - min(values)) / 2:
+        values.append(floor)
+    elif floor is not None:  # it would take all the room
+        far, floor = f"item alone: {floor:.3f}, further left", None
     margin = 10 + max(width_of(p[-1]) for p in points)
     row = 18
     svg = Svg(430, 34 + row * len(points) + 40, title)
@@ -197,6 +202,8 @@ def ctr_dots(result: Mapping[str, Any], title: str) -> str:
         svg.text(margin, y, feature, "strong" if ours else "", "end")
         svg.line(x(low), y, x(high), y, f"interval {kind}")
         svg.dot(x(mean), y, 4, f"fill {kind}", told)
+    if far:
+        svg.text(2, 8, far, "muted")
     svg.text((x.start + x.stop) / 2, bottom + 28, "AUC on test users, mean of the recommenders",
              "muted", "middle")  # fmt: skip
     return str(svg)

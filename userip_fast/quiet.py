@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+with warnings.catch_warnings():
+    # In a notebook without its widgets it warns when it is imported, as transformers does.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    import tqdm.auto  # noqa: F401
 
 
 @contextmanager

@@ -229,7 +229,13 @@ def _curves(records: Sequence[Mapping[str, Any]], more: Mapping[str, Any]) -> li
     if nll and None not in held_out:
         # The curve counts a loss weight, the comparison an event; they meet at the best point.
         unit = nll["told"] / min(held_out)
-        lines = [("told of ten events", tokens, [unit * x for x in held_out], "accent")]
+        seen = [(at, unit * x) for at, x in zip(tokens, held_out)]
+        # What an LM begins at, far above, would flatten what matters.
+        worst = max(nll.values())
+        limit = worst + 2 * (worst - nll["told"])
+        while len(seen) > 2 and seen[0][1] > limit:
+            seen.pop(0)
+        lines = [("told of ten events", *zip(*seen), "accent")]
         levels = [(_SHORT.get(n, n), x) for n, x in nll.items() if n in OTHERS]
         drawn.append(page.figure(
             "The LM on users held out",
@@ -299,7 +305,9 @@ def _field(
         counted = pictures.confusion(name, np.asarray(truth["counts"]), truth["traits"])
         drawn.append(page.figure("Planted trait and code", counted))
     explained = more.get("explain", {}).get("fields", {}).get(name, {}).get("codes", [])
-    return [page.pictures(drawn), code_cards(codes, explained, number)]
+    scale = more.get("behaviour", {}).get("scale") or {}
+    shown = code_cards(codes, explained, number, scale.get("words", ()))
+    return [page.pictures(drawn), shown]
 
 
 def _ctr(results: Mapping[str, Mapping[str, Any]]) -> list[str]:

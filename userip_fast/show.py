@@ -195,5 +195,6 @@ def _items(model: Model, most: int) -> tuple[str, list[dict[str, Any]]]:
         return "", told
     for i, item in enumerate(told):
         item["liked"] = [round(float(p), 3) for p in found[:, i]]
-    best = model.format.best_word
-    return (f"share {best}" if model.format.words else "times as likely as for anybody"), told
+    words = model.format.words
+    liked = f"share {words[model.format.best_word]}" if words else "times as likely as for anybody"
+    return liked, told

@@ -90,7 +90,7 @@ def axes(
     for tick in x.ticks() if xticks is None else xticks:
         svg.line(x(tick), y.start, x(tick), y.start + 4)
         svg.text(x(tick), y.start + 13, number(tick), "muted", "middle")
-    for tick in y.ticks(4):
+    for tick in y.ticks(6):
         svg.line(x.start, y(tick), x.stop, y(tick), "grid")
         svg.text(x.start - 5, y(tick), number(tick), "muted", "end")
     svg.text((x.start + x.stop) / 2, y.start + 30, xlabel, "muted", "middle")

@@ -80,13 +80,13 @@ def _by_recommender(result: Mapping[str, Any]) -> str | None:
         against = compared.get("against", {})
         for d, what in (
             (compared.get("all+ids - all"), "all that is known without an LM"),
-            (against.get("none"), "no knowledge of the user"),
+            (against.get("none"), "no profile"),
         ):
             if d:
                 low, high = d["ci95"]
                 sure = "" if low > 0 or high < 0 else ", which may be nothing"
                 return (
-                    f"in {backbone} they add {d['difference']:+.4f} AUC to {what} "
+                    f"in {backbone} they change the AUC of {what} by {d['difference']:+.4f} "
                     f"({low:+.4f} to {high:+.4f}{sure}; {result['protocol']}, {result['label']})"
                 )
     return None
@@ -98,18 +98,16 @@ def _codes(
     """How many codes are in use, and how many users a name tells of."""
     found = []
     for name, own in cards.items():
-        users = max(1, sum(c["users"] for c in own))
         used = sum(c["users"] > 0 for c in own)
         text = f"{used} of {len(own)} codes of {name} are in use"
-        perplexity = metrics.get("fields", {}).get(name, {}).get("perplexity")
-        if perplexity is not None:
-            text += f", as evenly as {perplexity:.1f} equal ones"
+        field = metrics.get("fields", {}).get(name, {})
+        if "perplexity" in field:
+            text += f", as evenly as {field['perplexity']:.1f} equal ones"
         traits = [t for c in own for t in c.get("told", ())]
-        if traits:
-            named = sum(c["users"] for c in own if any(t["ratio"] >= 1.5 for t in c["told"]))
+        if traits and "named" in field:
             best = max(traits, key=lambda t: t["low"])
             text += (
-                f"; {named / users:.0%} of users have a code with a trait that other users bear out,"
+                f"; {field['named']:.0%} of users have a code whose name other users bear out,"
                 f" most of all {best['what']}, chosen {best['ratio']:.1f} times as often "
                 f"({best['low']:.1f} to {best['high']:.1f})"
             )
@@ -134,7 +132,7 @@ def _odd(metrics: Mapping[str, Any], training: Mapping[str, Any]) -> str:
             odd.append(f"{_of(dead, 'code')} of {name} without a user")
         if single := sum(n == 1 for n in counts):
             odd.append(f"{_of(single, 'code')} of {name} with one user")
-        if len(counts) > 1 and max(counts) > _LARGEST * sum(counts):
+        if len(counts) > 2 and max(counts) > _LARGEST * sum(counts):
             odd.append(f"one code of {name} has {max(counts) / sum(counts):.0%} of the users")
     data = metrics.get("data", {})
     told = data.get("told") or {}

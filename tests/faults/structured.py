@@ -31,7 +31,6 @@ import torch
 from safetensors import safe_open
 
 import userip_fast as uf
-from userip_fast import pictures
 from userip_fast.bank import redis_export
 from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
 from userip_fast.data.filters import RowFilter
@@ -541,21 +540,11 @@ def run_folder(folder: Path) -> Job:
         name = draw.choice(list(whole))
         try:
             dump(changed(whole[name], draw, draw.choice([1, 1, 2])), folder / name)
-            # A picture takes a tenth of a second; most inputs are about what is around them.
-            with mock.patch("userip_fast.pictures.svg", _drawn if draw.random() < 0.8 else _SVG):
-                report_run(folder)
+            report_run(folder)
         finally:
             dump(whole[name], folder / name)
 
     return job
-
-
-_SVG = pictures.svg
-
-
-def _drawn(draw: Callable[[Any], None], *size: float) -> str:
-    draw(mock.MagicMock())
-    return "<svg></svg>"
 
 
 class StandIn:
