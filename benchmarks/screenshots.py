@@ -1,6 +1,6 @@
-"""Pictures of reports for docs/, by a real Chromium: its upper part, at the widths of a phone and of a
-desk. Each is smaller than 300 kB and is made only of a page that overflows nowhere and says nothing
-to the console.
+"""Pictures of reports for docs/, by a real Chromium: upper parts, as wide as a phone and a desk.
+
+Each is smaller than 300 kB, of a page that overflows nowhere and says nothing to the console.
 
     python benchmarks/screenshots.py demo=runs/demo goodbooks=runs/goodbooks --out docs
 """

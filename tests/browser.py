@@ -1,8 +1,8 @@
 """Chromium on a page, over its own debugging pipe: no driver and no library needed.
 
-    with Browser() as browser:
-        tab = browser.open(path, width=390, dark=True)
-        tab.evaluate("document.title")
+with Browser() as browser:
+    tab = browser.open(path, width=390, dark=True)
+    tab.evaluate("document.title")
 """
 
 from __future__ import annotations

@@ -32,7 +32,9 @@ def test_scores_are_those_of_scikit_learn():
         y = np.where(random.random(n) < 0.5, x, random.integers(0, b, n))
         expected = normalized_mutual_info_score(x, y)
         assert scores.normalized_mutual_information(x, y) == pytest.approx(expected, abs=1e-12)
-        assert scores.adjusted_rand_index(x, y) == pytest.approx(adjusted_rand_score(x, y), abs=1e-12)
+        assert scores.adjusted_rand_index(x, y) == pytest.approx(
+            adjusted_rand_score(x, y), abs=1e-12
+        )
 
 
 def test_trait_words_never_occur_in_purchases():

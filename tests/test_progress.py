@@ -128,10 +128,15 @@ def test_libraries_are_quiet_meanwhile_and_as_before_then():
     before = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     bnb = logging.getLogger("bitsandbytes")
     level = bnb.level
-    with pytest.raises(ZeroDivisionError), quiet_libraries():
+
+    @quiet_libraries()
+    def fail() -> None:
         assert not theirs.is_progress_bar_enabled()
         assert not bnb.isEnabledFor(logging.WARNING)
-        1 / 0  # noqa: B018
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert (theirs.get_verbosity(), theirs.is_progress_bar_enabled()) == before
     assert bnb.level == level
 

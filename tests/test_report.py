@@ -14,7 +14,9 @@ from userip_fast.report import report_run, write_report
 from userip_fast.verdict import verdict
 
 METRICS = {
-    "run": {"userip_fast": "1.2.3", "date": "2026-01-02T03:04:05+00:00", "command": "userip fit <x>"},
+    "run": {
+        "userip_fast": "1.2.3", "date": "2026-01-02T03:04:05+00:00", "command": "userip fit <x>",
+    },
     "data": {
         "users": 2000, "items": 70, "events": 9000, "time_ordered": True,
         "told": {"events": 9000, "told": 8990, "users_cut": 1, "tokens": 40000, "unknown": 0},
@@ -25,7 +27,9 @@ METRICS = {
         },
     },
     "fields": {
-        "genre": {"codes": 4, "perplexity": 3.21987, "dead": 0, "named": 0.25, "counts": [9, 5, 2, 2]},
+        "genre": {
+            "codes": 4, "perplexity": 3.21987, "dead": 0, "named": 0.25, "counts": [9, 5, 2, 2],
+        },
         "critic": {"codes": 2, "perplexity": 2.0, "dead": 0, "counts": [7, 8]},
     },
     "seed": 0,
@@ -70,7 +74,8 @@ MORE = {
     "explain": {"fields": {"genre": {"codes": [
         {"code": 0, "typical": ["Emma"], "avoided": ["It"],
          "examples": [{"user": 7, "p": 0.93, "behaviour": "Emma; It"}]}]}},
-        "associations": {"genre": {"age": {"users": 5, "bits": 0.5, "chance_bits": 0.1, "p": 0.01}}}},
+        "associations": {
+            "genre": {"age": {"users": 5, "bits": 0.5, "chance_bits": 0.1, "p": 0.01}}}},
     "ctr": {"new": CTR},
 }  # fmt: skip
 
@@ -116,9 +121,10 @@ def test_the_whole_page(tmp_path):
         "disliked below 3, okay below 4.5, liked from 4.5",
         "“The reader's <favourite> is …”, 4 codes; starts at war, love",
         "item's own rate", "users held out", "elf", "code 0 · 3 users (25.0%)", "genres: <War>",
-        "1.5 to 2.7", "disliked 75%, okay 0%, liked 25%", "all codes: 19%, 0%, 6%", "<Rings> (×4.2)", "Emma", "It",
+        "1.5 to 2.7", "disliked 75%, okay 0%, liked 25%", "all codes: 19%, 0%, 6%", "<Rings> (x4.2)",
+        "Emma", "It",
         "user 7, sure by 93%: Emma; It", "0.7000", "n/a: no <column>", "mind the <gap>",
-        "Item alone: item rate 0.6100, popularity 0.6000.", "age", "shared bits", "3.22", "1.25",
+        "Item alone: item rate 0.6100, popularity 0.6000.", "shared bits", "3.22", "1.25",
     ):  # fmt: skip
         assert text in found.told, text
     # LM, EM; usage and map; an interval for the trait; the sceptic's dots.
@@ -197,7 +203,8 @@ def test_the_verdict_says_whether_profiles_help_and_by_how_much():
         ([9, 8, 1], 8990, TRAINING, "1 code of genre with one user"),
         ([19, 3, 2], 8990, TRAINING, "one code of genre has 79% of the users"),
         ([9, 9, 9], 4500, TRAINING, "only 50% of the events were read"),
-        ([9, 9, 9], 8990, {**TRAINING, "scored": [1.0, 0.5]}, "by heart (0.500 nats, users held out 0.900"),
+        ([9, 9, 9], 8990, {**TRAINING, "scored": [1.0, 0.5]},
+         "by heart (0.500 nats, users held out 0.900"),
     ],
 )  # fmt: skip
 def test_the_verdict_says_what_is_odd(counts, reads, training, said):
@@ -232,7 +239,9 @@ def test_labels_lie_over_nothing(seed):
         assert inside[1] <= own[1]
         assert own[3] <= inside[3]
         for other in boxes:
-            assert own[0] >= other[2] or other[0] >= own[2] or own[1] >= other[3] or other[1] >= own[3]
+            assert (
+                own[0] >= other[2] or other[0] >= own[2] or own[1] >= other[3] or other[1] >= own[3]
+            )
         boxes.append(own)
 
 

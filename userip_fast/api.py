@@ -166,8 +166,8 @@ def _fit(
     writes = processes.rank == 0
     started = time.monotonic()
     records: list[dict[str, Any]] = []
-    kept = run if writes else None
-    with Scalars(kept and kept.scalars) as scalars:
+    scalars_folder, lines = (run.scalars, run.log) if run and writes else (None, None)
+    with Scalars(scalars_folder) as scalars:
         with processes.first_alone():  # it fills the cache of embedded LMs
             model, source = prepare(data, config, lm=loaded, show=show and writes)
         if model.lm.embedded:
@@ -175,7 +175,7 @@ def _fit(
         trainer = model.trainer
         assert trainer is not None
         trainer.processes = processes
-        with _JsonLines(kept and kept.log) as jsonl:
+        with _JsonLines(lines) as jsonl:
 
             def log(record: dict[str, Any]) -> None:
                 records.append(record)

@@ -32,7 +32,10 @@ def code_cards(
         w: sum(c["users"] * c.get("reactions", {}).get(w, 0.0) for c in codes) / everyone
         for w in reactions
     }
-    drawn = (_card(c, extra.get(c["code"], {}), everyone, most, mean, anchor(field, c["code"])) for c in order)
+    drawn = (
+        _card(c, extra.get(c["code"], {}), everyone, most, mean, anchor(field, c["code"]))
+        for c in order
+    )
     return f'<div class="cards">{"".join(drawn)}</div>'
 
 
@@ -55,7 +58,7 @@ def _card(
         parts.append('<p class="note">Nothing that other users bear out tells it apart.</p>')
     if went := card.get("reactions"):
         parts += ["<h4>Reactions</h4>", _shares(went, mean)]
-    items = [f"{item} (×{lift:.1f})" for item, lift in zip(card["items"], card["lift"])]
+    items = [f"{item} (x{lift:.1f})" for item, lift in zip(card["items"], card["lift"])]
     for title, listed in (
         (f"Items that {page.term('stand out')}", items),
         ("Most met", more.get("typical", ())),

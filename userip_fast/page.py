@@ -11,17 +11,17 @@ from userip_fast.files import atomic_file
 from userip_fast.visible import visible
 
 GLOSSARY = {
-    "code": "One of the values that a profile field may take; users with the same code behave alike.",
+    "code": "One of the values that a profile field may take; its users behave alike.",
     "nats": "Mean negative log likelihood: how surprised the LM is. Less is better.",
     "users held out": "Users whom neither the LM nor the codes have learned from.",
     "times as often": "A trait's share of what the code's users choose, over its share of what "
-    "all users choose; found on one half of the users, told with the figures of the other half. The "
+    "all users choose; found on one half of the users, told with the figures of the other. The "
     "interval holds 95 %, by jackknife over users.",
     "stand out": "Items over-represented among the code's users; x is their share there over "
     "their share among all.",
     "perplexity": "How many equally frequent codes would spread users as evenly.",
     "codeword": "The soft prompt that a code stands for: what the LM reads in a user's place.",
-    "ELBO": "Lower bound of the log likelihood of a user's behaviour under the codes, in nats a user. "
+    "ELBO": "Lower bound of the log likelihood of a user's behaviour under the codes, in nats. "
     "More is better.",
     "AUC": "How often a recommender ranks a positive test row above a negative one; 0.5 is chance.",
     "none": "The recommender without any profile of the user, statistics of the item and of the "
@@ -31,7 +31,8 @@ GLOSSARY = {
 """What the page's words mean, as a legend and on hover."""
 
 _STYLE = """
-:root { color-scheme: light dark; --page: #ffffff; --card: #f6f8fa; --ink: #1b1f24; --muted: #57606a;
+:root { color-scheme: light dark; --page: #ffffff; --card: #f6f8fa; --ink: #1b1f24;
+  --muted: #57606a;
   --line: #d4d9df; --accent: #1f6fb2; --second: #b4461a; --other: #6b7580; --soft: #cfe3f5;
   --heat0: #f6f8fa; --heat1: #d6e7f6; --heat2: #a5cbea; --heat3: #2f7cba; --heat4: #1a5a93;
   --onheat: #ffffff; }
@@ -54,20 +55,26 @@ table { border-collapse: collapse; margin: .5rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .22rem .9rem .22rem 0;
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 th { font-weight: 600; } .pairs th { white-space: nowrap; overflow-wrap: normal; }
-.pairs td { text-align: left !important; } td.number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+.pairs td { text-align: left !important; } td.number { text-align: right;
+  font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 code { font: .92em ui-monospace, SFMono-Regular, Menlo, monospace; overflow-wrap: anywhere; }
 .pictures, .cards { display: grid; gap: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); }
 .cards { grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
-.pictures { margin-bottom: 1.2rem; } figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .2rem; }
+.pictures { margin-bottom: 1.2rem; } figure { margin: 0; } figcaption { font-weight: 600;
+  margin-bottom: .2rem; }
 .card { border: 1px solid var(--line); border-radius: .6rem; background: var(--card);
   padding: .7rem .9rem; overflow-wrap: anywhere; }
 .card .size { color: var(--muted); font-size: .9rem; }
 .card h4 { margin: .6rem 0 .1rem; font-size: .82rem; font-weight: 600; color: var(--muted); }
-.told { display: grid; grid-template-columns: minmax(6.2rem, 1fr) minmax(3rem, 96px) auto; gap: .1rem .6rem; align-items: center; }
-.told b { font-variant-numeric: tabular-nums; } .told span { color: var(--muted); font-size: .85em; }
-.share { display: flex; height: .6rem; border-radius: .3rem; overflow: hidden; margin: .3rem 0 .15rem; }
-.share i { display: block; } .share0 { background: var(--second); } .share1 { background: var(--other); }
+.told { display: grid; grid-template-columns: minmax(6.2rem, 1fr) minmax(3rem, 96px) auto;
+  gap: .1rem .6rem; align-items: center; }
+.told b { font-variant-numeric: tabular-nums; } .told span { color: var(--muted);
+  font-size: .85em; }
+.share { display: flex; height: .6rem; border-radius: .3rem; overflow: hidden;
+  margin: .3rem 0 .15rem; }
+.share i { display: block; } .share0 { background: var(--second); }
+.share1 { background: var(--other); }
 .share2 { background: var(--accent); } .share3 { background: var(--soft); }
 ul { margin: .1rem 0; padding-left: 1.1rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; margin: .5rem 0; }
@@ -81,9 +88,11 @@ svg text.accent { fill: var(--accent); } svg text.second { fill: var(--second); 
 svg text.other { fill: var(--muted); } svg text.onheat { fill: var(--onheat); }
 .axis { stroke: var(--muted); stroke-width: 1; } .grid { stroke: var(--line); stroke-width: 1; }
 .level { stroke: var(--muted); stroke-dasharray: 5 3; } .dotted { stroke-dasharray: 1.5 3; }
-.curve { fill: none; stroke-width: 1.8; } .curve.accent, .interval.accent { stroke: var(--accent); }
+.curve { fill: none; stroke-width: 1.8; }
+.curve.accent, .interval.accent { stroke: var(--accent); }
 .curve.second { stroke: var(--second); } .curve.other, .interval.other { stroke: var(--other); }
-.interval { stroke-width: 2; } .fill.accent { fill: var(--accent); } .fill.other { fill: var(--other); }
+.interval { stroke-width: 2; } .fill.accent { fill: var(--accent); }
+.fill.other { fill: var(--other); }
 .fill.second { fill: var(--second); } .soft { fill-opacity: .38; }
 .heat0 { fill: var(--heat0); } .heat1 { fill: var(--heat1); } .heat2 { fill: var(--heat2); }
 .heat3 { fill: var(--heat3); } .heat4 { fill: var(--heat4); }

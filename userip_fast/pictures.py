@@ -8,8 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from userip_fast.svg import LINE, Scale, Svg, axes, number, place_labels, shortened, spread
-from userip_fast.svg import width_of
+from userip_fast.svg import (
+    LINE,
+    Scale,
+    Svg,
+    axes,
+    number,
+    place_labels,
+    shortened,
+    spread,
+    width_of,
+)
 
 WIDTH, HEIGHT = 360, 230
 _TOP, _BOTTOM, _LEFT = 30, 40, 44
@@ -70,8 +79,8 @@ def usage(name: str, counts: Sequence[int]) -> str:
         at = x.start + i * wide + 0.1 * wide
         told = f"code {code}: {users:,} users"
         svg.rect(at, y(users), 0.8 * wide, y.start - y(users), "fill accent", told)
-    svg.text((x.start + x.stop) / 2, 150 - 12, f"codes of {name}, most used first", "muted",
-             "middle")  # fmt: skip
+    told = f"codes of {name}, most used first"
+    svg.text((x.start + x.stop) / 2, 150 - 12, told, "muted", "middle")
     return str(svg)
 
 
@@ -187,13 +196,14 @@ def ctr_dots(result: Mapping[str, Any], title: str) -> str:
     for tick in x.ticks(4):
         svg.line(x(tick), 28, x(tick), bottom, "grid")
         svg.text(x(tick), bottom + 11, f"{tick:.3g}", "muted", "middle")
-    for name, value, kind, y in (
+    for name, value, kind, top in (
         ("item alone", floor, "level dotted", 8),
         ("none", next((p[0] for p in points if p[-1] == "none"), None), "level", 20),
     ):
         if value is not None:
-            svg.line(x(value), y + 6, x(value), bottom, kind)
-            svg.text(min(max(x(value), margin + 30), svg.width - 32), y, name, "muted", "middle")
+            svg.line(x(value), top + 6, x(value), bottom, kind)
+            at = min(max(x(value), margin + 30), svg.width - 32)
+            svg.text(at, top, name, "muted", "middle")
     for i, (mean, low, high, feature) in enumerate(points):
         y = 32 + row * (i + 0.5)
         ours = feature in OURS

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -30,7 +30,7 @@ def report_run(run: str | os.PathLike[str]) -> Path:
 
     Beside metrics, rounds and code cards of `fit`, these are shown where they are: prompts and
     thresholds of the model, the embedded LM's training, the codewords, `confusion.json` of the
-    demo, `explain.json` of `userip explain`, and every `ctr.json` in the folder or one folder below.
+    demo, `explain.json` of `userip explain`, and every `ctr.json` in the folder or one below.
 
     Raises:
         FormatError: The folder holds no run, or a file of it is torn.
@@ -166,7 +166,9 @@ def _byline(metrics: Mapping[str, Any]) -> str:
     run = metrics.get("run", {})
     told = [f"userip_fast {run['userip_fast']}"] if "userip_fast" in run else ["userip_fast"]
     if "date" in run:
-        told.append(datetime.fromisoformat(run["date"]).astimezone(UTC).strftime("%d %B %Y, %H:%M UTC"))
+        told.append(
+            datetime.fromisoformat(run["date"]).astimezone(UTC).strftime("%d %B %Y, %H:%M UTC")
+        )
     return f'<p class="muted">{escape(" · ".join(told))}</p>'
 
 
@@ -235,14 +237,14 @@ def _curves(records: Sequence[Mapping[str, Any]], more: Mapping[str, Any]) -> li
         limit = worst + 2 * (worst - nll["told"])
         while len(seen) > 2 and seen[0][1] > limit:
             seen.pop(0)
-        lines = [("told of ten events", *zip(*seen), "accent")]
+        lines = [_line("told of ten events", seen, "accent")]
         levels = [(_SHORT.get(n, n), x) for n, x in nll.items() if n in OTHERS]
         drawn.append(page.figure(
             "The LM on users held out",
             pictures.curves("loss of users held out", lines, levels, "tokens read", "nats"),
         ))  # fmt: skip
     elif tokens:
-        lines = [("training", tokens, training["loss"], "accent")]
+        lines = [_line("training", zip(tokens, training["loss"]), "accent")]
         drawn.append(page.figure(
             "Training of the LM", pictures.curves("loss", lines, [], "tokens read", "nats")
         ))  # fmt: skip
@@ -266,17 +268,23 @@ def _curves(records: Sequence[Mapping[str, Any]], more: Mapping[str, Any]) -> li
 _SHORT = {"untold": "told nothing", "item": "item's own rate", "constant": "reaction's rate"}
 
 
+def _line(label: str, points: Iterable[tuple[float, float]], kind: str) -> pictures.Line:
+    x, y = zip(*points)
+    return label, x, y, kind
+
+
 def _rounds(records: Sequence[Mapping[str, Any]]) -> list[str]:
     if any("elbo" in r for r in records):
-        told, ylabel, title = ("elbo", "elbo_held_out"), "nats a user", "EM: ELBO by round"
+        told = {"elbo": "training users", "elbo_held_out": "users held out"}
+        ylabel, title = "nats a user", "EM: ELBO by round"
     else:
-        told, ylabel, title = ("nll_per_weight",), "nats per loss weight", "EM: NLL of behaviour"
-    labels = {"elbo": "training users", "elbo_held_out": "users held out", "nll_per_weight": "NLL"}
+        told = {"nll_per_weight": "NLL"}
+        ylabel, title = "nats per loss weight", "EM: NLL of behaviour"
     lines = []
-    for name, kind in zip(told, ("other", "accent")):
+    for (name, label), kind in zip(told.items(), ("other", "accent")):
         own = [(r["round"] + 1, r[name]) for r in records if r.get(name) is not None]
         if own:
-            lines.append((labels[name], *zip(*own), kind))
+            lines.append(_line(label, own, kind))
     if not lines:
         return []
     drawn = pictures.curves(title, lines, [], "round", ylabel, [r["round"] + 1 for r in records])
@@ -293,7 +301,11 @@ def _field(
     """Usage, map and cards of a field's codes."""
     by_code = sorted(codes, key=lambda c: c["code"])
     counts = metrics.get("fields", {}).get(name, {}).get("counts") or [c["users"] for c in by_code]
-    drawn = [page.figure("How many users have each code", pictures.usage(name, counts))] if counts else []
+    drawn = (
+        [page.figure("How many users have each code", pictures.usage(name, counts))]
+        if counts
+        else []
+    )
     words = [name_of(c).split(", ")[0] for c in by_code]
     if name in more.get("codewords", {}) and len(by_code) > 1:
         users = [c["users"] for c in by_code]

@@ -68,4 +68,4 @@ class Scalars:
         except ImportError:
             return
         shutil.rmtree(folder, ignore_errors=True)
-        self.writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(folder))

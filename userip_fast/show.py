@@ -48,7 +48,8 @@ function link(parent, j, k) {
 }
 function group(title, hits, draw) {
   if (!hits.length) return;
-  add(found, "h3", title + " (" + hits.length + (hits.length > few ? ", the first " + few : "") + ")");
+  const cut = hits.length > few ? ", the first " + few : "";
+  add(found, "h3", title + " (" + hits.length + cut + ")");
   for (const hit of hits.slice(0, few)) draw(add(found, "div", "", "hit"), hit);
 }
 function drawItem(div, item) {

@@ -45,10 +45,8 @@ class Svg:
 
     def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> None:
         """`y` is the middle of the line."""
-        words = escape(visible(text))
-        self.parts.append(
-            f'<text x="{_n(x)}" y="{_n(y + 4)}" text-anchor="{anchor}" class="{kind}">{words}</text>'
-        )
+        at = f'x="{_n(x)}" y="{_n(y + 4)}" text-anchor="{anchor}"'
+        self.parts.append(f'<text {at} class="{kind}">{escape(visible(text))}</text>')
 
     def __str__(self) -> str:
         return (

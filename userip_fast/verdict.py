@@ -43,9 +43,8 @@ def _helps(
 ) -> str:
     told = [_by_lm(nll)] if (nll := training.get("nll")) else []
     told += [found for found in map(_by_recommender, ctr.values()) if found][:1]
-    planted = {
-        name: f["nmi"] for name, f in metrics.get("fields", {}).items() if "posterior" in f.get("nmi", {})
-    }
+    fields = metrics.get("fields", {})
+    planted = {name: f["nmi"] for name, f in fields.items() if "posterior" in f.get("nmi", {})}
     if planted:
         scores = ", ".join(
             f"{name} {nmi['posterior']:.2f} (at best {nmi['oracle']:.2f})"
@@ -92,9 +91,7 @@ def _by_recommender(result: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _codes(
-    metrics: Mapping[str, Any], cards: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> str:
+def _codes(metrics: Mapping[str, Any], cards: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """How many codes are in use, and how many users a name tells of."""
     found = []
     for name, own in cards.items():

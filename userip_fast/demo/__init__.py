@@ -146,12 +146,9 @@ def _one_seed(seed: int, out: Path | None, full: bool, show: bool) -> dict[str, 
     result["fields"] = {
         f.name: {
             "nmi": {
-                m: normalized_mutual_information(truth[f.name], z[:, j])
-                for m, z in codes.items()
+                m: normalized_mutual_information(truth[f.name], z[:, j]) for m, z in codes.items()
             },
-            "ari": {
-                m: adjusted_rand_index(truth[f.name], z[:, j]) for m, z in codes.items()
-            },
+            "ari": {m: adjusted_rand_index(truth[f.name], z[:, j]) for m, z in codes.items()},
             _COST: cost,
         }
         for j, f in enumerate(config.fields)
