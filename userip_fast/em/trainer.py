@@ -315,7 +315,7 @@ class Trainer:
         rounds = mixture.rounds(books, records[-1]["lr"] if records else None)
         if records:
             next(rounds)  # where the last record stands
-        with progress("EM", em.max_rounds, "rounds", self.show) as bar:
+        with progress("EM", em.max_rounds, "rounds", self.show, at_most=True) as bar:
             for at in rounds:
                 usage = _told_usage(at.found.usage)
                 record = self._record(len(records), at.found.totals, usage, 0)
@@ -324,7 +324,8 @@ class Trainer:
                 if kept is not None and self.processes.rank == 0:
                     kept.save(Checkpoint(len(records), at.codebooks, None, records))
                 log(record)
-                bar.advance(len(records) > 1, elbo=record["elbo"])
+                told = {n: record[n] for n in ("elbo", "elbo_held_out") if record[n] is not None}
+                bar.advance(len(records) > 1, **told)
                 if is_last(record, em):
                     return at.codebooks, self._calibrated(source, users, at.codebooks, tables)
         raise AssertionError("EM goes on until its last round")
