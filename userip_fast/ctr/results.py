@@ -241,7 +241,7 @@ def write_page(
             for evaluation, result in by.items():
                 lines += [f"### {name}, {label}: {evaluation}", ""]
                 if isinstance(result, dict) and result.get("older_table"):
-                    lines += ["Measured before counting was added to the event table.", ""]
+                    lines += ["Measured with an earlier version of the event table.", ""]
                 if result is None:
                     lines += ["Not run yet.", ""]
                 elif isinstance(result, str):
