@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,11 @@ def test_the_notebook_tells_a_lift(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "SETTINGS = {}" in code[0].source
     code[0].source = code[0].source.replace("SETTINGS = {}", f"SETTINGS = {TINY!r}")
     resources = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=120, resources=resources).execute()
+    interrupts = signal.getsignal(signal.SIGINT)
+    try:
+        nbclient.NotebookClient(notebook, timeout=120, resources=resources).execute()
+    finally:
+        signal.signal(signal.SIGINT, interrupts)
     outputs = [output for cell in code for output in cell.outputs]
     told = "".join(o.get("text", "") for o in outputs)
     lift, low, high = map(float, re.findall(r"[+-]\d\.\d+", told))
