@@ -31,6 +31,7 @@ by tensor descriptors (TMA, sm_90) and the one by pointers are the same text.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -63,10 +64,114 @@ TF32 = Config(64, 64, 32, 8, 3)
 FEW = 64  # most codes of `_few_kernel` and `_onehot_sum_kernel`
 WHOLE = 256  # most columns of a tile of whole rows
 PIECE = 256
-# Of |x|^2 + |a|^2 + |b|^2: nearer scores may be in the wrong order, by fp32 accumulation or by
-# codewords rounded to bf16.
-CLOSE, CLOSE_ROUNDED = 2.0**-17, 2.0**-7
+# Of |x|^2 + |a|^2 + |b|^2: nearer scores may be in the wrong order, by fp32 accumulation, by the
+# bits that a packed score gives to its column, or by codewords rounded to bf16.
+CLOSE, CLOSE_PACKED, CLOSE_ROUNDED = 2.0**-17, 2.0**-14, 2.0**-7
 SMALL = 2.0**-3  # of |x|^2: smaller distances are formed directly
+MOST = 1e37  # |c|^2 of a codeword: then x.c overflows float32 only where |x - c|^2 does too
+BAD, ROUNDED = tl.constexpr(1), tl.constexpr(2)  # marks of a codeword: not to be used; not in bf16
+CHANGED, BAD_WORD, NOT_FINITE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+FLAGS = 4
+"""Flags of a call [FLAGS] int32, zeroed by the first kernel and read once, after the last: a code
+changed after the sums were taken, a codeword is bad, a row of x is."""
+
+
+@triton.jit
+def _prepare_kernel(
+    codewords_ptr,  # [sum K, D], rows contiguous
+    active_ptr,  # [sum K] bool, or anything
+    words_ptr,  # [sum K, D] fp32, where WORDS
+    half_norm_ptr,  # [programs] fp32; Inf for retired codes and for rows past K
+    mark_ptr,  # [programs] int32
+    parts_ptr,  # [PARTS * programs, D], of `_few_kernel`'s or `_rank_kernel`'s type
+    flags_ptr,
+    K,
+    D,
+    MOST: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ACTIVE: tl.constexpr,
+    WORDS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A row of the codebook: half its squared norm, marks, and its parts."""
+    k = tl.program_id(0).to(tl.int64)
+    depth = tl.arange(0, BLOCK_D)
+    end = tl.where(k < K, D, 0)  # of rows past K nothing is read
+    square = tl.zeros((BLOCK_D,), tl.float64)
+    for d0 in range(0, D, BLOCK_D):
+        ok = d0 + depth < end
+        c = tl.load(codewords_ptr + k * D + d0 + depth, mask=ok, other=0.0).to(tl.float64)
+        square += c * c
+    total = tl.sum(square, 0)
+    mark = tl.where(total <= MOST, 0, BAD)
+    norm = tl.maximum(tl.sqrt(total).to(tl.float32), 1e-12)
+    inexact = tl.zeros((BLOCK_D,), tl.int32)
+    square = tl.zeros((BLOCK_D,), tl.float64)
+    for d0 in range(0, D, BLOCK_D):
+        at = d0 + depth
+        ok = at < end
+        c = tl.load(codewords_ptr + k * D + at, mask=ok, other=0.0).to(tl.float32)
+        if NORMALIZE:
+            c = tl.div_rn(c, norm + tl.zeros_like(c))
+        if WORDS:
+            tl.store(words_ptr + k * D + at, c, mask=ok)
+        square += c.to(tl.float64) * c.to(tl.float64)
+        rest = c
+        for part in tl.static_range(PARTS):
+            low = rest.to(parts_ptr.dtype.element_ty)
+            place = (part * tl.num_programs(0) + k) * D + at
+            tl.store(parts_ptr + place, low, mask=at < D)
+            rest = rest - low.to(tl.float32)
+        if PARTS > 0:
+            inexact = inexact | (rest != 0).to(tl.int32)
+    half_norm = (tl.sum(square, 0) / 2).to(tl.float32)
+    if ACTIVE:
+        end = tl.where(tl.load(active_ptr + tl.minimum(k, K - 1)) != 0, end, 0)
+    tl.store(half_norm_ptr + k, tl.where(end > 0, half_norm, float("inf")))
+    tl.store(mark_ptr + k, mark + tl.where(tl.max(inexact, 0) > 0, ROUNDED, 0))
+    if k == 0:
+        tl.store(flags_ptr + tl.arange(0, 4), tl.zeros((4,), tl.int32))
+
+
+@triton.jit
+def _tell(mark_ptr, flags_ptr, count, BLOCK: tl.constexpr):
+    """Raises the flag of a bad codeword; one program's work."""
+    bad = tl.zeros((BLOCK,), tl.int32)
+    for k0 in range(0, count, BLOCK):
+        k = k0 + tl.arange(0, BLOCK)
+        bad = bad | (tl.load(mark_ptr + k, mask=k < count, other=0) & BAD)
+    if tl.max(bad, 0) > 0:
+        tl.store(flags_ptr + BAD_WORD, 1)
+
+
+@triton.jit
+def _two_of(a, a2, b, b2):
+    """The greatest two of two pairs, each in falling order."""
+    return tl.maximum(a, b), tl.maximum(tl.minimum(a, b), tl.maximum(a2, b2))
+
+
+@triton.jit
+def _packed_top_two(score, columns, BLOCK_K: tl.constexpr):
+    """A tile's best two and their columns, of equals those of the lower columns first.
+
+    One pass over integers: a score's bits in the order of integers, its lowest bits the column.
+    The scores come back without those bits.
+    """
+    low: tl.constexpr = BLOCK_K - 1
+    bits = score.to(tl.int32, bitcast=True) & ~low
+    key = (bits ^ ((bits >> 31) & (0x7FFFFFFF & ~low))) | (low - columns)[None, :]
+    top, second = tl.reduce((key, tl.full(key.shape, -(2**31), tl.int32)), 1, _two_of)
+    at, second_at = low - (top & low), low - (second & low)
+    top, second = top & ~low, second & ~low
+    top = top ^ ((top >> 31) & (0x7FFFFFFF & ~low))
+    second = second ^ ((second >> 31) & (0x7FFFFFFF & ~low))
+    return (
+        top.to(tl.float32, bitcast=True),
+        at,
+        second.to(tl.float32, bitcast=True),
+        second_at,
+    )
 
 
 @triton.jit
@@ -102,6 +207,7 @@ def _rank_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     SLICES: tl.constexpr,
+    PACKED: tl.constexpr,  # the tile's best two in one pass; see `_packed_top_two`
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -153,9 +259,12 @@ def _rank_kernel(
         half_norm = tl.load(half_norm_ptr + first + k, mask=code_ok, other=float("inf"))
         score -= half_norm[None, :]
         # The tile's best two, lowest id first among equals, then merged behind earlier ones.
-        top, at = tl.max(score, 1, return_indices=True)
-        score = tl.where(columns[None, :] == at[:, None], -float("inf"), score)
-        next_top, next_at = tl.max(score, 1, return_indices=True)
+        if PACKED:
+            top, at, next_top, next_at = _packed_top_two(score, columns, BLOCK_K)
+        else:
+            top, at = tl.max(score, 1, return_indices=True)
+            score = tl.where(columns[None, :] == at[:, None], -float("inf"), score)
+            next_top, next_at = tl.max(score, 1, return_indices=True)
         best, best_id, second, second_id = _merge(
             best, best_id, second, second_id, top, k0 + at, next_top, k0 + next_at
         )
@@ -177,13 +286,17 @@ def _few_kernel(
     other_ptr,  # [N] int32, of rows for `_redo_kernel` the second best code or -1, else -2
     sums_ptr,  # [programs, K, D] fp32
     counts_ptr,  # [programs, K] int64
+    mark_ptr,
+    flags_ptr,
     N,
     K,
     D,
+    one,  # 1.0, which the compiler must not know: it would add on within the dot's accumulator
     stride_xn,
     stride_xd,
     CLOSE: tl.constexpr,
     SMALL: tl.constexpr,
+    NEAR: tl.constexpr,  # else ids alone: |x|^2 is not formed, nothing is done over
     SUMS: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -199,6 +312,8 @@ def _few_kernel(
     longest = tl.max(tl.where(half_norm < float("inf"), half_norm, 0.0), 0)
     total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     counts = tl.zeros((BLOCK_K,), tl.int32)
+    if tl.program_id(0) == 0:
+        _tell(mark_ptr, flags_ptr, BLOCK_K, BLOCK_K)
     if WHOLE:  # they stay on chip
         c = _tile(words, 0, 0, D, D, 1, TMA, BLOCK_K, BLOCK_D, PARTS * BLOCK_K)
         if PARTS > 1:
@@ -215,8 +330,9 @@ def _few_kernel(
             if PARTS > 1:
                 score = tl.dot(xs, c1.T, score, input_precision=PRECISION)
                 score = tl.dot(xs, c2.T, score, input_precision=PRECISION)
-            wide = xs.to(tl.float32)
-            square = tl.sum(wide * wide, 1)
+            if NEAR:
+                wide = xs.to(tl.float32)
+                square = tl.sum(wide * wide, 1)
         else:
             square = tl.zeros((BLOCK_N,), tl.float32)
             for d0 in range(0, D, BLOCK_D):
@@ -228,23 +344,31 @@ def _few_kernel(
                         words, part * BLOCK_K, d0, D, D, 1, TMA, BLOCK_K, BLOCK_D, PARTS * BLOCK_K
                     )
                     some = tl.dot(xs, c.T, some, input_precision=PRECISION)
-                score += some
-                wide = xs.to(tl.float32)
-                square += tl.sum(wide * wide, 1)
+                score += some * one
+                if NEAR:
+                    wide = xs.to(tl.float32)
+                    square += tl.sum(wide * wide, 1)
         score -= half_norm[None, :]
         best, at = tl.max(score, 1, return_indices=True)
-        score = tl.where(k[None, :] == at[:, None], -float("inf"), score)
-        second, second_at = tl.max(score, 1, return_indices=True)
+        if NEAR:
+            score = tl.where(k[None, :] == at[:, None], -float("inf"), score)
         at = tl.where(best > -float("inf"), at, 0)  # NaN has none
-        near = square - 2 * best
-        # Of nearly equal scores the distances decide. And where x and its codeword nearly cancel,
-        # or overflow, so that this form of the distance says little, the direct form is taken.
-        close = best - second <= CLOSE * (square + 4 * longest)
-        sure = (near >= SMALL * square) & (near < float("inf"))
-        other = tl.where(close, second_at, tl.where(sure, -2, -1))
         tl.store(ids_ptr + n, at.to(tl.int64), mask=row_ok)
-        tl.store(near_ptr + n, near, mask=row_ok)
-        tl.store(other_ptr + n, other, mask=row_ok)
+        if NEAR:
+            second, second_at = tl.max(score, 1, return_indices=True)
+            near = square - 2 * best
+            # Of nearly equal scores the distances decide. And where x and its codeword nearly
+            # cancel, or overflow, so that this form of the distance says little, the direct form
+            # is taken.
+            close = best - second <= CLOSE * (square + 4 * longest)
+            sure = (near >= SMALL * square) & (near < float("inf"))
+            other = tl.where(close, second_at, tl.where(sure, -2, -1))
+            tl.store(near_ptr + n, near, mask=row_ok)
+            tl.store(other_ptr + n, other, mask=row_ok)
+        else:
+            odd = row_ok & ~(tl.abs(best) < float("inf"))  # NaN too
+            if tl.max(odd.to(tl.int32), 0) > 0:
+                tl.store(flags_ptr + NOT_FINITE, 1)
         if SUMS:
             onehot = (k[:, None] == at[None, :]) & row_ok[None, :]
             total += tl.dot(onehot.to(xs.dtype), xs, input_precision=PRECISION)
@@ -314,7 +438,7 @@ def _redo_kernel(
     other_ptr,  # [N] int32, from `_few_kernel`
     ids_ptr,  # [N] int64; -1 where the distance is not finite
     near_ptr,
-    changed_ptr,  # [1] int32, set to 1 where a code changes
+    flags_ptr,
     N,
     D,
     stride_xn,
@@ -348,7 +472,9 @@ def _redo_kernel(
                 tl.store(ids_ptr + n, ids, mask=todo)
                 tl.store(near_ptr + n, distance, mask=todo)
                 if tl.max((todo & (ids != a)).to(tl.int32), 0) > 0:
-                    tl.store(changed_ptr, 1)
+                    tl.store(flags_ptr + CHANGED, 1)
+                if tl.max((todo & (ids < 0)).to(tl.int32), 0) > 0:
+                    tl.store(flags_ptr + NOT_FINITE, 1)
 
 
 @triton.jit
@@ -360,16 +486,21 @@ def _decide_kernel(
     first_ptr,
     pair_ptr,  # [SLICES, 2, J, N], from _rank_kernel
     scores_ptr,
-    close_ptr,  # [1] fp32, CLOSE or CLOSE_ROUNDED
+    mark_ptr,  # [sum K] int32
+    flags_ptr,
     ids_ptr,  # [J, N] int64; -1 where the distance is not finite
     near_ptr,  # [J, N] fp32
     far_ptr,
     N,
     D,
+    words,  # sum K
     stride_xj,
     stride_xn,
     stride_xd,
+    CLOSE: tl.constexpr,
+    CLOSE_ROUNDED: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    NEAR: tl.constexpr,  # else ids alone, by their scores
     HAS_FAR: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -397,6 +528,14 @@ def _decide_kernel(
             tl.load(scores_ptr + there + plane, mask=row_ok, other=-float("inf")),
             tl.load(pair_ptr + there + plane, mask=row_ok, other=-1),
         )
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        _tell(mark_ptr, flags_ptr, words, 1024)
+    if not NEAR:
+        odd = row_ok & ~(tl.abs(best) < float("inf"))  # NaN too
+        tl.store(ids_ptr + at, tl.where(odd, -1, a).to(tl.int64), mask=row_ok)
+        if tl.max(odd.to(tl.int32), 0) > 0:
+            tl.store(flags_ptr + NOT_FINITE, 1)
+        return
     has_b = b >= 0
     b_or_a = tl.where(has_b, b, a)
     x_rows = x_ptr + j * stride_xj + n[:, None] * stride_xn
@@ -408,7 +547,8 @@ def _decide_kernel(
         x_rows, a_words, norm, row_ok, D, stride_xd, NORMALIZE, BLOCK_N, BLOCK_D
     )
     half_norms = tl.load(half_norm_ptr + first + a) + tl.load(half_norm_ptr + first + b_or_a)
-    close = tl.load(close_ptr) * (square + 2 * half_norms)
+    rounded = (tl.load(mark_ptr + first + a) | tl.load(mark_ptr + first + b_or_a)) & ROUNDED
+    close = tl.where(rounded != 0, CLOSE_ROUNDED, CLOSE) * (square + 2 * half_norms)
     unsure = has_b & (best - second <= close)
     far = tl.full((BLOCK_N,), float("inf"), tl.float32)
     if HAS_FAR or tl.max(unsure.to(tl.int32), 0) > 0:
@@ -423,6 +563,8 @@ def _decide_kernel(
     ids = tl.where(finite, tl.where(swap, b, a), -1).to(tl.int64)
     tl.store(ids_ptr + at, ids, mask=row_ok)
     tl.store(near_ptr + at, distance, mask=row_ok)
+    if tl.max((row_ok & ~finite).to(tl.int32), 0) > 0:
+        tl.store(flags_ptr + NOT_FINITE, 1)
     if HAS_FAR:
         tl.store(far_ptr + at, tl.where(swap, near, far), mask=row_ok)
 
@@ -561,6 +703,30 @@ def _slices(x: Tensor, config: Config, size: int) -> int:
     return min(8, wanted, triton.cdiv(size, config.block_k))
 
 
+@cache
+def _first(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """[J + 1] where each book's codes begin; kept, since making it is a copy from the host."""
+    return torch.tensor([0, *sizes], device=device).cumsum(0)
+
+
+class Found(NamedTuple):
+    """What a call gives: the results, and the flags that say whether they may be used.
+
+    `flags` is None where `refused` is known already; reading it is the call's one wait.
+    """
+
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    flags: Tensor | None
+    refused: bool = False
+
+    def usable(self) -> bool:
+        """Whether all codewords and all rows of x were finite, and their distances are."""
+        if self.flags is None:
+            return not self.refused
+        _, bad_word, not_finite, _ = self.flags.tolist()
+        return not (bad_word or not_finite)
+
+
 def assign_codes(
     x: Tensor,
     codewords: Tensor,
@@ -572,54 +738,63 @@ def assign_codes(
     tma: bool | None = None,
     slices: int | None = None,
     few: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    need_distance: bool = True,
+) -> Found:
     """As `assign_codes_reference`; `tma` forces the variant (None: by `takes_tma`), `slices` how
     many parts of a codebook go over the same rows at the same time (None: by `_slices`), `few`
-    whether `_few_kernel` ranks.
+    whether `_few_kernel` ranks. Without `need_distance` there are ids alone (and statistics).
+
+    Three kernels without statistics, and one wait, in `Found.usable`.
 
     Memory beside the outputs: the codebook in fp32 and in bf16, 16 to 128 N bytes, and for
     statistics 16 N bytes and a second codebook or 1/128 of x, whichever is more.
     """
     books, rows, dim = x.shape
-    words = codewords.float()
-    words = torch.nn.functional.normalize(words, dim=1) if normalize else words.contiguous()
-    half_norm = torch.linalg.vector_norm(words, dim=1, dtype=torch.float64).square().div(2).float()
-    if active is not None:
-        half_norm = half_norm.masked_fill(~active, torch.inf)
-    norm = words
-    if normalize:
-        norm = torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).clamp(min=1e-12)
+    total = codewords.shape[0]
+    codewords = codewords.contiguous()
+    need_second &= need_distance
     ids = torch.empty((books, rows), dtype=torch.int64, device=x.device)
-    near = torch.empty((books, rows), device=x.device)
+    near = torch.empty((books, rows if need_distance else 0), device=x.device)
     far = torch.empty((books, rows if need_second else 0), device=x.device)
-    total = words.shape[0] if need_stats else 0
-    counts = torch.zeros(total, dtype=torch.int64, device=x.device)
-    sums = torch.zeros((total, dim), device=x.device)
-    if rows == 0:
-        return ids, near, far, counts, sums
-
+    stats = total if need_stats else 0
+    made = torch.zeros if rows == 0 else torch.empty
+    counts = made(stats, dtype=torch.int64, device=x.device)
+    sums = made((stats, dim), device=x.device)
+    out = ids, near, far, counts, sums
     half = x.dtype == torch.bfloat16
     tma = takes_tma(x) if tma is None else tma
     if few is None:  # spills on older chips
         few = tma and max(sizes) <= FEW and not (normalize or need_second)
-    if few:
+    if rows and few:
+        found = []
         begin = 0
         for j, size in enumerate(sizes):
             part = slice(begin, begin + size)
             # By type, not value: a look at the codewords would be a wait for the device.
             parts = 1 if codewords.dtype == x.dtype and not normalize else 3
-            found = _few(
-                x[j], words[part], half_norm[part], ids[j], near[j], need_stats, tma, parts
+            mask = None if active is None else active[part]
+            pair = _few(
+                x[j], codewords[part], mask, ids[j], near[j], normalize, need_stats, tma, parts
             )
             if need_stats:
-                counts[part], sums[part] = found
+                counts[part], sums[part] = pair[0]
+            found.append(pair[1])
             begin += size
-        return ids, near, far, counts, sums
-    first = torch.tensor([0, *sizes], device=x.device).cumsum(0)
-    filter_words = words.bfloat16() if half else words
-    close = torch.full((1,), CLOSE, device=x.device)
-    if half:
-        close = torch.where((filter_words == words).all(), close, CLOSE_ROUNDED)
+        if len(found) == 1:
+            return Found(out, found[0])
+        return Found(out, torch.stack(found).amax(0))
+    pieces_of_words = int(half)
+    words, half_norm, mark, filter_words, flags = _prepare(
+        codewords, active, normalize, total, pieces_of_words, x.dtype
+    )
+    if rows == 0:
+        return Found(out, None, bool((mark & 1).any()))
+    if not half:
+        filter_words = words
+    norm = words
+    if normalize:
+        norm = torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).clamp(min=1e-12)
+    first = _first(tuple(sizes), x.device)
     config = POINTER if half else TF32
     if tma and half:
         config = next(c for most, c in TMA if most is None or max(sizes) <= most)
@@ -641,6 +816,7 @@ def assign_codes(
         TMA=tma,
         PRECISION="ieee" if half else "tf32x3",
         SLICES=pieces,
+        PACKED=half,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         BLOCK_D=config.block_d,
@@ -656,14 +832,19 @@ def assign_codes(
         first,
         pair,
         scores,
-        close,
+        mark,
+        flags,
         ids,
         near,
         far,
         rows,
         dim,
+        total,
         *x.stride(),
+        CLOSE=CLOSE_PACKED if half else CLOSE,
+        CLOSE_ROUNDED=CLOSE_ROUNDED,
         NORMALIZE=normalize,
+        NEAR=need_distance,
         HAS_FAR=need_second,
         SLICES=pieces,
         BLOCK_N=block_n,
@@ -675,7 +856,39 @@ def assign_codes(
             part = slice(begin, begin + size)
             counts[part], sums[part] = _stats(x[j], ids[j], norm[j] if normalize else None, size)
             begin += size
-    return ids, near, far, counts, sums
+    return Found(out, flags)
+
+
+def _prepare(
+    codewords: Tensor, active: Tensor | None, normalize: bool, programs: int, parts: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The fp32 codewords, half norms and marks [programs], parts and flags; one launch."""
+    (size, dim), device = codewords.shape, codewords.device
+    as_they_are = codewords.dtype == torch.float32 and not normalize
+    words = codewords if as_they_are else torch.empty((size, dim), device=device)
+    half_norm = torch.empty(programs, device=device)
+    mark = torch.empty(programs, dtype=torch.int32, device=device)
+    stacked = torch.empty((parts * programs, dim), dtype=dtype, device=device)
+    flags = torch.empty(FLAGS, dtype=torch.int32, device=device)
+    _prepare_kernel[(programs,)](
+        codewords,
+        codewords if active is None else active.view(torch.uint8),
+        words,
+        half_norm,
+        mark,
+        stacked,
+        flags,
+        size,
+        dim,
+        MOST=MOST,
+        NORMALIZE=normalize,
+        ACTIVE=active is not None,
+        WORDS=not as_they_are,
+        PARTS=parts,
+        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+    )
+    return words, half_norm, mark, stacked, flags
 
 
 def few_config(block_k: int, dim: int, parts: int) -> tuple[Config, bool]:
@@ -690,28 +903,25 @@ def few_config(block_k: int, dim: int, parts: int) -> tuple[Config, bool]:
 
 def _few(
     x: Tensor,
-    words: Tensor,
-    half_norm: Tensor,
+    codewords: Tensor,
+    active: Tensor | None,
     ids: Tensor,
     near: Tensor,
+    normalize: bool,
     need_stats: bool,
     tma: bool,
     parts: int,
-) -> tuple[Tensor, Tensor]:
-    """Writes ids [N] and near [N] of one book of few codes; its counts and sums, or empty ones.
+) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
+    """Writes ids [N] and near [N] (or [0]: ids alone) of one book of few codes.
 
-    The codewords are the sum of `parts` tensors of x's type.
+    Returns its counts and sums where `need_stats`, and the flags. The codewords are the sum of
+    `parts` tensors of x's type.
     """
-    (rows, dim), size = x.shape, len(words)
+    (rows, dim), size = x.shape, len(codewords)
     block_k = max(16, triton.next_power_of_2(size))
-    stacked = torch.zeros((parts, block_k, dim), dtype=x.dtype, device=x.device)
-    rest = stacked[0, :size] = words
-    for i in range(1, parts):
-        rest = rest - stacked[i - 1, :size].float()
-        stacked[i, :size] = rest
-    stacked = stacked.flatten(0, 1)
-    padded = torch.full((block_k,), torch.inf, device=x.device)
-    padded[:size] = half_norm
+    words, padded, mark, stacked, flags = _prepare(
+        codewords, active, normalize, block_k, parts, x.dtype
+    )
     config, whole = few_config(block_k, dim, parts)
     if not x.is_cuda:  # the interpreter
         config = config._replace(block_n=16, block_d=config.block_d if whole else 32)
@@ -720,8 +930,8 @@ def _few(
         cuda = x.is_cuda
         many = torch.cuda.get_device_properties(x.device).multi_processor_count if cuda else 2
         programs = min(programs, 2 * many)
-    other = torch.empty(rows, dtype=torch.int32, device=x.device)
-    changed = torch.zeros(1, dtype=torch.int32, device=x.device)
+    need_distance = near.numel() > 0
+    other = torch.empty(rows if need_distance else 0, dtype=torch.int32, device=x.device)
     kept = programs if whole and need_stats else 0
     counts = torch.empty((kept, size), dtype=torch.int64, device=x.device)
     sums = torch.empty((kept, size, dim), device=x.device)
@@ -742,12 +952,16 @@ def _few(
         other,
         sums,
         counts,
+        mark,
+        flags,
         rows,
         size,
         dim,
+        1.0,
         *x.stride(),
         CLOSE=CLOSE,
         SMALL=SMALL,
+        NEAR=need_distance,
         SUMS=kept > 0,
         TMA=tma,
         PRECISION="ieee" if x.element_size() == 2 else "tf32x3",
@@ -759,24 +973,31 @@ def _few(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    span = 256 if x.is_cuda else 32
-    _redo_kernel[(triton.cdiv(rows, span),)](
-        x,
-        words,
-        other,
-        ids,
-        near,
-        changed,
-        rows,
-        dim,
-        *x.stride(),
-        SPAN=span,
-        BLOCK_N=8,
-        BLOCK_D=min(256, triton.next_power_of_2(dim)),
-    )
-    if need_stats and (not whole or bool(changed)):
-        return _stats(x, ids, None, size)
-    return counts.sum(0), sums.sum(0)
+    if need_distance:
+        span = 256 if x.is_cuda else 32
+        _redo_kernel[(triton.cdiv(rows, span),)](
+            x,
+            words,
+            other,
+            ids,
+            near,
+            flags,
+            rows,
+            dim,
+            *x.stride(),
+            SPAN=span,
+            BLOCK_N=8,
+            BLOCK_D=min(256, triton.next_power_of_2(dim)),
+        )
+    if not need_stats:
+        return None, flags
+    if not whole:
+        return _stats(x, ids, None, size), flags
+    if need_distance:
+        flags = flags.cpu()  # the call's one wait
+        if bool(flags[0]):
+            return _stats(x, ids, None, size), flags
+    return (counts.sum(0), sums.sum(0)), flags
 
 
 def _stats(x: Tensor, ids: Tensor, norm: Tensor | None, size: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,9 @@ Rows that belong to nobody are one more "user", whose outputs are zeros.
 Tiles are read through tensor descriptors (TMA, so that the dots become wgmma) on sm_90, and
 through pointers elsewhere, where descriptors would lose cp.async; the source is the same. Through
 a descriptor, rows past a user's end hold the next user's values: the causal mask hides them as
-columns and an infinite lse hides them as rows, provided that they are finite.
+columns and an infinite lse hides them as rows; in a user's last tile they are set to zero before
+they are multiplied by zeros, since they may be NaN. Two kernels have no registers for that, dQ at
+head size 256 and dK/dV at 128 with groups: there rows past a user's end must be finite.
 """
 
 from __future__ import annotations
@@ -108,7 +110,7 @@ def _load(
 
 @triton.jit
 def _store(ptr, x, first, end, head, HEADS: tl.constexpr, DIM: tl.constexpr):
-    """The inverse of `_load`, into a contiguous [T, HEADS, DIM]."""
+    """The inverse of `_load`, into [T, HEADS, DIM], or some heads of rows of HEADS."""
     r = tl.arange(0, x.shape[0])
     d = tl.arange(0, x.shape[1])
     base = ptr + (tl.cast(first, tl.int64) * HEADS + head) * DIM
@@ -126,6 +128,13 @@ def _marks(
     segment = tl.load(segment_ptr + at, mask=at < end, other=other)
     position = tl.load(position_ptr + at, mask=at < end, other=0) if WINDOW else segment
     return at, segment, position
+
+
+@triton.jit
+def _own_rows(tile, first, end):
+    """Zeros in rows from `end` on: what a neighbour has there may be NaN, and 0 NaN is NaN."""
+    inside = first + tl.arange(0, tile.shape[0]) < end
+    return tl.where(inside[:, None], tile, 0.0)
 
 
 @triton.jit
@@ -183,7 +192,7 @@ def _fwd_step(
     acc, m, total, q_tile, row, keys, values, segment_ptr, position_ptr, j, end, kv_head,
     num_fields, scale, window, softcap, BLOCK_N: tl.constexpr, DIM: tl.constexpr,
     DIM_V: tl.constexpr, OWN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    DESC: tl.constexpr,
+    DESC: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One column tile of the online softmax; a tile that a row cannot see leaves it unchanged."""
     BLOCK_D: tl.constexpr = q_tile.shape[1]
@@ -197,6 +206,8 @@ def _fwd_step(
     p = tl.exp2(s - m_new[:, None])
     shrink = tl.exp2(m - m_new)
     v_tile = _load(values, j, end, kv_head, BLOCK_N, DIM_V, BLOCK_V, DESC)
+    if TAIL:
+        v_tile = _own_rows(v_tile, j, end)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
     return acc, m_new, total * shrink + tl.sum(p, 1)
 
@@ -238,14 +249,23 @@ def _fwd_kernel(
         acc, m, total = _fwd_step(
             acc, m, total, q_tile, row, prefix_keys, prefix_values, prefix_segment_ptr,
             prefix_position_ptr, j, P, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, DIM_V, False, WINDOW, SOFTCAP, DESC,
+            BLOCK_N, DIM, DIM_V, False, WINDOW, SOFTCAP, DESC, False,
         )  # fmt: skip
-    for j in range(start, tl.minimum(first + BLOCK_M, end), BLOCK_N):
+    stop = tl.minimum(first + BLOCK_M, end)
+    full = start + (stop - start) // BLOCK_N * BLOCK_N if DESC else stop
+    for j in range(start, full, BLOCK_N):
         acc, m, total = _fwd_step(
             acc, m, total, q_tile, row, keys, values, segment_ptr,
             position_ptr, j, end, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, DIM_V, True, WINDOW, SOFTCAP, DESC,
+            BLOCK_N, DIM, DIM_V, True, WINDOW, SOFTCAP, DESC, False,
         )  # fmt: skip
+    if DESC:  # noqa: SIM102 - known when compiled
+        if full < stop:
+            acc, m, total = _fwd_step(
+                acc, m, total, q_tile, row, keys, values, segment_ptr,
+                position_ptr, full, end, kv_head, num_fields, scale, window, softcap,
+                BLOCK_N, DIM, DIM_V, True, WINDOW, SOFTCAP, DESC, True,
+            )  # fmt: skip
     _store(out_ptr, acc / total[:, None], first, end, head, H, DIM_V)
     tl.store(lse_at, m + tl.log2(total), mask=row[0] < end)
 
@@ -255,13 +275,15 @@ def _dq_step(
     dq, q_tile, grad, lse, delta, row, keys, values, segment_ptr, position_ptr, j, end, kv_head,
     num_fields, scale, window, softcap, BLOCK_N: tl.constexpr, DIM: tl.constexpr,
     DIM_V: tl.constexpr, OWN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    DESC: tl.constexpr,
+    DESC: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     BLOCK_D: tl.constexpr = q_tile.shape[1]
     BLOCK_V: tl.constexpr = grad.shape[1]
     col = _marks(segment_ptr, position_ptr, j, end, NOBODY, BLOCK_N, WINDOW)
     k_tile = _load(keys, j, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
     v_tile = _load(values, j, end, kv_head, BLOCK_N, DIM_V, BLOCK_V, DESC)
+    if TAIL:
+        k_tile, v_tile = _own_rows(k_tile, j, end), _own_rows(v_tile, j, end)
     s, slope = _scores(q_tile, k_tile, scale, softcap, SOFTCAP)
     ok = _visible(_down(row), _across(col), num_fields, window, OWN, WINDOW)
     p = tl.where(ok, tl.exp2(s - lse[:, None]), 0.0)
@@ -279,6 +301,7 @@ def _dq_kernel(
     T, P, num_fields, scale, window, softcap,
     H: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     DIM_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROW_HEADS: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta [H, T] for `_dkdv_kernel`; d_out and out are contiguous."""
@@ -291,7 +314,7 @@ def _dq_kernel(
         return
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if start < 0:
-        _store(dq_ptr, dq, first, end, head, H, DIM)
+        _store(dq_ptr, dq, first, end, head, ROW_HEADS, DIM)
         return
     row = _marks(segment_ptr, position_ptr, first, end, 0, BLOCK_M, WINDOW)
     inside = row[0] < end
@@ -308,15 +331,54 @@ def _dq_kernel(
         dq = _dq_step(
             dq, q_tile, grad, lse, delta, row, prefix_keys, prefix_values, prefix_segment_ptr,
             prefix_position_ptr, j, P, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, DIM_V, False, WINDOW, SOFTCAP, DESC,
+            BLOCK_N, DIM, DIM_V, False, WINDOW, SOFTCAP, DESC, False,
         )  # fmt: skip
-    for j in range(start, tl.minimum(first + BLOCK_M, end), BLOCK_N):
+    stop = tl.minimum(first + BLOCK_M, end)
+    CLEAN: tl.constexpr = DESC and BLOCK_D <= 128 and BLOCK_V <= 128  # it spills at 256
+    full = start + (stop - start) // BLOCK_N * BLOCK_N if CLEAN else stop
+    for j in range(start, full, BLOCK_N):
         dq = _dq_step(
             dq, q_tile, grad, lse, delta, row, keys, values, segment_ptr,
             position_ptr, j, end, kv_head, num_fields, scale, window, softcap,
-            BLOCK_N, DIM, DIM_V, True, WINDOW, SOFTCAP, DESC,
+            BLOCK_N, DIM, DIM_V, True, WINDOW, SOFTCAP, DESC, False,
         )  # fmt: skip
-    _store(dq_ptr, dq * scale, first, end, head, H, DIM)
+    if CLEAN:  # noqa: SIM102
+        if full < stop:
+            dq = _dq_step(
+                dq, q_tile, grad, lse, delta, row, keys, values, segment_ptr,
+                position_ptr, full, end, kv_head, num_fields, scale, window, softcap,
+                BLOCK_N, DIM, DIM_V, True, WINDOW, SOFTCAP, DESC, True,
+            )  # fmt: skip
+    _store(dq_ptr, dq * scale, first, end, head, ROW_HEADS, DIM)
+
+
+@triton.jit
+def _dkdv_step(
+    dk, dv, k_tile, v_tile, col, queries, gradients, lse_ptr, delta_ptr, segment_ptr,
+    position_ptr, i, end, head, T, num_fields, scale, window, softcap, BLOCK_M: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    DESC: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows of one query head."""
+    BLOCK_D: tl.constexpr = k_tile.shape[1]
+    BLOCK_V: tl.constexpr = v_tile.shape[1]
+    row = _marks(segment_ptr, position_ptr, i, end, 0, BLOCK_M, WINDOW)
+    inside = row[0] < end
+    at = tl.cast(head, tl.int64) * T + row[0]
+    lse = tl.load(lse_ptr + at, mask=inside, other=float("inf"))
+    delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
+    q_tile = _load(queries, i, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
+    grad = _load(gradients, i, end, head, BLOCK_M, DIM_V, BLOCK_V, DESC)
+    if TAIL:
+        q_tile, grad = _own_rows(q_tile, i, end), _own_rows(grad, i, end)
+    s, slope = _scores(k_tile, q_tile, scale, softcap, SOFTCAP)
+    ok = _visible(_across(row), _down(col), num_fields, window, True, WINDOW)
+    p = tl.where(ok, tl.exp2(s - lse[None, :]), 0.0)
+    dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+    dp = tl.dot(v_tile, tl.trans(grad), input_precision="ieee")
+    ds = p * (dp - delta[None, :]) * slope
+    dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+    return dk, dv
 
 
 @triton.jit
@@ -326,6 +388,7 @@ def _dkdv_kernel(
     T, num_fields, scale, window, softcap,
     H: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     DIM_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROW_HEADS: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DESC: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N columns, BLOCK_M rows at a time; scores are transposed, [N, M]."""
@@ -338,31 +401,35 @@ def _dkdv_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if start < 0:
-        _store(dk_ptr, dk, first, end, kv_head, HKV, DIM)
-        _store(dv_ptr, dv, first, end, kv_head, HKV, DIM_V)
+        _store(dk_ptr, dk, first, end, kv_head, ROW_HEADS, DIM)
+        _store(dv_ptr, dv, first, end, kv_head, ROW_HEADS, DIM_V)
         return
     k_tile = _load((k, stride_kt, stride_kh), first, end, kv_head, BLOCK_N, DIM, BLOCK_D, DESC)
     v_tile = _load((v, stride_vt, stride_vh), first, end, kv_head, BLOCK_N, DIM_V, BLOCK_V, DESC)
     col = _marks(segment_ptr, position_ptr, first, end, NOBODY, BLOCK_N, WINDOW)
+    queries, gradients = (q, stride_qt, stride_qh), (d_out, H * DIM_V, DIM_V)
+    SMALL: tl.constexpr = BLOCK_D <= 64 and BLOCK_V <= 64
+    CLEAN: tl.constexpr = DESC and (SMALL or H == HKV)  # groups spill at 128
+    full = first + (end - first) // BLOCK_M * BLOCK_M if CLEAN else end
     for g in range(H // HKV):
         head = kv_head * (H // HKV) + g
-        for i in range(first, end, BLOCK_M):
-            row = _marks(segment_ptr, position_ptr, i, end, 0, BLOCK_M, WINDOW)
-            inside = row[0] < end
-            at = tl.cast(head, tl.int64) * T + row[0]
-            lse = tl.load(lse_ptr + at, mask=inside, other=float("inf"))
-            delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
-            q_tile = _load((q, stride_qt, stride_qh), i, end, head, BLOCK_M, DIM, BLOCK_D, DESC)
-            grad = _load((d_out, H * DIM_V, DIM_V), i, end, head, BLOCK_M, DIM_V, BLOCK_V, DESC)
-            s, slope = _scores(k_tile, q_tile, scale, softcap, SOFTCAP)
-            ok = _visible(_across(row), _down(col), num_fields, window, True, WINDOW)
-            p = tl.where(ok, tl.exp2(s - lse[None, :]), 0.0)
-            dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
-            dp = tl.dot(v_tile, tl.trans(grad), input_precision="ieee")
-            ds = p * (dp - delta[None, :]) * slope
-            dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
-    _store(dk_ptr, dk * scale, first, end, kv_head, HKV, DIM)
-    _store(dv_ptr, dv, first, end, kv_head, HKV, DIM_V)
+        for i in range(first, full, BLOCK_M):
+            dk, dv = _dkdv_step(
+                dk, dv, k_tile, v_tile, col, queries, gradients, lse_ptr, delta_ptr, segment_ptr,
+                position_ptr, i, end, head, T, num_fields, scale, window, softcap,
+                BLOCK_M, DIM, DIM_V, WINDOW, SOFTCAP, DESC, False,
+            )  # fmt: skip
+    if CLEAN:  # noqa: SIM102
+        if full < end:
+            for g in range(H // HKV):
+                head = kv_head * (H // HKV) + g
+                dk, dv = _dkdv_step(
+                    dk, dv, k_tile, v_tile, col, queries, gradients, lse_ptr, delta_ptr,
+                    segment_ptr, position_ptr, full, end, head, T, num_fields, scale, window,
+                    softcap, BLOCK_M, DIM, DIM_V, WINDOW, SOFTCAP, DESC, True,
+                )  # fmt: skip
+    _store(dk_ptr, dk * scale, first, end, kv_head, ROW_HEADS, DIM)
+    _store(dv_ptr, dv, first, end, kv_head, ROW_HEADS, DIM_V)
 
 
 def tiling(kernel: str, dim: int, dtype: torch.dtype, desc: bool) -> Tiling:
@@ -391,16 +458,25 @@ _DESCRIPTOR_TILINGS = {
 }
 
 
+WorkLists = dict[tuple[int, bool], Tensor]
+"""Work lists of one pack, by tile and order; its layers share them."""
+
+
 def _work_list(
-    cu_seqlens: Tensor, rows: int, tile: int, last_first: bool, block: int = 128
-) -> tuple[Tensor, int]:
+    cu_seqlens: Tensor, rows: int, tile: int, last_first: bool, block: int = 128,
+    lists: WorkLists | None = None,
+) -> tuple[Tensor, int]:  # fmt: skip
     """The work list [capacity, 3] and its capacity, a bound that depends on T and U alone."""
     users = cu_seqlens.shape[0] - 1
     capacity = rows // tile + users + 1
-    work = cu_seqlens.new_empty(capacity, 3)
-    _work_list_kernel[(users + 1, 4)](
-        work, cu_seqlens, rows, users, capacity, TILE=tile, LAST_FIRST=last_first, BLOCK_U=block
-    )
+    work = None if lists is None else lists.get((tile, last_first))
+    if work is None:
+        work = cu_seqlens.new_empty(capacity, 3)
+        _work_list_kernel[(users + 1, 4)](
+            work, cu_seqlens, rows, users, capacity, TILE=tile, LAST_FIRST=last_first, BLOCK_U=block
+        )
+        if lists is not None:
+            lists[tile, last_first] = work
     return work, capacity
 
 
@@ -449,7 +525,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor,
     segment: Tensor, prefix_segment: Tensor, cu_seqlens: Tensor, position: Tensor,
     prefix_position: Tensor, sinks: Tensor | None, num_fields: int, scale: float, window: int,
-    softcap: float, chunk: int,
+    softcap: float, chunk: int, lists: WorkLists | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [T, H, dv] and lse [H, T] fp32; arguments as `soft_prompt_attention_reference`."""
     out = q.new_empty(*q.shape[:2], v.shape[2])
@@ -460,7 +536,7 @@ def forward(
     constants = _constants(q, v, window, softcap, chunk, desc)
     block_d, block_v = constants["BLOCK_D"], constants["BLOCK_V"]
     cut = tiling("fwd", max(q.shape[2], v.shape[2]), q.dtype, desc)
-    work, capacity = _work_list(cu_seqlens, q.shape[0], cut.own, last_first=True)
+    work, capacity = _work_list(cu_seqlens, q.shape[0], cut.own, last_first=True, lists=lists)
     _fwd_kernel[(capacity * q.shape[1],)](
         _source(q, cut.own, block_d, desc),
         *(
@@ -482,12 +558,16 @@ def backward(
     segment: Tensor, prefix_segment: Tensor, cu_seqlens: Tensor, position: Tensor,
     prefix_position: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor,
     num_fields: int, scale: float, window: int, softcap: float, chunk: int,
+    lists: WorkLists | None = None, into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq [T, H, d], dk [T, Hkv, d], dv [T, Hkv, dv]; arguments as the reference's backward pass.
 
-    Sinks are in lse already.
+    Sinks are in lse already. `into`: where to write them; heads lie side by side, and rows may be
+    any number of heads apart, the same for dk and dv.
     """
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if into is None:
+        into = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = into
     if q.numel() == 0:
         return dq, dk, dv
     d_out, delta, rows = d_out.contiguous(), torch.empty_like(lse), q.shape[0]
@@ -497,7 +577,7 @@ def backward(
     widest = max(q.shape[2], v.shape[2])
 
     cut = tiling("dq", widest, q.dtype, desc)
-    work, capacity = _work_list(cu_seqlens, rows, cut.own, last_first=True)
+    work, capacity = _work_list(cu_seqlens, rows, cut.own, last_first=True, lists=lists)
     _dq_kernel[(capacity * q.shape[1],)](
         _source(q, cut.own, block_d, desc),
         *(
@@ -508,7 +588,7 @@ def backward(
         lse, delta, dq, work, segment, prefix_segment, position, prefix_position,
         *(n for x in (q, k, v, prefix_k, prefix_v) for n in x.stride()[:2]),
         rows, prefix_k.shape[0], num_fields, scale, window or chunk, softcap,
-        BLOCK_M=cut.own, BLOCK_N=cut.step, **constants,
+        BLOCK_M=cut.own, BLOCK_N=cut.step, ROW_HEADS=dq.stride(0) // q.shape[2], **constants,
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
 
@@ -517,7 +597,7 @@ def backward(
     )  # at 256 wgmma's layouts of dk and dv spill, mma.sync's do not
     cut = tiling("dkdv", widest, q.dtype, desc)
     constants["DESC"] = desc
-    work, capacity = _work_list(cu_seqlens, rows, cut.own, last_first=False)
+    work, capacity = _work_list(cu_seqlens, rows, cut.own, last_first=False, lists=lists)
     _dkdv_kernel[(capacity * k.shape[1],)](
         _source(q, cut.step, block_d, desc),
         _source(k, cut.own, block_d, desc),
@@ -526,7 +606,7 @@ def backward(
         lse, delta, dk, dv, work, segment, position,
         *(n for x in (q, k, v) for n in x.stride()[:2]),
         rows, num_fields, scale, window or chunk, softcap,
-        BLOCK_M=cut.step, BLOCK_N=cut.own, **constants,
+        BLOCK_M=cut.step, BLOCK_N=cut.own, ROW_HEADS=dk.stride(0) // k.shape[2], **constants,
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     return dq, dk, dv

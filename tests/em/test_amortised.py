@@ -12,7 +12,7 @@ import userip_fast as uf
 from userip_fast.config import Config, DataConfig, EMConfig
 from userip_fast.em.amortised import Head, features, train_head
 from userip_fast.errors import UnsupportedError
-from userip_fast.lm import PackedEngine, ReferenceEngine
+from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
 from userip_fast.packing import make_pack
 
 
@@ -36,6 +36,34 @@ def test_features_are_sums_over_a_users_tokens():
         torch.testing.assert_close(x[u], torch.cat(want), rtol=1e-4, atol=1e-4)
     with pytest.raises(UnsupportedError, match="reads states"):
         features(ReferenceEngine(lm, layout), behaviour, start, EMConfig())
+
+
+@pytest.mark.gpu
+def test_features_repeat_bit_for_bit_on_a_gpu():
+    """Sums by atomic adds would not: features and near ties would vary from run to run."""
+    model = tiny.model("llama", torch.bfloat16).cuda()
+    lm = FrozenLM(model, tiny.tokenizer(), source="tiny", quantization="none")
+    layout = tiny.template(2).layout(lm.tokenizer)
+    engine = PackedEngine(lm, layout)
+    behaviour = tiny.behaviour(layout, 200, chunk_tokens=40)
+    start = torch.randn(2, lm.hidden_size)
+    first = features(engine, behaviour, start, EMConfig(pack_tokens=1024))
+    for _ in range(20):
+        again = features(engine, behaviour, start, EMConfig(pack_tokens=1024))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_features_are_summed_in_the_order_of_the_rows(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("index_add_ adds in any order on a GPU")
+
+    lm = tiny.frozen("llama")
+    layout = tiny.template(2).layout(lm.tokenizer)
+    engine = PackedEngine(lm, layout)
+    behaviour, start = tiny.behaviour(layout, 5), torch.randn(2, lm.hidden_size)
+    monkeypatch.setattr(torch.Tensor, "index_add_", refuse)
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", refuse)
+    assert features(engine, behaviour, start, EMConfig())[0].isfinite().all()
 
 
 def test_a_head_learns_what_is_linear_and_says_how_well():

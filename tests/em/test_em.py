@@ -13,7 +13,8 @@ from userip_fast.em.gradient import assign, decode
 from userip_fast.em.paper import run_paper
 from userip_fast.errors import DataError
 from userip_fast.lm import PackedEngine, ReferenceEngine
-from userip_fast.packing import make_pack
+from userip_fast.ops import sparse_adam
+from userip_fast.packing import iter_packs, make_pack
 from userip_fast.prompts import ProfileField
 
 CONFIG = EMConfig(lr=0.2, steps=4, tolerance=0.0)
@@ -218,3 +219,39 @@ def test_the_paper_recipe_learns_jointly_and_repeats(engine):
     assert not torch.equal(books[0].codewords, untrained[0].codewords)
     frozen, _ = run_paper(b, engine, fields, config, codebooks=books)
     assert all(torch.equal(x.codewords, y.codewords) for x, y in zip(books, frozen))
+
+
+def test_the_device_is_waited_for_once_a_block_of_steps(engine, monkeypatch):
+    """Looks at NLLs of a device are `Tensor.cpu`; nobody can leave before `patience` steps."""
+    start, steps, looks = start_of(engine), [], []
+    config = replace(CONFIG, steps=6, patience=3, pack_tokens=10**6)
+    estep = GradientEStep(engine, start, config, on_step=lambda *a: steps.append(a))
+    b = block(engine, users=5)
+    plain = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: looks.append(tuple(x.shape)) or plain(x))
+    theta, _, cost = estep._descend(b, start.expand(5, -1, -1), 6, None)
+    monkeypatch.undo()
+    # Three steps of five users, twice; and what is given back: theta, and all NLLs at once.
+    assert looks == [(3, 5), (3, 5), (5,), tuple(theta.shape)]
+    assert cost.tolist() == [13.0] * 5
+    assert len(steps) == 6
+    assert torch.equal(theta, step_by_step(engine, b, start, config))
+
+
+def step_by_step(engine, block, start, config):
+    """The same descent, each step looked at as it comes; nobody leaves before the last."""
+    lm, users = engine.lm, block.behaviour.num_users
+    theta = start.expand(users, -1, -1).clone()
+    rows = theta.view(-1, lm.hidden_size)
+    m, v = torch.zeros_like(rows), torch.zeros_like(rows)
+    count = torch.zeros(len(rows), dtype=torch.int32)
+    weight = torch.from_numpy(block.behaviour.total_weight).float()
+    (pack,) = iter_packs(block.behaviour, np.arange(users), engine.layout, lm.device, 10**6)
+    for _ in range(config.steps):
+        x = theta.clone().requires_grad_()
+        (grad,) = torch.autograd.grad((engine.nll(pack, x) / weight).sum(), x)
+        sparse_adam(
+            rows, m, v, count, torch.arange(len(rows)), grad.reshape(rows.shape),
+            lr=config.lr * lm.embedding_rms,
+        )  # fmt: skip
+    return theta

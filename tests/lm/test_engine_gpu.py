@@ -44,3 +44,20 @@ def test_device_equals_cpu(family, dtype, long_history):
         assert (got - want).abs().max() <= budget
     assert torch.equal(got_nll, again_nll)
     assert torch.equal(got_grad, again_grad)
+
+
+def test_a_user_in_the_last_pack_says_what_it_says_in_a_full_one():
+    """cuBLAS chooses kernels by the number of rows, so last bits may move; not more than those."""
+    model = tiny.model("llama", torch.bfloat16).cuda()
+    lm = FrozenLM(model, tiny.tokenizer(), source="tiny", quantization="none")
+    layout = tiny.template(2, 2).layout(lm.tokenizer)
+    behaviour = tiny.behaviour(layout, users=40)
+    theta = torch.randn(40, layout.num_soft, lm.hidden_size).cuda() * lm.embedding_rms
+    engine = PackedEngine(lm, layout)
+    found = []
+    for rows in (128, 2048, 8192):
+        pack = make_pack(behaviour, np.arange(3), layout, lm.device, rows)
+        assert pack.num_tokens % rows == 0
+        found.append(engine.nll(pack, theta[:3]).detach())
+    for nll in found[1:]:
+        torch.testing.assert_close(nll, found[0], rtol=2.0**-7, atol=0)

@@ -201,6 +201,34 @@ def test_on_cuda_the_next_layer_is_decoded_on_the_side_in_either_direction(monke
     ]  # fmt: skip
 
 
+def test_a_layer_that_failed_to_decode_is_not_taken_for_decoded(monkeypatch):
+    """As when memory runs out: the buffer then holds half of a layer, or of another one."""
+    from userip_fast.lm import residency
+
+    model = tiny.model("llama")
+    quantize_linears(model)
+    stream = residency.stream_layers(model, torch.float32)
+    want = [[stream.weight(i, 0).clone() for i in (0, 1)] for _ in range(2)]
+    plain, fail = residency.nf4_dequantize_into, [False]
+
+    def failing(weight, view):
+        if fail[0]:
+            view.fill_(torch.nan)
+            raise RuntimeError("out of memory")
+        plain(weight, view)
+
+    monkeypatch.setattr(residency, "nf4_dequantize_into", failing)
+    fresh = residency.LayerStream(stream.layers, torch.float32)
+    assert torch.equal(fresh.weight(0, 0), want[0][0])
+    fail[0] = True
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            fresh.weight(1, 0)
+    fail[0] = False
+    assert torch.equal(fresh.weight(1, 0), want[0][1])
+    assert torch.equal(fresh.weight(0, 0), want[0][0])
+
+
 def test_streaming_needs_four_bits():
     with pytest.raises(UnsupportedError, match=r"has none; set lm.quantization=nf4-double"):
         settle(tiny.model("llama"), "streamed", torch.float32)

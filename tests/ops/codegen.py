@@ -97,6 +97,12 @@ def compile_kernel(
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in _COUNTED}
+    # A dot that adds to a loop's argument sums in the tensor core, whatever the source says; and a
+    # copy into a buffer that a pending dot may still read is a race.
+    ttgir, ptx = compiled.asm["ttgir"], compiled.asm["ptx"]
+    counts["CARRIED"] = len(re.findall(r"warp_group_dot %\w+, %\w+, %arg\d+", ttgir))
+    counts["PENDING"] = len(re.findall(r"warp_group_dot_wait.*pendings = [1-9]", ttgir))
+    counts["PENDING"] += len(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", ptx))
     return Report(
         arch,
         int(found[1]),

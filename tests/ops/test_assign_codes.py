@@ -294,7 +294,7 @@ def test_opcheck_and_full_graph_compile(impl):
         for normalize in (False, True):
             for second, stats in ((False, False), (True, True)):
                 torch.library.opcheck(
-                    _assign_codes, (x, c, [3, 4], active, normalize, second, stats, impl)
+                    _assign_codes, (x, c, [3, 4], active, normalize, second, stats, True, impl)
                 )
     compiled = torch.compile(
         lambda x, c: assign_codes(x, c, impl=impl), fullgraph=True, backend="eager"

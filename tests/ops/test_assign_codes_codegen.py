@@ -46,6 +46,7 @@ def main(arch):
                 "TMA": tma,
                 "PRECISION": precision,
                 "SLICES": 4,
+                "PACKED": dtype == "bf16",
                 "BLOCK_N": block[0],
                 "BLOCK_K": block[1],
                 "BLOCK_D": block[2],
@@ -61,7 +62,7 @@ def main(arch):
     if arch >= 90:
         reports += [rank(config, "bf16", True, "ieee") for _, config in k.TMA]
 
-    def few(codes, parts, config, whole):
+    def few(codes, parts, config, whole, near=True):
         operands = {
             "x": f"tensordesc<bf16[{config.block_n}, {config.block_d}]>",
             "words": f"tensordesc<bf16[{config.block_k}, {config.block_d}]>",
@@ -69,7 +70,14 @@ def main(arch):
         rest = {"half_norm_ptr": "*fp32", "ids_ptr": "*i64", "near_ptr": "*fp32"}
         rest |= {"other_ptr": "*i32", "sums_ptr": "*fp32", "counts_ptr": "*i64"}
         rest |= {"N": "i32", "K": "i32", "D": "i32", "stride_xn": "i64"}
-        constants = {"SUMS": whole, "TMA": True, "PRECISION": "ieee", "PARTS": parts}
+        rest |= {"mark_ptr": "*i32", "flags_ptr": "*i32", "one": "fp32"}
+        constants = {
+            "SUMS": whole and near,
+            "NEAR": near,
+            "TMA": True,
+            "PRECISION": "ieee",
+            "PARTS": parts,
+        }
         constants |= {"CLOSE": k.CLOSE, "SMALL": k.SMALL, "WHOLE": whole, "stride_xd": 1}
         constants |= {f"BLOCK_{n}": getattr(config, f"block_{n.lower()}") for n in "NKD"}
         return compile_kernel(
@@ -91,6 +99,7 @@ def main(arch):
             for dim in (k.WHOLE, 4096)
             for parts in (1, 3)
         ]
+        + [few(16, 1, *k.few_config(16, 4096, 1), near=False)]
     )
     common = {"x_ptr": "*bf16", "N": "i32", "K": "i32", "D": "i32"}
     norm = {"norm_ptr": "*fp32"}
@@ -98,7 +107,9 @@ def main(arch):
     decided = {
         "words_ptr": "*fp32",
         "half_norm_ptr": "*fp32",
-        "close_ptr": "*fp32",
+        "mark_ptr": "*i32",
+        "flags_ptr": "*i32",
+        "words": "i32",
         "first_ptr": "*i64",
         "pair_ptr": "*i32",
         "scores_ptr": "*fp32",
@@ -107,7 +118,8 @@ def main(arch):
         "far_ptr": "*fp32",
     }
     for normalize, block_n in ((False, 8), (True, 4)):
-        constants = {"NORMALIZE": normalize, "HAS_FAR": True, "SLICES": 4}
+        constants = {"NORMALIZE": normalize, "NEAR": True, "HAS_FAR": True, "SLICES": 4}
+        constants |= {"CLOSE": k.CLOSE, "CLOSE_ROUNDED": k.CLOSE_ROUNDED}
         reports.append(
             compile_kernel(
                 k._decide_kernel,
@@ -121,12 +133,18 @@ def main(arch):
     reports.append(
         compile_kernel(
             k._redo_kernel,
-            common | strides | redone | {"changed_ptr": "*i32"},
+            common | strides | redone | {"flags_ptr": "*i32"},
             {"SPAN": 256, "BLOCK_N": 8, "BLOCK_D": 256, "stride_xd": 1},
             arch,
             aligned=("D", "stride_xn"),
         )
     )
+    prepared = {"codewords_ptr": "*fp32", "active_ptr": "*u8", "words_ptr": "*fp32"}
+    prepared |= {"half_norm_ptr": "*fp32", "mark_ptr": "*i32", "parts_ptr": "*bf16"}
+    prepared |= {"flags_ptr": "*i32", "K": "i32", "D": "i32"}
+    constants = {"MOST": k.MOST, "NORMALIZE": True, "ACTIVE": True, "WORDS": True}
+    constants |= {"PARTS": 3, "BLOCK_D": 1024}
+    reports.append(compile_kernel(k._prepare_kernel, prepared, constants, arch, aligned=("D",)))
     pointers = {name: "*i64" for name in ("order_ptr", "start_ptr", "first_piece_ptr", "code_ptr")}
     reports.append(
         compile_kernel(
@@ -170,6 +188,14 @@ def test_no_spills_and_tensor_cores_everywhere():
             assert rank.counts["HGMMA"] > 0
             by_tma = rest[:16]  # the ranking kernel's four tiles, then those of few codes
             assert all(r.counts["HGMMA"] > 0 and r.counts["UTMALDG"] > 0 for r in by_tma)
+            # Parts of a sum are added up in fp32, and no dot is pending when x's buffer is refilled
+            # (both were otherwise): see `one` in the kernel. By whole rows there is no such loop.
+            few = by_tma[4:] + rest[16:17]
+            for i, r in enumerate(few):
+                if i % 4 >= 2 or i == 12:
+                    assert (r.counts["CARRIED"], r.counts["PENDING"]) == (0, 0), (i, r)
+            # The ranking kernel means to sum in the core: what is looked for can be seen.
+            assert min(rank.counts["CARRIED"], by_tma[0].counts["CARRIED"]) > 0
             # Only the sums of few codes, in tiles of whole rows, have too few rows for wgmma.
             slow = [i for i, r in enumerate(by_tma) if r.counts["HMMA"] > 0]
             assert slow == [4, 5]

@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 import test_assign_codes as shared
 from userip_fast.kernels import assign_codes as kernel
 
+from userip_fast import ops
 from userip_fast.errors import UnavailableError
 from userip_fast.ops import assign_codes, assign_codes_with_stats
 from userip_fast.ops.assign_codes import assign_codes_reference
@@ -32,7 +33,7 @@ def test_nearest_across_tiles(rows, k, dim, tma, slices):
     active[0] = active[k] = True
     for normalize in (False, True):
         args = (x, c, [k, 3], active, normalize, True, True)
-        got = kernel.assign_codes(*args, tma=tma, slices=slices)
+        got = kernel.assign_codes(*args, tma=tma, slices=slices).out
         want = assign_codes_reference(*args)
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[3], want[3])
@@ -73,7 +74,7 @@ def test_few_codes_in_one_read(rows, k, dim, tma, dtype):
     for words in (c, torch.cat([c, c])[torch.randperm(2 * k)][:k], x[0, torch.arange(k) % rows]):
         for mask in (None, active):
             args = (x, words, [k], mask, False, False, True)
-            got = kernel.assign_codes(*args, tma=tma, few=True)
+            got = kernel.assign_codes(*args, tma=tma, few=True).out
             want = assign_codes_reference(*args)
             assert torch.equal(got[0], want[0])
             assert torch.equal(got[3], want[3])
@@ -181,3 +182,67 @@ def test_offsets_past_32_bits():
     ids, distance = assign_codes(x, c, impl="triton")
     assert torch.equal(ids[-70:], torch.arange(70, device="cuda"))
     assert float(distance[-70:].max()) == 0.0
+
+
+def test_the_packed_best_two_are_the_best_two_to_within_their_lost_bits():
+    """Of bf16 vectors only, which the interpreter cannot multiply: the reduction by itself."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def both(score_ptr, out_ptr, at_ptr, ROWS: tl.constexpr, K: tl.constexpr):
+        k, n = tl.arange(0, K), tl.arange(0, ROWS)
+        score = tl.load(score_ptr + n[:, None] * K + k[None, :])
+        top, at, second, second_at = kernel._packed_top_two(score, k, K)
+        tl.store(out_ptr + n, top)
+        tl.store(out_ptr + ROWS + n, second)
+        tl.store(at_ptr + n, at)
+        tl.store(at_ptr + ROWS + n, second_at)
+
+    score = torch.randn(16, 32) * torch.logspace(-20, 20, 16)[:, None]
+    score[1] = -score[1].abs()  # all below zero
+    score[2] = 0.5  # all equal: the lowest columns
+    score[3, 4:] = -torch.inf  # retired
+    score[4, 1:] = -torch.inf
+    score[5, 9] = score[5, 20] = score[5].max() + 1
+    out, at = torch.empty(2, 16), torch.empty(2, 16, dtype=torch.int32)
+    both[(1,)](score, out, at, ROWS=16, K=32)
+    want, place = score.sort(dim=1, descending=True, stable=True)
+    finite = want[:, :2].T.isfinite()
+    torch.testing.assert_close(out[finite], want[:, :2].T[finite], rtol=2.0**-18, atol=0)
+    assert bool((out[~finite] == -torch.inf).all())
+    near = want[:, 0] - want[:, 1] <= 2.0**-17 * want[:, 0].abs()
+    assert torch.equal(at[0].long()[~near], place[:, 0][~near])
+    assert at[:, 2].tolist() == [0, 1]
+    assert at[:, 5].tolist() == [9, 20]
+    picked = score.gather(1, at.T.long()).T
+    torch.testing.assert_close(picked, want[:, :2].T, rtol=2.0**-17, atol=0)
+
+
+def test_ids_alone_and_one_look_at_the_flags(monkeypatch):
+    x, c = torch.randn(1, 37, 40), torch.randn(20, 40)
+    looks = []
+    plain = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: looks.append(t.shape) or plain(t))
+    for few in (False, True):
+        found = kernel.assign_codes(x, c, [20], None, False, False, False, tma=False, few=few,
+                                    need_distance=False)  # fmt: skip
+        assert found.usable()
+        assert torch.equal(found.out[0], assign_codes_reference(x, c, [20])[0])
+        assert found.out[1].shape == (1, 0)
+    assert looks == [(4,), (4,)]
+    monkeypatch.undo()
+    for spoil, what in ((x, "x"), (c, "codeword")):
+        kept = spoil.flatten()[7].item()
+        spoil.view(-1)[7] = torch.inf  # NaN in all of a row is too much for the interpreter
+        for few in (False, True):
+            found = kernel.assign_codes(x, c, [20], None, False, False, False, tma=False, few=few,
+                                        need_distance=False)  # fmt: skip
+            assert not found.usable(), what
+        spoil.view(-1)[7] = kept
+    ids = ops.assign_code_ids(x[0], c, impl="triton")
+    assert torch.equal(ids, ops.assign_codes(x[0], c, impl="reference")[0])
+    spoilt = x[0].clone()
+    spoilt[3, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"x\[0, 3\] holds NaN"):
+        ops.assign_code_ids(spoilt, c, impl="triton")

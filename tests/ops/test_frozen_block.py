@@ -153,11 +153,11 @@ def test_opcheck(impl):
     x, residual, gate, up = (torch.randn(4, 16, requires_grad=True) for _ in range(4))
     weight, heads = torch.randn(16), torch.randn(4, 2, 8, requires_grad=True)
     angles = torch.randn(4, 8), torch.randn(4, 8)
-    torch.library.opcheck(frozen_block._rms_norm, (x, residual, weight, 1e-6, 0.0, impl))
-    torch.library.opcheck(frozen_block._rms_norm, (x, None, weight, 1e-6, 1.0, impl))
+    torch.library.opcheck(frozen_block.rms_norm_forward.op, (x, residual, weight, 1e-6, 0.0, impl))
+    torch.library.opcheck(frozen_block.rms_norm_forward.op, (x, None, weight, 1e-6, 1.0, impl))
     for act in frozen_block.ACTIVATIONS:
-        torch.library.opcheck(frozen_block._gated, (gate, up, act, impl))
-    torch.library.opcheck(frozen_block._rotate, (heads, *angles, False, impl))
+        torch.library.opcheck(frozen_block.gated_step.op, (gate, up, act, impl))
+    torch.library.opcheck(frozen_block.rotate_step.op, (heads, *angles, False, impl))
 
 
 def compile_all(arch):

@@ -14,8 +14,8 @@ from soft_prompt_cases import (
 
 from userip_fast.ops import soft_prompt_attention
 from userip_fast.ops.soft_prompt_attention import (
-    _soft_prompt_attention,
-    _soft_prompt_attention_backward,
+    attention_backward,
+    attention_forward,
 )
 
 
@@ -96,11 +96,11 @@ def test_opcheck(impl):
     leaves = [x.detach().requires_grad_() for x in case.tensors[:3]]
     sinks = case.options["sinks"]
     args = (*leaves, *case.tensors[3:], *case.pack, sinks, *settings)
-    torch.library.opcheck(_soft_prompt_attention, args)
+    torch.library.opcheck(attention_forward.op, args)
     plain = (*case.tensors, *case.pack, sinks)
-    out, lse = _soft_prompt_attention(*plain, *settings)
+    out, lse = attention_forward(*plain, *settings)
     torch.library.opcheck(
-        _soft_prompt_attention_backward, (torch.ones_like(out), *plain, out, lse, *settings)
+        attention_backward.op, (torch.ones_like(out), *plain, out, lse, *settings)
     )
 
 

@@ -79,6 +79,8 @@ def compile_variant(
     }
     if kernel == "fwd":
         constants["SINKS"] = extras
+    else:
+        constants["ROW_HEADS"] = 32 + 2 * kv_heads  # as the packed block has them
     return compile_kernel(
         fn,
         signature,

@@ -8,8 +8,8 @@ from soft_prompt_cases import CASES, Case, compare, gradients, make_case, run_op
 
 from userip_fast.errors import UnavailableError
 from userip_fast.ops.soft_prompt_attention import (
-    _soft_prompt_attention,
-    _soft_prompt_attention_backward,
+    attention_backward,
+    attention_forward,
 )
 from userip_fast.testing import poisoned_memory
 
@@ -109,14 +109,11 @@ def test_opcheck():
     case = make_case([3], names=(2,), heads=1, kv_heads=1)
     settings = (None, 1, 0.3, 0, 0.0, 0, 0, "triton")
     leaves = [x.detach().requires_grad_() for x in case.tensors[:3]]
-    torch.library.opcheck(
-        _soft_prompt_attention, (*leaves, *case.tensors[3:], *case.pack, *settings)
-    )
+    torch.library.opcheck(attention_forward.op, (*leaves, *case.tensors[3:], *case.pack, *settings))
     plain = (*case.tensors, *case.pack)
-    out, lse = _soft_prompt_attention(*plain, *settings)
+    out, lse = attention_forward(*plain, *settings)
     torch.library.opcheck(
-        _soft_prompt_attention_backward,
-        (torch.ones_like(out), *plain, None, out, lse, *settings[1:]),
+        attention_backward.op, (torch.ones_like(out), *plain, None, out, lse, *settings[1:])
     )
 
 
@@ -180,3 +177,56 @@ def test_compiled_in_a_cuda_graph_follows_new_lengths():
         old.copy_(new)
     graph.replay()
     assert torch.equal(out, run_op("triton")(case))
+
+
+@pytest.mark.parametrize("by_descriptor", [False, True])
+def test_a_spoiled_user_spoils_nobody_else(by_descriptor, monkeypatch):
+    """Rows past a user's end in its last tile are its neighbour's, who may hold NaN: 0 NaN is NaN.
+
+    Through descriptors they are read; so is it on sm_90, where this runs as `test_spoiled_on_gpu`.
+    """
+    spoiled_user("cpu", torch.float32, 8, by_descriptor, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+def test_spoiled_on_gpu(dim):
+    spoiled_user("cuda", torch.bfloat16, dim, None, None)
+
+
+def spoiled_user(device, dtype, dim, by_descriptor, monkeypatch):
+    from userip_fast.kernels import soft_prompt_attention as kernels
+
+    if by_descriptor is not None:
+        monkeypatch.setattr(kernels, "_descriptors_fit", lambda tensors: by_descriptor)
+    lengths = [21, 18, 37] if device == "cpu" else [90, 75, 130]
+    rows, heads, kv_heads, prefix = sum(lengths), 2, 1, 5
+    generator = torch.Generator().manual_seed(0)
+
+    def made(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    q, d_out = made(rows, heads, dim), made(rows, heads, dim)
+    k, v = made(rows, kv_heads, dim), made(rows, kv_heads, dim)
+    prefix_kv = made(prefix, kv_heads, dim), made(prefix, kv_heads, dim)
+    ints = {"dtype": torch.int32, "device": device}
+    pack = (
+        torch.ones(rows, **ints), torch.full((prefix,), -1, **ints),
+        torch.tensor([0, *torch.tensor(lengths).cumsum(0)], **ints),
+        torch.arange(rows, **ints), torch.arange(prefix, **ints),
+    )  # fmt: skip
+    settings = (1, dim**-0.5, 0, 0.0, 0)
+
+    def run():
+        out, lse = kernels.forward(q, k, v, *prefix_kv, *pack, None, *settings)
+        extra = (*pack, None, out, lse, *settings)
+        return out, *kernels.backward(d_out, q, k, v, *prefix_kv, *extra)
+
+    want = run()
+    a, b = lengths[0], lengths[0] + lengths[1]
+    for x in (q, k, v, d_out):
+        x[a:b] = torch.nan
+    for got, clean in zip(run(), want, strict=True):
+        assert torch.equal(got[:a], clean[:a])
+        assert torch.equal(got[b:], clean[b:])
+        assert bool(got[a:b].isnan().all())

@@ -162,9 +162,11 @@ def features(
             weight[pack.loss_rows + 1] = pack.loss_weight
             h = hidden[token].float()
             parts = (h, h * weight[token, None], lm.embed(pack.plan[token].long()).float())
-            sums = torch.zeros(pack.num_users, 3, lm.hidden_size, device=lm.device)
-            for i, part in enumerate(parts):
-                sums[:, i].index_add_(0, user[token], part)
+            # Rows of a user lie together; `index_add_` would add them in any order on a GPU.
+            count = torch.bincount(user[token], minlength=pack.num_users)
+            sums = torch.stack(
+                [torch.segment_reduce(p, "sum", lengths=count, initial=0) for p in parts], 1
+            )
             index = torch.from_numpy(pack.users)
             out[index] = sums.cpu()
             nll[index] = engine.loss(hidden[pack.loss_rows], pack).cpu()

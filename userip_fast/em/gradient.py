@@ -103,34 +103,52 @@ class GradientEStep:
         everyone = np.arange(users)
         packing = (block.behaviour, everyone, self.engine.layout, lm.device, config.pack_tokens)
         stream = PackStream(*packing)
-        while (pack := stream.next()) is not None:
-            index = torch.from_numpy(pack.users)
-            here = index.to(lm.device)
+        now: list[Tensor] = []  # NLL per weight of the steps of this pack not looked at yet
+        pack = None
+        while (following := stream.next()) is not None:
+            if following is not pack:
+                pack = following
+                index = torch.from_numpy(pack.users)
+                here, own = index.to(lm.device), weight[index].to(lm.device)
+                at = (here[:, None] * soft + torch.arange(soft, device=lm.device)).flatten()
             x = theta[here].requires_grad_()
             nll = self.engine.nll(pack, x)
-            loss = (nll / weight[index].to(nll)).sum()
+            loss = (nll / own.to(nll)).sum()
             if anchor is not None and pull:
                 loss = loss + pull * (x - anchor[here]).square().sum()
             (grad,) = torch.autograd.grad(loss, x)
-            at = (here[:, None] * soft + torch.arange(soft, device=lm.device)).flatten()
             sparse_adam(
                 rows, m, v, step, at, grad.reshape(-1, dim), lr=config.lr * lm.embedding_rms
             )
-            now = nll.detach().cpu() / weight[index]
-            better = now < best[index] - config.tolerance
-            waited[index] = torch.where(better, 0, waited[index] + 1)
-            best[index] = torch.minimum(best[index], now)
-            taken[index] += 1
+            now.append(nll.detach() / own)
+            # Until somebody can leave nobody has to know, and the device is not waited for.
+            if len(now) < self._sure_to_stay(taken[index], waited[index], steps):
+                continue
+            for of_step in torch.stack(now).cpu():
+                better = of_step < best[index] - config.tolerance
+                waited[index] = torch.where(better, 0, waited[index] + 1)
+                best[index] = torch.minimum(best[index], of_step)
+                taken[index] += 1
+                if self.on_step is not None:
+                    self.on_step(pack.num_users, float(of_step.mean()))
+            now.clear()
             stream.leave(((waited[index] >= config.patience) | (taken[index] >= steps)).numpy())
-            if self.on_step is not None:
-                self.on_step(pack.num_users, float(now.mean()))
 
-        final = torch.empty(users)
+        found = []
         with torch.no_grad():
             for pack in iter_packs(*packing):
-                index = torch.from_numpy(pack.users)
-                final[index] = self.engine.nll(pack, theta[index.to(lm.device)]).cpu()
+                here = torch.from_numpy(pack.users).to(lm.device)
+                found.append((pack.users, self.engine.nll(pack, theta[here])))
+        final = torch.empty(users)
+        if found:
+            order = torch.from_numpy(np.concatenate([u for u, _ in found]))
+            final[order] = torch.cat([n for _, n in found]).cpu().float()
         return theta.cpu(), final, 2 * taken + 1
+
+    def _sure_to_stay(self, taken: Tensor, waited: Tensor, steps: int) -> int:
+        """Steps that nobody of the pack can leave before, the next included: at least 1."""
+        left = torch.minimum(self.config.patience - waited, (steps - taken).to(waited.dtype))
+        return max(1, int(left.min()))
 
 
 def assign(codebooks: list[Codebook], theta: Tensor, slices: tuple[slice, ...]) -> Tensor:

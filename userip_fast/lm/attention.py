@@ -50,6 +50,7 @@ class PackContext:
         asked: How often each module has asked so far.
         stop: The function raises `Attended` instead of returning.
         attended: [R, H, dv], what the function returns instead of looking at its arguments.
+        work_lists: Of the pack, made by the first layer that needs them.
     """
 
     segment: Tensor
@@ -66,6 +67,7 @@ class PackContext:
     stop: bool = False
     attended: Tensor | None = None
     impl: str = "auto"
+    work_lists: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False)
 
 
 _CURRENT: ContextVar[PackContext | None] = ContextVar("pack", default=None)
@@ -149,7 +151,8 @@ def packed_attention(
             f"{name} tells attention of a sliding window of {sliding_window}, and its masks are "
             f"of {near.window}; use em.engine=reference"
         )
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d], strided
+    # [T, H, d], strided; `x[0]` would fill zeros and copy in backward.
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if context.calls is not None:
         kept_k, kept_v = (x.detach().contiguous() for x in (k, v))
         context.calls.append(Call(id(module), kept_k, kept_v, near))

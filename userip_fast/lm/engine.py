@@ -22,6 +22,7 @@ from userip_fast.lm import attention
 from userip_fast.lm.attention import Call, PackContext
 from userip_fast.lm.frozen import FrozenLM
 from userip_fast.lm.last_layer import last_layer, rows_behind_attention
+from userip_fast.lm.stack import Stack, stack_of
 from userip_fast.lm.stored import told
 from userip_fast.ops import linear_cross_entropy, prepend_soft_prompts
 from userip_fast.packing import Pack
@@ -69,6 +70,8 @@ class PackedEngine:
         lm, layout: The frozen LM and the prompt.
         impl: Implementation of attention.
         probe: Whether to try the model on a small pack first.
+        whole: Whether layers run as a `Stack`: "auto" (on a GPU, where the model was fused and is
+            of that form), "off", or an implementation of its operators.
 
     Raises:
         UnsupportedError: The model does something on packed rows that it does not do on one user's,
@@ -76,12 +79,22 @@ class PackedEngine:
     """
 
     def __init__(
-        self, lm: FrozenLM, layout: Layout, impl: str = "auto", *, probe: bool = True
+        self,
+        lm: FrozenLM,
+        layout: Layout,
+        impl: str = "auto",
+        *,
+        probe: bool = True,
+        whole: str = "auto",
     ) -> None:
         self.lm, self.layout, self.impl = lm, layout, impl
         self.prefix_segment = _tensor(layout.prefix_segment, lm.device)
         self.prefix_position = _tensor(layout.prefix_position, lm.device)
         self.last_layer = last_layer(lm.model)
+        self.stack: Stack | None = None
+        if whole == "auto":
+            whole = "off" if lm.device.type == "cpu" or impl == "cpu" else "triton"
+        stack = None if whole == "off" else stack_of(lm.model, whole)
         with told(f"{type(lm.model).__name__} cannot be run on packed rows"):
             self.prefix = self._prefix_keys_values()
             last = () if self.last_layer is None else self.last_layer.modules()
@@ -90,10 +103,19 @@ class PackedEngine:
             if probe:
                 self._probe()
                 self.last_layer = self.last_layer if self._picks_rows() else None
+            if stack is not None and (not probe or self._agrees(stack)):
+                self.stack = stack
+                self.prefix = self._prefix_keys_values()
 
     def nll(self, pack: Pack, soft_rows: Tensor) -> Tensor:
         """See `Engine.nll`."""
         rows: Tensor | None = pack.loss_rows
+        if self.stack is not None:
+            again = None
+            if len(pack.cu_rows) - 1 != pack.num_users:  # several may ask of one row
+                rows, again = torch.unique(pack.loss_rows, return_inverse=True)
+            hidden = self._hidden(pack, soft_rows, rows)
+            return self.loss(hidden if again is None else hidden[again], pack)
         if self.last_layer is None or not 0 < len(pack.loss_rows) <= _FEW * pack.num_tokens:
             rows = None
         elif len(pack.cu_rows) - 1 != pack.num_users:  # several may ask of one row
@@ -115,6 +137,14 @@ class PackedEngine:
 
     def hidden_states(self, pack: Pack, soft_rows: Tensor, rows: Tensor | None = None) -> Tensor:
         """[T, D] final hidden states of the pack; with `rows` [R] given, of these rows alone."""
+        hidden = self._hidden(pack, soft_rows, rows)
+        if rows is None or self.stack is None:
+            return hidden
+        whole = hidden.new_zeros(pack.num_tokens, hidden.shape[1])
+        return whole.index_copy(0, rows, hidden)
+
+    def _hidden(self, pack: Pack, soft_rows: Tensor, rows: Tensor | None = None) -> Tensor:
+        """As `hidden_states`, but [R, D] from a stack."""
         x = prepend_soft_prompts(
             self.lm.token_embedding,
             soft_rows.reshape(-1, self.lm.hidden_size).to(self.lm.dtype),
@@ -138,6 +168,8 @@ class PackedEngine:
     def _forward(
         self, x: Tensor, position: Tensor, context: PackContext, rows: Tensor | None = None
     ) -> Tensor:
+        if self.stack is not None:
+            return self.stack(x, position, context, self._attention_impl(x), rows)
         with ExitStack() as stack:
             stack.enter_context(self.lm.attention(attention.NAME))
             stack.enter_context(attention.reading(context))
@@ -149,7 +181,13 @@ class PackedEngine:
                 position_ids=position.long().unsqueeze(0),
                 use_cache=False,
             )
-        return out.last_hidden_state[0]
+        return out.last_hidden_state.squeeze(0)
+
+    def _attention_impl(self, x: Tensor) -> str:
+        """By name; a stack leaves nothing to choose."""
+        if self.impl != "auto":
+            return self.impl
+        return "reference" if x.device.type == "cpu" else "triton"
 
     def _plain(self, lengths: list[int], **options: Any) -> PackContext:
         """Users of so many rows each, all of them behaviour, without a prefix."""
@@ -181,7 +219,7 @@ class PackedEngine:
             )
 
     def _two_users(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embedded tokens [10, D] of two users, and their final hidden states [10, D]."""
+        """Embedded tokens [10, D] of two users, and their final hidden states as `_forward`'s."""
         lm, context = self.lm, self._plain([5, 5])
         x = lm.embed(torch.arange(3, 13, device=lm.device) % lm.token_embedding.shape[0])
         return x, self._forward(x, context.position, context, rows)
@@ -199,6 +237,20 @@ class PackedEngine:
             logger.debug("the last layer is run on all rows: %s", e)
             return False
         return _near(picked[rows], whole[rows])
+
+    @torch.no_grad()
+    def _agrees(self, stack: Stack) -> bool:
+        """Whether the stack reads two small users as the modules do."""
+        rows = torch.tensor([6, 9], device=self.lm.device)
+        _, want = self._two_users()
+        self.stack = stack
+        (_, whole), (_, picked) = self._two_users(), self._two_users(rows)
+        self.stack = None
+        if _near(whole, want) and _near(picked, want[rows]):
+            return True
+        name = type(self.lm.model).__name__
+        logger.info("%s is not what its layers look like: it runs module by module", name)
+        return False
 
     @torch.no_grad()
     def _prefix_keys_values(self) -> dict[int, list[tuple[Tensor, Tensor]]]:

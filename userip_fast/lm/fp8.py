@@ -15,6 +15,7 @@ the LM reads users otherwise than the unrounded weights do.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from userip_fast.errors import UnavailableError, UnsupportedError
 from userip_fast.lm.nf4 import swap_modules
 from userip_fast.ops import assign_codes
+from userip_fast.ops.packed_block import cast_rows
 from userip_fast.packing import Behaviour, make_pack
 from userip_fast.prompts import ProfileField, PromptTemplate
 
@@ -33,18 +35,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("userip_fast.lm")
 
-E4M3 = torch.float8_e4m3fn
-LARGEST = torch.finfo(E4M3).max
-
 MIN_COSINE, MAX_NLL_SHIFT, MIN_SAME_CODES = 0.99, 0.01, 0.95
 _USERS, _TOKENS, _CODES = 48, 48, 8
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # linears of one input
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] to e4m3 [M, K] and the fp32 scale [M] of each row; a row of zeros has scale 1."""
-    top = x.abs().amax(1).float()
-    scale = torch.where(top > 0, top / LARGEST, 1.0)
-    return (x.float() / scale[:, None]).clamp(-LARGEST, LARGEST).to(E4M3), scale
+    x = x if x.stride(1) == 1 else x.contiguous()  # tensor cores read row by row
+    return cast_rows(x, "triton" if x.is_cuda or x.is_meta else "reference")
 
 
 def scaled_product(
@@ -55,9 +54,7 @@ def scaled_product(
     Args:
         fast: On CUDA, add up in the tensor core's own precision.
     """
-    if a.device.type == "meta":
-        return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
-    if a.is_cuda:
+    if a.is_cuda or a.is_meta:
         out = torch._scaled_mm(
             a, b.t(), a_scale[:, None], b_scale[None], out_dtype=torch.bfloat16, use_fast_accum=fast
         )
@@ -68,19 +65,26 @@ def scaled_product(
 class FP8Linear(nn.Module):
     """See the module. Only the input gets a gradient, and nothing is saved for it.
 
+    Linears of one input are rounded together: their rows of W^T share a scale, so that their token
+    gradients go through one product (`userip_fast.lm.products`). Each is still a linear of its own.
+
     Args:
         weight: [N, K] dense.
         bias: [N] or None.
+        rounded: W and W^T with their scales, where they were rounded with others.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, rounded: tuple[Tensor, ...] | None = None
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
-        for name, source in (("forward", weight), ("backward", weight.t())):
-            values, scale = quantize_rows(source)
-            self.register_buffer(f"{name}_weight", values.contiguous(), persistent=False)
-            self.register_buffer(f"{name}_scale", scale, persistent=False)
+        if rounded is None:
+            rounded = (*quantize_rows(weight), *quantize_rows(weight.t().contiguous()))
+        names = ("forward_weight", "forward_scale", "backward_weight", "backward_scale")
+        for name, tensor in zip(names, rounded, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach())
 
@@ -137,12 +141,56 @@ def convert_linears(model: nn.Module) -> int:
                 f"lm.residency=fp8 needs weights whose sizes are multiples of 16, {name} is "
                 f"{tuple(weight.shape)}; set lm.residency=resident"
             )
-    count = swap_modules(model, wanted, lambda m: FP8Linear(m.weight, m.bias))
+    count = 0
+    for parent in list(model.modules()):
+        for names in _TOGETHER:
+            linears = [getattr(parent, n, None) for n in names]
+            if all(type(m) is nn.Linear for m in linears):
+                for name, linear in zip(names, _rounded_together(linears), strict=True):
+                    setattr(parent, name, linear)
+                count += len(names)
+    count += swap_modules(model, wanted, lambda m: FP8Linear(m.weight, m.bias))
     if not count:
         raise UnsupportedError(
             "lm.residency=fp8 finds no linear in this model's layers; set lm.residency=resident"
         )
     return count
+
+
+def _rounded_together(linears: Sequence[Any]) -> list[FP8Linear]:
+    """Linears of one input; their buffers are parts of joined ones."""
+    sizes = [m.out_features for m in linears]
+    whole = torch.cat([m.weight.detach() for m in linears])
+    values, scale = quantize_rows(whole)
+    back, back_scale = quantize_rows(whole.t().contiguous())
+    parts = zip(
+        torch.split(values, sizes), torch.split(scale, sizes), torch.split(back, sizes, 1),
+        strict=True,
+    )  # fmt: skip
+    return [
+        FP8Linear(m.weight, m.bias, (v, s, b, back_scale)).train(m.training)
+        for m, (v, s, b) in zip(linears, parts, strict=True)
+    ]
+
+
+def joined_weights(linears: Sequence[Any]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """W [sum N, K] and W^T [K, sum N] with their scales, of linears that were rounded together."""
+    first = linears[0]
+    rows = sum(m.out_features for m in linears)
+    forward, backward = first.forward_weight, first.backward_weight
+    if len(linears) == 1:
+        return (forward, first.forward_scale), (backward, first.backward_scale)
+    columns = first.in_features
+    return (
+        (
+            forward.as_strided((rows, columns), (columns, 1), forward.storage_offset()),
+            first.forward_scale.as_strided((rows,), (1,), first.forward_scale.storage_offset()),
+        ),
+        (
+            backward.as_strided((columns, rows), (rows, 1), backward.storage_offset()),
+            first.backward_scale,
+        ),
+    )
 
 
 @dataclass(frozen=True)

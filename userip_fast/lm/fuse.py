@@ -151,6 +151,8 @@ def _norm(module: Any, impl: str) -> _Candidate:
         weight = self.weight.to(hidden_states.dtype)
         return rms_norm(hidden_states, weight, eps=eps, offset=float(offset), impl=impl)[0]
 
+    forward.userip_norm = (float(eps), float(offset))  # type: ignore[attr-defined]
+
     def compare() -> tuple[Any, Any]:
         x = _random(module.weight, 6, module.weight.shape[0])
         x[:3] *= eps**0.5  # where the epsilon shows
@@ -166,6 +168,8 @@ def _mlp(module: Any, like: Tensor, impl: str) -> _Candidate | None:
 
     def forward(self: Any, x: Tensor) -> Any:
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), act, impl=impl))
+
+    forward.userip_act = act  # type: ignore[attr-defined]
 
     def compare() -> tuple[Any, Any]:
         x = _random(like, 1, 5, module.gate_proj.in_features)

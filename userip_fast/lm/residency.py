@@ -184,11 +184,17 @@ class LayerStream:
             self._enter(layer)
         return self.views[self.slot][index]
 
+    def joined(self, layer: int, first: int, count: int) -> Tensor:
+        """[sum N, K] of `count` linears of one K that follow one another without a gap."""
+        weight = self.weight(layer, first)
+        rows = sum(w.shape[0] for w in self.layers[layer][first : first + count])
+        return weight.as_strided((rows, weight.shape[1]), weight.stride(), weight.storage_offset())
+
     def _enter(self, layer: int) -> None:
-        before, self.current = self.current, layer
+        before = self.current
         if layer not in self.held:
             self._decode(layer, 1 - self.slot)
-        self.slot = self.held.index(layer)
+        self.current, self.slot = layer, self.held.index(layer)
         if self.side is None:
             return
         torch.cuda.current_stream(self.device).wait_event(self.ready[self.slot])
@@ -197,8 +203,7 @@ class LayerStream:
             self._decode(ahead, 1 - self.slot)
 
     def _decode(self, layer: int, slot: int) -> None:
-        self.held[slot] = layer
-        self.decoded += 1
+        self.held[slot] = -1  # until it is full: an exception must not leave another layer's values
         self.views[slot], at = [], 0
         for weight in self.layers[layer]:
             flat = self.buffers[slot][at : at + weight.numel]
@@ -206,12 +211,18 @@ class LayerStream:
             at += _padded(weight.numel)
         if self.side is None:
             self._fill(layer, slot)
+            self._holds(layer, slot)
             return
         # What still reads this buffer was enqueued before now, so the side stream waits for it.
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
             self._fill(layer, slot)
             self.ready[slot] = self.side.record_event()
+        self._holds(layer, slot)
+
+    def _holds(self, layer: int, slot: int) -> None:
+        self.held[slot] = layer
+        self.decoded += 1
 
     def _fill(self, layer: int, slot: int) -> None:
         if self.device.type == "meta":

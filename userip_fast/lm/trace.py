@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from userip_fast.config import Config
 from userip_fast.lm import attention
 from userip_fast.lm.fuse import fuse
 from userip_fast.lm.masks import body
-from userip_fast.lm.residency import layer_of, set_recompute
+from userip_fast.lm.residency import layer_of, set_recompute, settle
 from userip_fast.ops._dispatch import unannounced
 from userip_fast.ops.linear_cross_entropy import scratch_bytes as head_scratch
 from userip_fast.packing import Behaviour, Pack, make_pack
@@ -119,11 +120,11 @@ class Architecture:
         self.num_layers = int(text.num_hidden_layers)
         self.hidden_size = int(text.hidden_size)
         # Two layers at least, so that one is neither the first nor the last to be recomputed.
-        self._models = [self._build(n) for n in (2, 3)]
+        self.models = [self._build(n) for n in (2, 3)]
 
     def weights(self, residency: str) -> tuple[int, int]:
         """Bytes of weights and of the stream's buffers."""
-        linear, other = zip(*(_values(m) for m in self._models))
+        linear, other = zip(*(_values(m) for m in self.models))
         layer = linear[1] - linear[0]
         linears, rest = self._of_all_layers(linear), self._of_all_layers(other)
         size = self.dtype.itemsize
@@ -140,7 +141,7 @@ class Architecture:
     @functools.cache  # noqa: B019  (a handful of architectures live, as long as the process)
     def step(self, recompute: bool, work: Workload) -> int:
         """Peak bytes above what lies there before the step."""
-        return self._of_all_layers([self._trace(m, recompute, work) for m in self._models])
+        return self._of_all_layers([self._trace(m, recompute, work) for m in self.models])
 
     def largest_pack(self, recompute: bool, work: Workload, free: int) -> int:
         """Most rows, a multiple of 64, whose step takes at most `free` bytes; 0 if none."""
@@ -178,10 +179,28 @@ class Architecture:
             fuse(model, "reference", try_out=False)
         return model
 
+    def settle(self, residency: str) -> None:
+        """Brings the traced models' linears into `residency`, as a load does."""
+        for model in self.models:
+            settle(model, residency, self.dtype)
+
     def _trace(self, model: Any, recompute: bool, work: Workload) -> int:
+        set_recompute(model, recompute)
+        with self.step_on_meta(model, work) as (nll, theta), self._tracker() as tracker:
+            torch.autograd.grad(nll().sum(), theta)
+        return tracker.peak
+
+    def _tracker(self) -> _PeakTracker:
+        return _PeakTracker(self.device_type)
+
+    @contextmanager
+    def step_on_meta(
+        self, model: Any, work: Workload
+    ) -> Iterator[tuple[Callable[[], Tensor], Tensor]]:
+        """A step of one of `models` to be run inside it: the users' NLL as a function, and what it
+        is differentiated by."""
         from userip_fast.lm.engine import PackedEngine
 
-        set_recompute(model, recompute)
         impl = "cpu" if self.device_type == "cpu" else "triton"
         layout, pack = sample_pack(work, torch.device("meta"))
         lm: Any = _MetaLM(model)
@@ -190,9 +209,7 @@ class Architecture:
         )
         with unannounced(), _GroupedProducts():  # type: ignore[no-untyped-call]
             engine = PackedEngine(lm, layout, impl, probe=False)
-            with _PeakTracker(self.device_type) as tracker:
-                torch.autograd.grad(engine.nll(pack, theta).sum(), theta)
-        return tracker.peak
+            yield (lambda: engine.nll(pack, theta)), theta
 
 
 class _GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]

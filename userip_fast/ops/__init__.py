@@ -6,6 +6,7 @@ used.
 """
 
 from userip_fast.ops.assign_codes import (
+    assign_code_ids,
     assign_codes,
     assign_codes_reference,
     assign_codes_with_margin,
@@ -32,6 +33,7 @@ from userip_fast.ops.sparse_adam import sparse_adam, sparse_adam_reference
 
 __all__ = [
     "SLACK_ROW",
+    "assign_code_ids",
     "assign_codes",
     "assign_codes_reference",
     "assign_codes_with_margin",

@@ -12,6 +12,7 @@ atomics or depends on the number of threads: results are bitwise repeatable.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ def _why_not_triton(x: Tensor) -> str | None:
     return _triton.why_not(x)
 
 
-def _implementation(impl: str, x: Tensor, sizes: Sequence[int]) -> Callable[..., Assignment]:
+def _implementation(impl: str, x: Tensor, sizes: Sequence[int]) -> Callable[..., Any]:
     """The function to run; fast ones are imported here, when first used."""
     from userip_fast.ops import _assign_codes_native as native
 
@@ -134,25 +135,47 @@ def _assign_codes(
     normalize: bool,
     need_second: bool,
     need_stats: bool,
+    need_distance: bool,
     impl: str,
 ) -> Assignment:
-    # In fp32 a norm too large becomes Inf and is refused too; fp64 would copy the codebook.
-    wide = torch.promote_types(codewords.dtype, torch.float32)
-    sq_norm = torch.linalg.vector_norm(codewords, dim=1, dtype=wide).square()
-    good = (sq_norm <= _MAX_SQ_NORM).all()
+    run = _implementation(impl, x, sizes)  # in here, where torch.compile does not look
+    args = (x, codewords, sizes, active, normalize, need_second, need_stats)
+    if run.__module__.startswith("userip_fast.kernels"):
+        found: Any = run(*args, need_distance=need_distance)
+        if found.usable():  # a device is waited for once
+            return found.out
+        _refuse_codewords(*_norms(codewords))
+        if not need_distance:  # scores overflow before distances do
+            found = run(*args)
+            if found.usable():
+                return (found.out[0], found.out[1][:, :0].clone(), *found.out[2:])
+        raise _bad_rows(found.out[0])
+    sq_norm, good = _norms(codewords)
     if x.device.type == "cpu":
         _refuse_codewords(sq_norm, good)
-    run = _implementation(impl, x, sizes)  # in here, where torch.compile does not look
-    out = run(x, codewords, sizes, active, normalize, need_second, need_stats)
+    out = run(*args)
     # One look at N distances, not a second read of x. NaN is the greatest.
     largest = out[1].amax() if out[1].numel() else out[1].new_zeros(())
-    if bool(good & (largest < torch.inf)):  # a device is waited for once
-        return out
+    if bool(good & (largest < torch.inf)):
+        return out if need_distance else (out[0], out[1][:, :0].clone(), *out[2:])
     _refuse_codewords(sq_norm, good)
-    j, n = (out[0] < 0).nonzero()[0].tolist()
-    raise ValueError(
+    raise _bad_rows(out[0])
+
+
+def _norms(codewords: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms, and whether all are small enough."""
+    # In fp32 too large becomes Inf and is refused too; fp64 would copy the codebook.
+    wide = torch.promote_types(codewords.dtype, torch.float32)
+    sq_norm = torch.linalg.vector_norm(codewords, dim=1, dtype=wide).square()
+    return sq_norm, (sq_norm <= _MAX_SQ_NORM).all()
+
+
+def _bad_rows(ids: Tensor) -> ValueError:
+    bad = (ids < 0).nonzero()
+    j, n = bad[0].tolist()
+    return ValueError(
         f"assign_codes: x[{j}, {n}] holds NaN or Inf, or its squared distance overflows "
-        f"float32 ({int((out[0] < 0).sum())} such rows); drop or repair them before quantising"
+        f"float32 ({len(bad)} such rows); drop or repair them before quantising"
     )
 
 
@@ -167,12 +190,12 @@ def _refuse_codewords(sq_norm: Tensor, good: Tensor) -> None:
 
 
 @_assign_codes.register_fake
-def _(x, codewords, sizes, active, normalize, need_second, need_stats, impl):  # type: ignore[no-untyped-def]
+def _(x, codewords, sizes, active, normalize, need_second, need_stats, need_distance, impl):  # type: ignore[no-untyped-def]
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = codewords.shape[0] if need_stats else 0
     return (
         x.new_empty(x.shape[:2], dtype=torch.int64),
-        x.new_empty(x.shape[:2], dtype=acc),
+        x.new_empty((x.shape[0], x.shape[1] if need_distance else 0), dtype=acc),
         x.new_empty((x.shape[0], x.shape[1] if need_second else 0), dtype=acc),
         x.new_empty(total, dtype=torch.int64),
         x.new_empty((total, x.shape[2]), dtype=acc),
@@ -209,6 +232,33 @@ def assign_codes(
     """
     ids, distance, _, _, _ = _run(x, codebook, metric, active, impl)
     return ids, distance
+
+
+def assign_code_ids(
+    x: Tensor,
+    codebook: Tensor | Sequence[Tensor],
+    *,
+    metric: str = "euclidean",
+    active: Tensor | Sequence[Tensor] | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The ids of `assign_codes` alone, which on a GPU is less work.
+
+    There codes are ranked by scores alone: of codewords whose distances differ by less than the
+    rounding of a score (of bf16 vectors and more than 64 codes: of a codeword to bf16) any may be
+    named, of equal ones the lowest. Elsewhere the ids are those of `assign_codes`.
+
+    Args:
+        x, codebook, metric, active, impl: As `assign_codes`.
+
+    Returns:
+        code_ids: [N] or [J, N] int64.
+
+    Raises:
+        ValueError: As `assign_codes`, but for distances that overflow and scores that do not.
+        UnavailableError: `impl` was asked for by name and cannot run this call.
+    """
+    return _run(x, codebook, metric, active, impl, need_distance=False)[0]
 
 
 def assign_codes_with_margin(
@@ -260,6 +310,7 @@ def _run(
     impl: str,
     need_second: bool = False,
     need_stats: bool = False,
+    need_distance: bool = True,
 ) -> Assignment:
     """Checks, and brings everything to the op's layout."""
     books = [codebook] if isinstance(codebook, Tensor) and codebook.dim() == 2 else codebook
@@ -315,6 +366,7 @@ def _run(
         metric == "cosine",
         need_second,
         need_stats,
+        need_distance,
         impl,
     )
     if one:

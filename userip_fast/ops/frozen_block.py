@@ -23,6 +23,7 @@ from torch import Tensor
 from userip_fast import _extension
 from userip_fast.ops import _triton
 from userip_fast.ops._dispatch import WhyNot, resolve
+from userip_fast.ops._step import differentiable, step_op
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -81,10 +82,17 @@ def rotate_reference(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool) ->
     return torch.cat([a * c1 - b * s1, b * c2 + a * s2], -1).to(x.dtype)
 
 
-@torch.library.custom_op("userip_fast::rms_norm", mutates_args=())
-def _rms_norm(
+def _rms_norm_fake(x, residual, weight, eps, offset, impl):  # type: ignore[no-untyped-def]
+    total = x.new_empty(0) if residual is None else torch.empty_like(x)
+    acc = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty_like(x), total, x.new_empty(x.shape[0], dtype=acc)
+
+
+@step_op("rms_norm", fake=_rms_norm_fake)
+def rms_norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y [M, D], x + residual (empty without one) and r [M] of x [M, D] contiguous."""
     if impl == "reference":
         return rms_norm_reference(x, residual, weight, eps, offset)
     y, r = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
@@ -100,15 +108,12 @@ def _rms_norm(
     return y, total, r
 
 
-@_rms_norm.register_fake
-def _(x, residual, weight, eps, offset, impl):  # type: ignore[no-untyped-def]
-    total = x.new_empty(0) if residual is None else torch.empty_like(x)
-    acc = torch.promote_types(x.dtype, torch.float32)
-    return torch.empty_like(x), total, x.new_empty(x.shape[0], dtype=acc)
+def _rms_norm_backward_fake(dy, d_total, total, r, weight, offset, impl):  # type: ignore[no-untyped-def]
+    return torch.empty_like(dy)
 
 
-@torch.library.custom_op("userip_fast::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(
+@step_op("rms_norm_backward", fake=_rms_norm_backward_fake)
+def rms_norm_backward(
     dy: Tensor,
     d_total: Tensor | None,
     total: Tensor,
@@ -117,6 +122,7 @@ def _rms_norm_backward(
     offset: float,
     impl: str,
 ) -> Tensor:
+    """[M, D], the gradient of the sum that `rms_norm_forward` normed."""
     if impl == "reference":
         return rms_norm_backward_reference(dy, d_total, total, r, weight, offset)
     dx = torch.empty_like(dy)
@@ -129,11 +135,6 @@ def _rms_norm_backward(
     addresses = (_at(t) for t in (dy, d_total, total, r, weight, dx))
     module.rms_norm_backward(*addresses, *dy.shape, offset)
     return dx
-
-
-@_rms_norm_backward.register_fake
-def _(dy, d_total, total, r, weight, offset, impl):  # type: ignore[no-untyped-def]
-    return torch.empty_like(dy)
 
 
 def _rms_norm_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -153,15 +154,15 @@ def _rms_norm_gradient(ctx, dy, d_total, _):  # type: ignore[no-untyped-def]
         dx = d_total
     else:
         d_total = None if d_total is None else d_total.contiguous()
-        dx = _rms_norm_backward(dy.contiguous(), d_total, total, r, weight, ctx.offset, ctx.impl)
+        dx = rms_norm_backward(dy.contiguous(), d_total, total, r, weight, ctx.offset, ctx.impl)
     return dx, dx if ctx.joined else None, None, None, None, None
 
 
-_rms_norm.register_autograd(_rms_norm_gradient, setup_context=_rms_norm_context)
+_rms_norm = differentiable(rms_norm_forward, _rms_norm_context, _rms_norm_gradient)
 
 
-@torch.library.custom_op("userip_fast::gated", mutates_args=())
-def _gated(gate: Tensor, up: Tensor, act: str, impl: str) -> Tensor:
+@step_op("gated")
+def gated_step(gate: Tensor, up: Tensor, act: str, impl: str) -> Tensor:
     if impl == "reference":
         return gated_reference(gate, up, act)
     y = torch.empty_like(gate)
@@ -175,12 +176,12 @@ def _gated(gate: Tensor, up: Tensor, act: str, impl: str) -> Tensor:
     return y
 
 
-@_gated.register_fake
+@gated_step.op.register_fake
 def _(gate, up, act, impl):  # type: ignore[no-untyped-def]
     return torch.empty_like(gate)
 
 
-@torch.library.custom_op("userip_fast::gated_backward", mutates_args=())
+@step_op("gated_backward")
 def _gated_backward(
     dy: Tensor, gate: Tensor, up: Tensor, act: str, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -198,7 +199,7 @@ def _gated_backward(
     return d_gate, d_up
 
 
-@_gated_backward.register_fake
+@_gated_backward.op.register_fake
 def _(dy, gate, up, act, impl):  # type: ignore[no-untyped-def]
     return torch.empty_like(gate), torch.empty_like(up)
 
@@ -212,11 +213,11 @@ def _gated_gradient(ctx, dy):  # type: ignore[no-untyped-def]
     return *_gated_backward(dy.contiguous(), *ctx.saved_tensors, ctx.act, ctx.impl), None, None
 
 
-_gated.register_autograd(_gated_gradient, setup_context=_gated_context)
+_gated = differentiable(gated_step, _gated_context, _gated_gradient)
 
 
-@torch.library.custom_op("userip_fast::rotate", mutates_args=())
-def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool, impl: str) -> Tensor:
+@step_op("rotate")
+def rotate_step(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool, impl: str) -> Tensor:
     if impl == "reference":
         return rotate_reference(x, cosine, sine, backward)
     y = x.new_empty(x.shape)
@@ -230,7 +231,7 @@ def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool, impl: str) 
     return y
 
 
-@_rotate.register_fake
+@rotate_step.op.register_fake
 def _(x, cosine, sine, backward, impl):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape)
 
@@ -242,11 +243,11 @@ def _rotate_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _rotate_gradient(ctx, dy):  # type: ignore[no-untyped-def]
     cosine, sine = ctx.saved_tensors
-    dx = _rotate(dy.contiguous(), cosine, sine, not ctx.backward, ctx.impl)
+    dx = rotate_step(dy.contiguous(), cosine, sine, not ctx.backward, ctx.impl)
     return dx, None, None, None, None
 
 
-_rotate.register_autograd(_rotate_gradient, setup_context=_rotate_context)
+_rotate = differentiable(rotate_step, _rotate_context, _rotate_gradient)
 
 
 def _at(x: Tensor | None) -> int:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from userip_fast.ops._dispatch import resolve
+from userip_fast.ops._step import differentiable, step_op
 from userip_fast.ops._triton import why_not as why_not_triton
 
 _OP = "soft_prompt_attention"
@@ -195,8 +196,8 @@ def soft_prompt_attention_backward_reference(
     return dq, dk, dv
 
 
-@torch.library.custom_op("userip_fast::soft_prompt_attention", mutates_args=())
-def _soft_prompt_attention(
+@step_op("soft_prompt_attention")
+def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -237,7 +238,7 @@ def _soft_prompt_attention(
     return soft_prompt_attention_reference(q, k, v, prefix_k, prefix_v, *pack, *settings)
 
 
-@_soft_prompt_attention.register_fake
+@attention_forward.op.register_fake
 def _(q, k, v, *args):  # type: ignore[no-untyped-def]
     out = q.new_empty(*q.shape[:2], v.shape[2])
     if args[-1] == "cpu":
@@ -246,8 +247,8 @@ def _(q, k, v, *args):  # type: ignore[no-untyped-def]
     return out, q.new_empty(q.shape[1], q.shape[0], dtype=acc)
 
 
-@torch.library.custom_op("userip_fast::soft_prompt_attention_backward", mutates_args=())
-def _soft_prompt_attention_backward(
+@step_op("soft_prompt_attention_backward")
+def attention_backward(
     d_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -294,7 +295,7 @@ def _soft_prompt_attention_backward(
     )
 
 
-@_soft_prompt_attention_backward.register_fake
+@attention_backward.op.register_fake
 def _(d_out, q, k, v, *args):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -323,14 +324,17 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs[:11], *output)
     ctx.mark_non_differentiable(output[1])
     ctx.settings = inputs[11:]
+    ctx.set_materialize_grads(False)  # the lse has none, which would be zeros else
 
 
 def _backward(ctx, d_out, _d_lse):  # type: ignore[no-untyped-def]
-    grads = _soft_prompt_attention_backward(d_out, *ctx.saved_tensors, *ctx.settings)
+    if d_out is None:
+        return (None,) * 18
+    grads = attention_backward(d_out, *ctx.saved_tensors, *ctx.settings)
     return *grads, *[None] * 15
 
 
-_soft_prompt_attention.register_autograd(_backward, setup_context=_setup_context)
+_attention = differentiable(attention_forward, _setup_context, _backward)
 
 
 def soft_prompt_attention(
@@ -421,7 +425,7 @@ def soft_prompt_attention(
     order = ("cpu", "reference", "triton") if on_cpu else ("triton", "reference", "cpu")
     chosen = resolve(_OP, impl, {name: why_not[name] for name in (*order, "varlen")})
     settings = (num_fields, scale, window, softcap, chunk, max_seqlen or 0)
-    return _soft_prompt_attention(q, k, v, prefix_k, prefix_v, *pack, sinks, *settings, chosen)[0]
+    return _attention(q, k, v, prefix_k, prefix_v, *pack, sinks, *settings, chosen)[0]
 
 
 def _check(
