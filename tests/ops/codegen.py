@@ -101,7 +101,7 @@ def compile_kernel(
     # copy into a buffer that a pending dot may still read is a race.
     ttgir, ptx = compiled.asm["ttgir"], compiled.asm["ptx"]
     counts["CARRIED"] = len(re.findall(r"warp_group_dot %\w+, %\w+, %arg\d+", ttgir))
-    counts["PENDING"] = len(re.findall(r"warp_group_dot_wait.*pendings = [1-9]", ttgir))
+    counts["PENDING"] = len(re.findall(r"warp_group_dot_wait.*pending. = [1-9]", ttgir))
     counts["PENDING"] += len(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", ptx))
     return Report(
         arch,
