@@ -3,6 +3,7 @@
 #   make test        set up .venv, run the tests
 #   make lint        ruff, mypy, clang-format, typos and text rules (the pre-commit hooks)
 #   make bench       the benchmark suite on this machine
+#   make wheels      manylinux wheels of the CPU half into dist/, each tried in a fresh venv
 #   make sanitize    the CPU kernels of assign_codes under ASan, UBSan and TSan (GCC)
 #   make gpu-check   on a GPU machine, offline: build in place, gpu tests, sanitizers, benchmarks
 #   make clean       remove build products (`make distclean`: and .venv)
@@ -17,9 +18,9 @@ PIP := $(BIN)/python -m pip
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints.txt)
 NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test ray lint bench sanitize gpu-check clean distclean
+.PHONY: help demo test ray lint bench wheels sanitize gpu-check clean distclean
 help:
-	@sed -n '2,9s/^# //p' Makefile
+	@sed -n '2,10s/^# //p' Makefile
 
 demo: .venv/.installed
 	$(BIN)/userip demo
@@ -35,6 +36,9 @@ ray: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+wheels:
+	packaging/wheels.sh dist
 
 lint: .venv/.linters
 	PATH="$(CURDIR)/$(BIN):$$PATH" PRE_COMMIT_HOME=.venv/.pre-commit pre-commit run --all-files
@@ -64,7 +68,7 @@ distclean: clean
 	@touch $@
 
 .venv/.installed: .venv/.torch pyproject.toml $(NATIVE)
-	$(PIP) install $(CONSTRAINTS) -e '.[test,nf4,triton,report,ctr]'
+	$(PIP) install $(CONSTRAINTS) -e '.[test,nf4,triton,ctr]'
 	@$(BIN)/python -c 'from userip_fast import _extension as e; \
 	  print("compiled extension:", e.why_not() or "usable")'
 	@touch $@

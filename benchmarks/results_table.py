@@ -96,8 +96,6 @@ def _draw(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> str | None
                 panels.append((f"{data}\n{label}", r))
     try:
         from matplotlib.figure import Figure
-
-        from userip_fast.pictures import auc_dots
     except ImportError:
         return None
     if not panels:
@@ -108,12 +106,32 @@ def _draw(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> str | None
     figure.set_layout_engine("constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for one, (title, r) in zip(axes, panels):
-        auc_dots(one, r)
+        _dots(one, r)
         one.set_title(title, fontsize=9)
     for one in axes[len(panels) :]:
         one.set_visible(False)
     figure.savefig(path, dpi=110)
     return path.name
+
+
+def _dots(axes: Any, result: dict[str, Any]) -> None:
+    """A dot with interval for each feature, the mean over its recommenders, sorted."""
+    from userip_fast.pictures import OURS, ctr_points
+
+    ink, accent = "#606060", "#1f6fb2"
+    points = ctr_points(result)
+    for y, (mean, low, high, feature) in enumerate(points):
+        ours = feature in OURS
+        color = accent if ours else ink
+        axes.plot([low, high], [y, y], color=color, lw=1.6, alpha=0.55)
+        axes.plot(mean, y, "D" if ours else "o", color=color, ms=4.5)
+        if feature == "none":
+            axes.axvline(mean, color=ink, lw=0.8, ls="--")
+    if floor := result.get("floor"):
+        axes.axvline(max(floor.values()), color=ink, lw=0.8, ls=":", alpha=0.6)
+    axes.set_yticks(range(len(points)), [p[-1] for p in points], fontsize=8)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_xlabel("AUC (dashed: none; dotted: item alone)", fontsize=8)
 
 
 def _one_thread() -> None:

@@ -124,8 +124,8 @@ class Counting(TorchDispatchMode):
             now.waits += 1
         if name in _NOTHING or func.is_view:
             return
-        given = made and all(any(x is y for y in read) for x in made)
-        if given and not func._schema.is_mutable:
+        changes = "userip_fast" in str(func) or func._schema.is_mutable
+        if not changes and made and all(any(x is y for y in read) for x in made):
             return  # such as `contiguous` of what is: nothing is launched
         size = sum(map(_bytes, made)) + sum(map(_bytes, read))
         if func._schema.is_mutable:  # what is written is an argument, and its result the same

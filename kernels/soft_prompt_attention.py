@@ -259,7 +259,7 @@ def _fwd_kernel(
             position_ptr, j, end, kv_head, num_fields, scale, window, softcap,
             BLOCK_N, DIM, DIM_V, True, WINDOW, SOFTCAP, DESC, False,
         )  # fmt: skip
-    if DESC:  # noqa: SIM102 - known to the compiler, unlike what follows
+    if DESC:  # noqa: SIM102 - known when compiled
         if full < stop:
             acc, m, total = _fwd_step(
                 acc, m, total, q_tile, row, keys, values, segment_ptr,
@@ -408,9 +408,8 @@ def _dkdv_kernel(
     v_tile = _load((v, stride_vt, stride_vh), first, end, kv_head, BLOCK_N, DIM_V, BLOCK_V, DESC)
     col = _marks(segment_ptr, position_ptr, first, end, NOBODY, BLOCK_N, WINDOW)
     queries, gradients = (q, stride_qt, stride_qh), (d_out, H * DIM_V, DIM_V)
-    CLEAN: tl.constexpr = DESC and (
-        (BLOCK_D <= 64 and BLOCK_V <= 64) or H == HKV
-    )  # groups spill at 128
+    SMALL: tl.constexpr = BLOCK_D <= 64 and BLOCK_V <= 64
+    CLEAN: tl.constexpr = DESC and (SMALL or H == HKV)  # groups spill at 128
     full = first + (end - first) // BLOCK_M * BLOCK_M if CLEAN else end
     for g in range(H // HKV):
         head = kv_head * (H // HKV) + g
@@ -563,13 +562,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq [T, H, d], dk [T, Hkv, d], dv [T, Hkv, dv]; arguments as the reference's backward pass.
 
-    Sinks are in lse already. `into`: where to write them; rows may lie a multiple of d (dv) apart,
-    heads side by side, those of k and v as many heads apart.
+    Sinks are in lse already. `into`: where to write them; heads lie side by side, and rows may be
+    any number of heads apart, the same for dk and dv.
     """
     if into is None:
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    else:
-        dq, dk, dv = into
+        into = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = into
     if q.numel() == 0:
         return dq, dk, dv
     d_out, delta, rows = d_out.contiguous(), torch.empty_like(lse), q.shape[0]

@@ -6,6 +6,7 @@ import pytest
 
 import userip_fast as uf
 from userip_fast import demo
+from userip_fast.demo import scores
 from userip_fast.demo.world import HOBBIES, LEVELS, make_world
 
 
@@ -20,6 +21,20 @@ def test_the_best_labelling_is_good_but_not_perfect(seed):
     ):
         assert 0.93 <= nmi(truth, posterior.argmax(1)) <= 0.99
         np.testing.assert_allclose(posterior.sum(1), 1.0)
+
+
+def test_scores_are_those_of_scikit_learn():
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    random = np.random.default_rng(0)
+    for n, a, b in ((1, 1, 1), (2, 2, 2), (97, 4, 5), (50, 1, 3), (50, 1, 1), (300, 40, 2)):
+        x = random.integers(0, a, n)
+        y = np.where(random.random(n) < 0.5, x, random.integers(0, b, n))
+        expected = normalized_mutual_info_score(x, y)
+        assert scores.normalized_mutual_information(x, y) == pytest.approx(expected, abs=1e-12)
+        assert scores.adjusted_rand_index(x, y) == pytest.approx(
+            adjusted_rand_score(x, y), abs=1e-12
+        )
 
 
 def test_trait_words_never_occur_in_purchases():
@@ -53,7 +68,7 @@ def test_a_small_demo_writes_what_the_contract_says(tmp_path, monkeypatch):
     assert written["seeds"] == [0]
     for name in ("hobby", "spending"):
         field = written["fields"][name]
-        assert set(field) == {"nmi", "ari", "forward_equivalents"}
+        assert {"nmi", "ari", "forward_equivalents", "counts", "perplexity"} <= set(field)
         assert {"gradient", "posterior", "paper", "kmeans_states", "oracle"} <= set(field["nmi"])
         assert 0 < field["forward_equivalents"]["posterior"] <= 60
         assert field["nmi"]["oracle"] > 0.8

@@ -14,7 +14,7 @@ def test_report_covers_every_op() -> None:
     report = env.report()
     json.dumps(report, allow_nan=False)
     assert report["packages"]["torch"] == torch.__version__
-    optional = {"redis", "ray", "torch-rechub", "matplotlib", "scikit-learn", "pandas", "polars"}
+    optional = {"redis", "ray", "torch-rechub", "tensorboard", "scikit-learn", "pandas", "polars"}
     assert optional <= set(report["packages"])
     assert sorted(report["ops"]["cpu"]) == env.public_ops()
     for op, implementations in report["ops"]["cpu"].items():

@@ -122,7 +122,6 @@ def test_the_bank_is_read_and_nobody_is_inferred_again(run, monkeypatch):
 
 
 def test_command_line_and_the_whole_report(run):
-    pytest.importorskip("matplotlib")
     folder, _, data, log, items = run
     pq.write_table(
         pa.table({"user_id": data.user_keys, "age": ["old", "young"] * (data.num_users // 2)}),
@@ -151,15 +150,11 @@ def test_command_line_and_the_whole_report(run):
     done = CliRunner().invoke(cli.app, ["report", str(folder / "run")])
     assert done.exit_code == 0, done.output
     page = (folder / "run" / "report.html").read_text()
-    # LM training, NLL, usage, map, confusion; AUC as dots.
-    assert page.count("<svg") == 6
-    for text in ("training of the LM", "NLL of behaviour", "users of each taste code", "codewords",
-                 "planted trait and code", "shared bits", "typical: ", "no &lt;column&gt;",
+    for text in ("Training of the LM", "EM: ", "users of each taste code", "codewords",
+                 "planted trait and code", "shared bits", "Most met", "no &lt;column&gt;",
                  "item rate 0.6100", "mind the &lt;gap&gt;", "dead 1"):  # fmt: skip
         assert text in page, text
-    # SVG name spaces
-    named = {"www.w3.org", "purl.org", "creativecommons.org", "matplotlib.org"}
-    assert set(re.findall(r"https?://([^/\"]+)", page)) <= named
+    assert not re.search("https?://", page)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

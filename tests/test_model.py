@@ -64,8 +64,9 @@ def fitted(tmp_path_factory):
 
 def test_fit_writes_a_run_that_loads_and_infers_the_same_codes(fitted, tmp_path):
     model, run = fitted
-    assert {p.name for p in run.iterdir()} == {
+    assert {p.name for p in run.iterdir()} - {"tensorboard"} == {
         "model", "bank", "checkpoints", "metrics.json", "metrics.jsonl", "report.html",
+        "explain.json",
     }  # fmt: skip
     data = read()
     bank = uf.FeatureBank.open(run / "bank", verify=True)
@@ -135,7 +136,7 @@ def test_an_interrupted_fit_leaves_no_model_and_no_bank(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         uf.fit(read(), config=CONFIG, out=tmp_path / "run")
     left = {p.name for p in (tmp_path / "run").iterdir()}
-    assert left == {"checkpoints", "metrics.jsonl"}
+    assert left - {"tensorboard"} == {"checkpoints", "metrics.jsonl"}
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,20 +19,23 @@ import numpy as np
 import torch
 
 from userip_fast import threads
-from userip_fast.bank import BankWriter
+from userip_fast._version import __version__
+from userip_fast.bank import BankWriter, FeatureBank
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource, Told
 from userip_fast.behaviour_stream import StreamSource
 from userip_fast.config import Config
-from userip_fast.data import Catalogue, InteractionStream
+from userip_fast.data import Catalogue, Interactions, InteractionStream
 from userip_fast.em.distributed import Processes, start_processes
 from userip_fast.em.mstep import check_codebook_sizes
 from userip_fast.em.steps import profiles_total
 from userip_fast.em.table import has_table
 from userip_fast.errors import ConfigError, DataError, StorageError
+from userip_fast.explain import explain
 from userip_fast.files import lock_file, storage_errors, sweep_leftovers, write_json
 from userip_fast.lm import FrozenLM
 from userip_fast.lm.embedded import SlotIds, embedded_lm, taught
 from userip_fast.lm.frozen import resolve_device
+from userip_fast.lm.pretraining import PRETRAINING
 from userip_fast.lm.trace import Workload
 from userip_fast.model import (
     Data,
@@ -47,10 +53,12 @@ from userip_fast.packing import Behaviour
 from userip_fast.prompts import Layout, ProfileField, PromptTemplate
 from userip_fast.reach import Reach
 from userip_fast.report import report_run
+from userip_fast.scalars import Scalars
 
 logger = logging.getLogger("userip_fast")
 
 _LM_USERS = 100_000  # of a stream, those whose behaviour the embedded LM is trained on
+_EXPLAINED_USERS = 4096  # among whom the report finds examples; `userip explain` takes all
 _BANK_BLOCK = 1 << 18  # users handed to the bank's writer at once
 
 
@@ -81,6 +89,10 @@ class Run:
         return self.root / "metrics.jsonl"
 
     @property
+    def scalars(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 
@@ -96,7 +108,7 @@ def fit(
     resume: bool = False,
     probabilities: bool = False,
     like: str | os.PathLike[str] | None = None,
-    show: bool = False,
+    show: bool = True,
 ) -> Model:
     """Learns codebooks on the users of `data`, and writes model, bank, metrics and report.
 
@@ -156,22 +168,26 @@ def _fit(
     """The work of `fit`, in a run folder that is ours alone."""
     writes = processes.rank == 0
     started = time.monotonic()
-    with processes.first_alone():  # it fills the cache of embedded LMs
-        model, source = prepare(data, config, lm=loaded, show=show and writes)
-    trainer = model.trainer
-    assert trainer is not None
-    trainer.processes = processes
-
     records: list[dict[str, Any]] = []
-    with _JsonLines(run.log if run and writes else None) as jsonl:
+    scalars_folder, lines = (run.scalars, run.log) if run and writes else (None, None)
+    with Scalars(scalars_folder) as scalars:
+        with processes.first_alone():  # it fills the cache of embedded LMs
+            model, source = prepare(data, config, lm=loaded, show=show and writes)
+        if model.lm.embedded:
+            scalars.training(PRETRAINING, Path(model.lm.source))
+        trainer = model.trainer
+        assert trainer is not None
+        trainer.processes = processes
+        with _JsonLines(lines) as jsonl:
 
-        def log(record: dict[str, Any]) -> None:
-            records.append(record)
-            jsonl.write(record)
+            def log(record: dict[str, Any]) -> None:
+                records.append(record)
+                jsonl.write(record)
+                scalars.round(record)
 
-        result = trainer.fit(
-            source, log=log, checkpoints=run.checkpoints if run else None, resume=resume
-        )
+            result = trainer.fit(
+                source, log=log, checkpoints=run.checkpoints if run else None, resume=resume
+            )
     model.codebooks = result.codebooks
     model.start, model.head = result.start, result.head
     model.calibration = result.calibration
@@ -224,6 +240,11 @@ def _fit(
                 writer.append(source.keys_of(a, b), code_ids[a:b].numpy(), p)
         seconds = time.monotonic() - started
         metrics = {
+            "run": {
+                "userip_fast": __version__,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "command": _command(),
+            },
             "data": {
                 "users": source.num_users,
                 "items": data.num_items,
@@ -265,6 +286,9 @@ def _fit(
             "seed": config.em.seed,
         }
         write_json(run.metrics, metrics)
+        if isinstance(data, Interactions):
+            bank = FeatureBank.open(run.bank)
+            explain(model, data.head_users(_EXPLAINED_USERS), bank=bank, out=run.root, show=False)
         report_run(run.root)
         trainer.forget(run.checkpoints)
     processes.barrier()
@@ -334,6 +358,14 @@ def load_lm(
     lm = FrozenLM.load(str(folder), how, Workload.of(config))
     lm.embedded = True
     return lm
+
+
+def _command() -> str | None:
+    """The command line, where `userip` is what runs."""
+    program = Path(sys.argv[0])
+    if program.name == "userip" or program.parts[-2:] == ("userip_fast", "__main__.py"):
+        return shlex.join(["userip", *sys.argv[1:]])
+    return None
 
 
 def _tensor(x: Any) -> Any:

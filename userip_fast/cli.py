@@ -279,7 +279,6 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the world, the LM and everything else.")] = 0,
 ) -> None:
     """Infer traits of a planted world's users and compare them with the truth. Minutes on a CPU."""
-    _silence_transformers()
     from userip_fast.demo import run_demo
     from userip_fast.files import read_json
     from userip_fast.terminal import print_cards, print_scores
@@ -352,7 +351,6 @@ def fit(
     quiet = quiet or os.environ.get("RANK", "0") != "0"  # of torchrun's processes, one speaks
     settings = settings_of(ctx.params)
     data = _read(interactions, items, settings, max_users, quiet, stream)
-    _silence_transformers()
     from userip_fast.api import Run
     from userip_fast.api import fit as run_fit
     from userip_fast.bank import FeatureBank
@@ -422,7 +420,6 @@ def infer(
     After an interrupt or a kill the same command goes on after the last finished block of users.
     Column names, text, filter and rules default to those the model was fitted with.
     """
-    _silence_transformers()
     from userip_fast.bank import FeatureBank
     from userip_fast.flags import FORM_OF_FILES, flag_values
     from userip_fast.model import Model
@@ -493,7 +490,6 @@ def profiles(
 
     What a recommender takes beside the codes; a bank holds codes alone.
     """
-    _silence_transformers()
     from userip_fast.flags import FORM_OF_FILES, flag_values
     from userip_fast.model import Model
     from userip_fast.profile_export import export_profiles
@@ -606,7 +602,6 @@ def ctr(
         period=period,  # type: ignore[arg-type]
     )
     data = _read(interactions, items, settings, None, quiet, None)
-    _silence_transformers()
     from userip_fast.terminal import print_ctr
 
     result = evaluate_ctr(data, ctr=ctr_settings, config=settings, out=out, show=not quiet)
@@ -654,7 +649,6 @@ def tune(
     numbers = [k.strip() for k in codes.split(",")]
     sizes = [int(k) if k.isdecimal() and len(k) < 10 else 0 for k in numbers]
     data = _read(interactions, items, settings, max_users, quiet, None)
-    _silence_transformers()
     from userip_fast.files import write_json
     from userip_fast.terminal import print_choices
     from userip_fast.tune import Choice
@@ -698,7 +692,6 @@ def explain(
 
     The codes are those of RUN/bank. Writes explain.json into the run and renews its report.
     """
-    _silence_transformers()
     from userip_fast.bank import FeatureBank
     from userip_fast.explain import explain as run_explain
     from userip_fast.flags import FORM_OF_FILES, flag_values
@@ -728,6 +721,24 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder of fit.")]) -> N
     from userip_fast.report import report_run
 
     _say(report_run(run))
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="Run folder of fit.")],
+    users: Annotated[int, typer.Option(help="Users of the bank, in hash order.")] = 1000,
+    items: Annotated[int, typer.Option(help="The most frequent items.")] = 3000,
+    open: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+) -> None:
+    """Write RUN/explore.html: the report with a search over codes, items and users, in one file."""
+    from userip_fast.show import show_run
+
+    path = show_run(run, users=users, items=items)
+    _say(path)
+    if open:
+        import webbrowser
+
+        webbrowser.open(path.resolve().as_uri())
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
@@ -798,16 +809,6 @@ def _one_or_all(paths: list[Path]) -> Path | list[Path]:
     return paths[0] if len(paths) == 1 else paths
 
 
-def _silence_transformers() -> None:
-    """Our own progress says what is going on; its bars and loading reports would break it up."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    # Without its optional kernels it works as well, and says so as a warning.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
 @app.command(name="lm")
 def describe_lm(
     ctx: typer.Context,
@@ -821,7 +822,6 @@ def describe_lm(
     from userip_fast.flags import settings_of
 
     settings = settings_of({**ctx.params, "lm": path})
-    _silence_transformers()
     from userip_fast.lm.describe import describe
     from userip_fast.visible import visible
 
@@ -843,7 +843,6 @@ def doctor(
     from userip_fast.flags import settings_of
 
     settings = settings_of(ctx.params)
-    _silence_transformers()
     from userip_fast.doctor import diagnose, load
     from userip_fast.terminal import print_checks
 

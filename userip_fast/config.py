@@ -181,10 +181,10 @@ class LMConfig:
     """Training tokens of the embedded LM, at most: 20 passes over the log are as many as it gets,
     and it ends where users held out are predicted no better. About a minute per million on one CPU
     core for choices (half of it for ratings)."""
-    taught_tokens: int = 200_000
+    taught_tokens: int = 0
     """Of any other LM: training tokens, at most, of the map by which it is told of users, the LM
-    staying as it is; forward and backward, twice for choices. 0 tells it nothing: codewords then
-    start at words, or at random."""
+    staying as it is; forward and backward, twice for choices. It takes millions of them: 0 tells
+    it nothing, and codewords start at words, or at random."""
 
     def __post_init__(self) -> None:
         _require(

@@ -26,7 +26,6 @@ _PACKAGES = (
     "numpy",
     "pyarrow",
     "safetensors",
-    "matplotlib",
     "scikit-learn",
     "torch-rechub",
     "lightgbm",
@@ -35,6 +34,9 @@ _PACKAGES = (
     "redis",
     "pandas",
     "polars",
+    "duckdb",
+    "datasets",
+    "tensorboard",
 )
 """What is needed, and what extras and features that look for a library may find or miss."""
 

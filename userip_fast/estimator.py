@@ -91,7 +91,7 @@ class UserProfiler(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         config: Mapping[str, Any] | None = None,
         out: str | None = None,
         seed: int = 0,
-        show: bool = False,
+        show: bool = True,
     ) -> None:
         self.fields = fields
         self.lm = lm

@@ -44,7 +44,7 @@ def explain(
     examples: int = 2,
     out: str | os.PathLike[str] | None = None,
     seed: int = 0,
-    show: bool = False,
+    show: bool = True,
 ) -> dict[str, Any]:
     """Explains the codes of a model on the users of `data`.
 

@@ -157,7 +157,7 @@ class Model:
         on_bad: str | None = None,
         update: bool = False,
         probabilities: bool = False,
-        show: bool = False,
+        show: bool = True,
         log: Log = lambda record: None,
     ) -> FeatureBank | Int64:
         """Code ids of the users of `data`, with the model as it is.

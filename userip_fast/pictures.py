@@ -1,93 +1,87 @@
-"""The report's pictures: one small inline SVG each, readable on white, on black and on a phone."""
+"""The report's pictures: small figures that say what they show, on hover number by number."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from io import StringIO
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from userip_fast.visible import visible
+from userip_fast.svg import (
+    LINE,
+    Scale,
+    Svg,
+    axes,
+    number,
+    place_labels,
+    shortened,
+    spread,
+    width_of,
+)
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+WIDTH, HEIGHT = 360, 230
+_TOP, _BOTTOM, _LEFT = 30, 40, 44
 
-INK, ACCENT = "#808080", "#3b82c4"
-
-Draw = Callable[["Axes"], None]
-
-
-def svg(draw: Draw, width: float = 4.6, height: float = 2.8) -> str:
-    """One inline figure; the same bytes for the same picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    style: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "userip_fast"}
-    style["text.parse_math"] = False  # a word may hold a dollar sign
-    style |= {f"axes.spines.{side}": False for side in ("top", "right")}
-    style |= {f"axes.{part}color": INK for part in ("edge", "label", "title")}
-    style |= {f"{part}.color": INK for part in ("text", "xtick", "ytick")}
-    with mpl.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # letters are drawn by who shows them
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure.add_subplot())
-        text = StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    found = visible(text.getvalue())  # no control characters from a word
-    return found[found.index("<svg") :]  # without the XML prologue
+Line = tuple[str, Sequence[float], Sequence[float], str]
+"""Label, x, y, class."""
 
 
-def lm_curve(
-    tokens: Sequence[int],
-    loss: Sequence[float],
-    scored: Sequence[float] | None = None,
-    held_out: Sequence[float | None] | None = None,
+def curves(
+    title: str,
+    lines: Sequence[Line],
+    levels: Sequence[tuple[str, float]],
+    xlabel: str,
+    ylabel: str,
+    xticks: Sequence[float] | None = None,
 ) -> str:
-    """Loss of the embedded LM's training: of all tokens, of what the E-step asks, and that of users
-    held out."""
+    """Curves, and levels to compare them with; both are named at their right ends.
 
-    def draw(axes: Axes) -> None:
-        x = np.asarray(tokens) / 1000
-        axes.plot(x, loss, color=ACCENT, lw=1, label="all tokens")
-        if scored and held_out and None not in held_out:
-            axes.plot(x, scored, color=ACCENT, lw=1, ls=":", label="what is asked")
-            axes.plot(x, np.asarray(held_out, float), lw=1, color="#c05a2b", label="users held out")
-            axes.legend(frameon=False, fontsize=7)
-        axes.set(xlabel="thousand tokens", ylabel="nats", title="training of the LM")
-
-    return svg(draw)
-
-
-def nll_curve(records: Sequence[Mapping[str, Any]]) -> str:
-    """NLL of the behaviour, round by round."""
-
-    def draw(axes: Axes) -> None:
-        rounds = [r["round"] + 1 for r in records]
-        axes.plot(rounds, [r["nll_per_weight"] for r in records], "o-", color=ACCENT)
-        axes.set(
-            xlabel="round", ylabel="nats per loss weight", title="NLL of behaviour", xticks=rounds
-        )
-
-    return svg(draw)
+    Args:
+        levels: Label and y of dashed lines.
+    """
+    names = [label for label, *_ in lines] + [label for label, _ in levels]
+    margin = 12 + max(width_of(n) for n in names)
+    svg = Svg(WIDTH + margin - 60, HEIGHT, title)
+    ys = [y for _, _, own, _ in lines for y in own] + [y for _, y in levels]
+    xs = [x for _, own, _, _ in lines for x in own]
+    room = 0.06 * (max(ys) - min(ys))
+    x = Scale(min(xs), max(xs), _LEFT, svg.width - margin)
+    y = Scale(min(ys) - room, max(ys) + room, HEIGHT - _BOTTOM, _TOP)
+    axes(svg, x, y, xlabel, ylabel, xticks)
+    ends = [y(own[-1]) for _, _, own, _ in lines] + [y(level) for _, level in levels]
+    places = spread(ends, LINE, _TOP, HEIGHT - _BOTTOM)
+    kinds = [kind for *_, kind in lines] + ["muted"] * len(levels)
+    for _, level in levels:
+        svg.line(x.start, y(level), x.stop, y(level), "level")
+    for label, own_x, own_y, kind in lines:
+        svg.path([(x(a), y(b)) for a, b in zip(own_x, own_y)], f"curve {kind}")
+        for a, b in zip(own_x, own_y):
+            told = f"{label}: {b:.4g} at {number(a)}"
+            svg.dot(x(a), y(b), 2.2 if len(own_x) < 12 else 1.4, f"fill {kind}", told)
+    for name, place, kind in zip(names, places, kinds):
+        svg.text(x.stop + 6, place, name, kind)
+    return str(svg)
 
 
 def usage(name: str, counts: Sequence[int]) -> str:
-    """Users of each code."""
-
-    def draw(axes: Axes) -> None:
-        axes.bar(range(len(counts)), sorted(counts, reverse=True), color=ACCENT)
-        axes.set(
-            xlabel="codes, most used first", ylabel="users", title=f"users of each {name} code"
-        )
-        axes.set_xticks([])
-
-    return svg(draw)
+    """Users of each code, the most used first."""
+    svg = Svg(WIDTH, 150, f"users of each {name} code")
+    shown = sorted(enumerate(counts), key=lambda c: -c[1])
+    x = Scale(0, len(counts), _LEFT, WIDTH - 8)
+    y = Scale(0, max(max(counts), 1), 150 - 26, 22)
+    for tick in y.ticks(3):
+        svg.line(x.start, y(tick), x.stop, y(tick), "grid")
+        svg.text(x.start - 5, y(tick), number(tick), "muted", "end")
+    svg.text(2, 8, "users", "muted")
+    wide = (x.stop - x.start) / len(counts)
+    for i, (code, users) in enumerate(shown):
+        at = x.start + i * wide + 0.1 * wide
+        told = f"code {code}: {users:,} users"
+        svg.rect(at, y(users), 0.8 * wide, y.start - y(users), "fill accent", told)
+    told = f"codes of {name}, most used first"
+    svg.text((x.start + x.stop) / 2, 150 - 12, told, "muted", "middle")
+    return str(svg)
 
 
 def code_map(
@@ -98,24 +92,38 @@ def code_map(
     Args:
         codewords: [K, m D].
         users: [K], area of a code's dot.
-        words: [K], its label.
+        words: [K], its label; where there is no room for it the code's number stands in the dot.
     """
     x = codewords - codewords.mean(0)
     u, s, _ = np.linalg.svd(x, full_matrices=False)
     place = np.zeros((len(x), 2))
     place[:, : min(2, len(s))] = (u * s)[:, :2]
     share = (s**2 / max(float((s**2).sum()), 1e-12))[:2].sum()
+    title = f"{name}: codewords in two directions, {share:.0%} of their variance"
+    svg = Svg(WIDTH + 80, 300, title)
+    across = Scale(*_ends(place[:, 0]), 50, svg.width - 50)
+    down = Scale(*_ends(place[:, 1]), 278, 22)
+    largest = max(1, max(users, default=1))
+    dots = [
+        (across(a), down(b), 4 + 11 * math.sqrt(n / largest)) for (a, b), n in zip(place, users)
+    ]
+    labels = [shortened(w, 24) for w in words]
+    order = sorted(range(len(dots)), key=lambda i: -users[i])
+    inside = (2.0, 2.0, svg.width - 2, svg.height - 2)
+    found = place_labels([dots[i] for i in order], [labels[i] for i in order], inside)
+    for i in order:
+        told = f"code {i}: {words[i]}, {users[i]:,} users"
+        svg.dot(*dots[i], f"fill hue{i % 8} soft", told)
+    for i, at in zip(order, found):
+        if at is not None:
+            svg.text(*at, labels[i], "label", "middle")
+        else:
+            svg.text(dots[i][0], dots[i][1], str(i), "label number", "middle")
+    return str(svg)
 
-    def draw(axes: Axes) -> None:
-        size = 20 + 380 * np.asarray(users) / max(1, max(users, default=1))
-        colors = [_PALETTE[i % len(_PALETTE)] for i in range(len(x))]
-        axes.scatter(place[:, 0], place[:, 1], s=size, c=colors, alpha=0.65, lw=0)
-        for (a, b), word in zip(place, words):
-            axes.annotate(word, (a, b), fontsize=9, ha="center", va="center")
-        axes.margins(0.16)
-        axes.set(xticks=[], yticks=[], title=f"{name}: codewords ({share:.0%} of their variance)")
 
-    return svg(draw, 4.6, 3.6)
+def _ends(values: np.ndarray[Any, Any]) -> tuple[float, float]:
+    return float(values.min()), float(values.max())
 
 
 def confusion(name: str, counts: np.ndarray[Any, Any], traits: Sequence[str]) -> str:
@@ -126,24 +134,35 @@ def confusion(name: str, counts: np.ndarray[Any, Any], traits: Sequence[str]) ->
             best = max(left, key=lambda c: row[c])
             order.append(best)
             left.remove(best)
-    shown = counts[:, order + left]
+    columns = order + left
+    margin = 10 + max(width_of(t) for t in traits)
+    cell, high = 34, 24
+    svg = Svg(margin + cell * len(columns) + 4, 24 + high * len(traits) + 34,
+              f"{name}: planted trait and code")  # fmt: skip
+    for i, trait in enumerate(traits):
+        svg.text(margin - 6, 24 + high * (i + 0.5), trait, "muted", "end")
+        row = counts[i]
+        for j, code in enumerate(columns):
+            share = row[code] / max(row.sum(), 1)
+            told = f"{trait}, code {code}: {row[code]:,} users, {share:.0%} of the trait's"
+            x, y = margin + cell * j, 24 + high * i
+            svg.rect(x + 1, y + 1, cell - 2, high - 2, f"heat{min(4, math.ceil(4 * share))}", told)
+            if row[code]:
+                ink = "onheat" if share > 0.5 else ""
+                svg.text(x + cell / 2, y + high / 2, str(row[code]), ink, "middle")
+    for j, code in enumerate(columns):
+        at = margin + cell * (j + 0.5)
+        svg.text(at, 24 + high * len(traits) + 10, str(code), "muted", "middle")
+    svg.text(margin, 24 + high * len(traits) + 26, "code", "muted")
+    svg.text(2, 10, "planted trait", "muted")
+    return str(svg)
 
-    def draw(axes: Axes) -> None:
-        share = shown / np.maximum(shown.sum(1, keepdims=True), 1)
-        axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        for i, j in np.ndindex(shown.shape):
-            if shown[i, j]:
-                ink = "white" if share[i, j] > 0.3 else INK
-                axes.text(j, i, str(shown[i, j]), ha="center", va="center", fontsize=8, color=ink)
-        axes.set_yticks(range(len(traits)), traits)
-        axes.set_xticks(range(shown.shape[1]), [str(c) for c in order + left])
-        axes.set(xlabel="code", title=f"{name}: planted trait and code")
 
-    return svg(draw, 4.6, 0.6 + 0.34 * len(traits))
+OURS = ("ids", "ids_prob", "affinity", "theta", "all+ids")
 
 
-def auc_dots(axes: Axes, result: Mapping[str, Any]) -> None:
-    """A dot with interval for each feature, the mean over its recommenders, sorted; `none` a line.
+def ctr_points(result: Mapping[str, Any]) -> list[tuple[float, float, float, str]]:
+    """Mean AUC, its interval and name of each feature, averaged over recommenders, best last.
 
     Args:
         result: A ctr.json. Intervals are those of the recommenders, averaged.
@@ -153,33 +172,60 @@ def auc_dots(axes: Axes, result: Mapping[str, Any]) -> None:
         if by := result["auc"][feature]:
             mean = float(np.mean([v["mean"] for v in by.values()]))
             low, high = np.mean([v["ci95"] for v in by.values()], axis=0)
-            points.append((mean, low, high, feature))
-    points.sort()
-    for y, (mean, low, high, feature) in enumerate(points):
-        ours = feature.startswith("ids") or feature in ("affinity", "all+ids")
-        color = ACCENT if ours else INK
-        axes.plot([low, high], [y, y], color=color, lw=1.6, alpha=0.55)
-        axes.plot(mean, y, "D" if ours else "o", color=color, ms=4.5)
-        if feature == "none":
-            axes.axvline(mean, color=INK, lw=0.8, ls="--")
-    if floor := result.get("floor"):
-        axes.axvline(max(floor.values()), color=INK, lw=0.8, ls=":", alpha=0.6)
-    axes.set_yticks(range(len(points)), [p[-1] for p in points], fontsize=8)
-    axes.grid(axis="x", alpha=0.25)
-    axes.set_xlabel("AUC (dashed: none; dotted: item alone)", fontsize=8)
+            points.append((mean, float(low), float(high), feature))
+    return sorted(points)
 
 
 def ctr_dots(result: Mapping[str, Any], title: str) -> str:
-    """`auc_dots` as a picture of its own."""
+    """A dot with its interval for each feature, best first; dashed: what `none` reaches."""
+    points = ctr_points(result)[::-1]
+    floor = max(result.get("floor", {}).values(), default=None)
+    if not points:
+        return ""
+    values = [v for p in points for v in p[:3]]
+    far = ""
+    if floor is not None and floor >= min(values) - (max(values) - min(values)) / 2:
+        values.append(floor)
+    elif floor is not None:  # it would take all the room
+        far, floor = f"item alone: {floor:.3f}, further left", None
+    margin = 10 + max(width_of(p[-1]) for p in points)
+    row = 18
+    svg = Svg(430, 34 + row * len(points) + 40, title)
+    x = Scale(min(values), max(values), margin + 6, svg.width - 14)
+    bottom = 32 + row * len(points)
+    for tick in x.ticks(4):
+        svg.line(x(tick), 28, x(tick), bottom, "grid")
+        svg.text(x(tick), bottom + 11, f"{tick:.3g}", "muted", "middle")
+    for name, value, kind, top in (
+        ("item alone", floor, "level dotted", 8),
+        ("none", next((p[0] for p in points if p[-1] == "none"), None), "level", 20),
+    ):
+        if value is not None:
+            svg.line(x(value), top + 6, x(value), bottom, kind)
+            at = min(max(x(value), margin + 30), svg.width - 32)
+            svg.text(at, top, name, "muted", "middle")
+    for i, (mean, low, high, feature) in enumerate(points):
+        y = 32 + row * (i + 0.5)
+        ours = feature in OURS
+        kind = "accent" if ours else "other"
+        told = f"{feature}: AUC {mean:.4f}, 95 % interval {low:.4f} to {high:.4f}"
+        svg.text(margin, y, feature, "strong" if ours else "", "end")
+        svg.line(x(low), y, x(high), y, f"interval {kind}")
+        svg.dot(x(mean), y, 4, f"fill {kind}", told)
+    if far:
+        svg.text(2, 8, far, "muted")
+    svg.text((x.start + x.stop) / 2, bottom + 28, "AUC on test users, mean of the recommenders",
+             "muted", "middle")  # fmt: skip
+    return str(svg)
 
-    def draw(axes: Axes) -> None:
-        auc_dots(axes, result)
-        axes.set_title(title)
 
-    return svg(draw, 5.2, 0.9 + 0.22 * len(result["settings"]["features"]))
-
-
-_PALETTE = (
-    "#3b82c4", "#d97b29", "#4a9c5d", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c",
-    "#b5a12a", "#2fa3b5", "#6b8e23", "#a0522d", "#6a5acd", "#cd5c5c", "#20937a", "#b8860b",
-)  # fmt: skip
+def interval(low: float, middle: float, high: float, most: float) -> str:
+    """How many times as often, as a dot with its interval on a logarithmic line from 1."""
+    svg = Svg(96, 14, f"{middle:.1f} times as often, 95 % interval {low:.1f} to {high:.1f}")
+    x = Scale(0, math.log(max(most, 1.01)), 3, 93)
+    at = [x(math.log(max(v, 1.0))) for v in (low, middle, high)]
+    svg.line(3, 7, 93, 7, "grid")
+    svg.line(3, 3, 3, 11, "axis")
+    svg.line(at[0], 7, at[2], 7, "interval accent")
+    svg.dot(at[1], 7, 3.5, "fill accent")
+    return str(svg)

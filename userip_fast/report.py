@@ -1,62 +1,81 @@
-"""report.html: what a run read, learned and found, in one file that needs nothing else."""
+"""report.html: a verdict on a run, what the codes mean, and the numbers behind both, in one file.
+
+`report_run` gathers what a run folder holds, `write_report` makes a page of it; `userip show` adds
+a search to the same sections (`userip_fast.show`).
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from userip_fast import pictures
+from userip_fast import page, pictures
+from userip_fast.cards import code_cards, name_of
 from userip_fast.config import Config
 from userip_fast.errors import FormatError
-from userip_fast.files import atomic_file, read_json, read_tensors
-
-_STYLE = """
-:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 22%, transparent); }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } h3 { font-size: 1rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; margin: .6rem 0; }
-th, td { text-align: left; vertical-align: top; padding: .2rem .9rem .2rem 0;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-th { white-space: nowrap; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-.pairs > tbody > tr > td { text-align: left; }
-svg { max-width: 100%; height: auto; }
-.pictures, .cards { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
-.cards { grid-template-columns: repeat(auto-fill, minmax(min(16rem, 100%), 1fr)); }
-.card { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .8rem; }
-.card h3 { margin: 0; } .card p { margin: .2rem 0; overflow-wrap: anywhere; }
-.note { opacity: .7; }
-"""
+from userip_fast.files import read_json, read_tensors
+from userip_fast.verdict import OTHERS, verdict
+from userip_fast.visible import visible
 
 
 def report_run(run: str | os.PathLike[str]) -> Path:
     """Writes `run/report.html` from all that a run folder holds.
 
-    Beside metrics, rounds and code cards of `fit`, these are shown where they are: the embedded
-    LM's training, the codewords, `confusion.json` of the demo, `explain.json` of `userip explain`,
-    and every `ctr.json` in the folder or one folder below.
+    Beside metrics, rounds and code cards of `fit`, these are shown where they are: prompts and
+    thresholds of the model, the embedded LM's training, the codewords, `confusion.json` of the
+    demo, `explain.json` of `userip explain`, and every `ctr.json` in the folder or one below.
 
     Raises:
         FormatError: The folder holds no run, or a file of it is torn.
     """
     root = Path(run)
+    with torn_is_told(root):
+        write_report(root / "report.html", *gather(root))
+    return root / "report.html"
+
+
+class torn_is_told:  # noqa: N801  # reads as what it does
+    """What a file of the run garbles is a FormatError that names the folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, e: BaseException | None, _: object) -> None:
+        garbled = ArithmeticError, AttributeError, LookupError, TypeError, ValueError
+        if isinstance(e, garbled):
+            raise FormatError(
+                f"{self.root}: a file of the run does not hold what was written "
+                f"({type(e).__name__}: {e})"
+            ) from e
+
+
+Gathered = tuple[
+    dict[str, Any], list[dict[str, Any]], dict[str, list[dict[str, Any]]], dict[str, Any]
+]
+"""Metrics, records, cards, and the rest: the arguments of `write_report`."""
+
+
+def gather(root: Path) -> Gathered:
+    """What a run folder holds.
+
+    Raises:
+        FormatError: The folder holds no run, or a file of it is torn.
+    """
     if not (root / "metrics.json").is_file():
         raise FormatError(f"{root}: holds no metrics.json, so it is no run folder of `userip fit`")
     lines = root / "metrics.jsonl"
     try:
-        records = (
-            [json.loads(r) for r in lines.read_text("utf-8").splitlines()]
-            if (lines.is_file())
-            else []
-        )
+        told = lines.read_text("utf-8").splitlines() if lines.is_file() else []
+        records = [json.loads(line) for line in told]
     except ValueError as e:
         raise FormatError(f"{lines}: holds a line that is not JSON ({e})") from e
     model = root / "model"
@@ -69,26 +88,23 @@ def report_run(run: str | os.PathLike[str]) -> Path:
     }.items():
         if path.is_file():
             more[name] = read_json(path)
+    if (model / "manifest.json").is_file():
+        more["behaviour"] = read_json(model / "manifest.json").get("behaviour", {})
     if (model / "codebooks.safetensors").is_file():
         tensors = read_tensors(model / "codebooks.safetensors")
-        fields = Config.load(model / "config.json").fields  # in the order of the codebooks
+        config = Config.load(model / "config.json")
+        more["fields"] = config.fields  # in the order of the codebooks
         more["codewords"] = {
             f.name: tensors[f"{j}.codewords"].float().numpy()
-            for j, f in enumerate(fields)
+            for j, f in enumerate(config.fields)
             if f"{j}.codewords" in tensors
         }
+        cards = {f.name: cards[f.name] for f in config.fields if f.name in cards} | cards
     ctr = {p.parent.name: read_json(p) for p in sorted(root.glob("*/ctr.json"))}
     if (root / "ctr.json").is_file():
         ctr["ctr"] = read_json(root / "ctr.json")
     more["ctr"] = ctr
-    metrics = read_json(root / "metrics.json")
-    try:
-        write_report(root / "report.html", metrics, records, cards, more)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-        raise FormatError(
-            f"{root}: a file of the run does not hold what was written ({type(e).__name__}: {e})"
-        ) from e
-    return root / "report.html"
+    return read_json(root / "metrics.json"), records, cards, more
 
 
 def write_report(
@@ -104,92 +120,206 @@ def write_report(
         path: Of the page; it appears whole or not at all.
         metrics: As in metrics.json. Each mapping in it becomes a table; `fields` becomes one row
             per field, and its `counts` a bar chart.
-        records: One per round, as in metrics.jsonl; `nll_per_weight` is plotted over `round`.
+        records: One per round, as in metrics.jsonl.
         cards: Field -> code cards, as `CodeCard.to_dict` gives them.
-        more: `lm_training`, `codewords`, `confusion`, `explain`, `ctr`, as `report_run` finds them.
+        more: `behaviour`, `fields`, `lm_training`, `codewords`, `confusion`, `explain`, `ctr`, as
+            `gather` finds them.
     """
-    more = more or {}
-    fields = metrics.get("fields", {})
-    body = ["<h1>userip_fast: collaborative IDs</h1>"]
-    body += _new_users(more.get("lm_training", {}).get("nll"))
-    body += _pictures(metrics, records, cards, more)
-    body += _ctr(more.get("ctr", {}))
-    explained = more.get("explain", {})
-    for name, codes in cards.items():
-        extra = explained.get("fields", {}).get(name, {})
-        body += [f"<h2>codes of {escape(name)}</h2>", _cards(codes, extra.get("codes", []))]
-    if associations := explained.get("associations"):
-        body += ["<h2>codes and traits they never saw</h2>", _associations(associations)]
-    single = {k: v for k, v in metrics.items() if not isinstance(v, Mapping)}
-    sections = {k: v for k, v in metrics.items() if isinstance(v, Mapping) and k != "fields"}
-    for title, values in {**sections, "run": single}.items():
-        if values:
-            body += [f"<h2>{escape(title)}</h2>", _pairs(values)]
-    if fields:
-        body += ["<h2>fields</h2>", _grid(fields)]
-    if records:
-        rounds = {str(r["round"] + 1): {k: r[k] for k in r if k != "round"} for r in records}
-        body += ["<h2>rounds</h2>", _grid(rounds)]
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>userip_fast report</title><style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body></html>\n"
-    )
-    with atomic_file(path) as tmp:
-        tmp.write_text(page, encoding="utf-8")
+    page.write_page(path, "userip_fast report", sections(metrics, records, cards, more or {}))
 
 
-def _new_users(nll: Mapping[str, float] | None) -> list[str]:
-    """How well the embedded LM predicts users whom it has not seen, and whether telling helps."""
-    if not nll:
-        return []
-    others = {name: x for name, x in nll.items() if name != "told"}
-    known = {
-        "untold": "told nothing of them",
-        "item": "by how the item fares with all",
-        "constant": "by how often each reaction occurs",
-    }
-    against = ", ".join(f"{x:.3f} {known.get(name, name)}" for name, x in others.items())
-    helps = nll["told"] < min(others.values(), default=float("inf"))
-    verdict = "Profiles help to predict new users" if helps else "Profiles say little of new users"
-    text = f"{verdict}: {nll['told']:.3f} nats told of ten events; {against}."
-    return [f"<p>{escape(text)}</p>"]
-
-
-def _pictures(
+def sections(
     metrics: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
     cards: Mapping[str, Sequence[Mapping[str, Any]]],
     more: Mapping[str, Any],
 ) -> list[str]:
-    """Curves, usage, maps of codewords and, where the truth is known, confusion with it."""
-    try:
-        drawn = []
-        if training := more.get("lm_training"):
-            curves = [training.get(name) for name in ("scored", "held_out")]
-            drawn.append(pictures.lm_curve(training["tokens"], training["loss"], *curves))
-        told = [r for r in records if "nll_per_weight" in r]
-        if told:
-            drawn.append(pictures.nll_curve(told))
-        for name in dict.fromkeys([*metrics.get("fields", {}), *cards]):
-            codes = sorted(cards.get(name, ()), key=lambda c: c["code"])
-            counts = metrics.get("fields", {}).get(name, {}).get("counts")
-            if counts := counts or [c["users"] for c in codes]:
-                drawn.append(pictures.usage(name, counts))
-            words = [c["words"][0] if c["words"] else str(c["code"]) for c in codes]
-            if name in more.get("codewords", {}) and len(codes) > 1:
-                drawn.append(
-                    pictures.code_map(
-                        name, more["codewords"][name], [c["users"] for c in codes], words
-                    )
-                )
-            if truth := more.get("confusion", {}).get(name):
-                drawn.append(pictures.confusion(name, np.asarray(truth["counts"]), truth["traits"]))
-    except ImportError:
-        return ['<p class="note">No plots: matplotlib is not installed.</p>']
-    return [_grid_of("pictures", drawn)] if drawn else []
+    """The page's body, from the verdict to the last number."""
+    users = metrics.get("data", {}).get("users", metrics.get("users"))
+    body = [f"<h1>{f'Profiles of {users:,} users' if users else 'Profiles of users'}</h1>"]
+    body += [_byline(metrics)]
+    if not (metrics or cards):
+        return body
+    told = verdict(metrics, more.get("lm_training", {}), cards, more.get("ctr", {}))
+    body += ['<div class="verdict">', *(f"<p>{escape(visible(t))}</p>" for t in told), "</div>"]
+    found = {
+        "The run": _run(metrics, more),
+        _curves_title(more): _curves(records, more),
+        "Recommenders with and without the codes": _ctr(more.get("ctr", {})),
+        **{
+            f"Codes of {name}": _field(j, name, own, metrics, more)
+            for j, (name, own) in enumerate(cards.items())
+        },
+        "Codes and traits they never saw": _associations(more.get("explain", {})),
+        "What the words mean": [page.legend()],
+    }
+    found = {title: part for title, part in found.items() if part}
+    links = (f'<a href="#s{i}">{escape(visible(t))}</a>' for i, t in enumerate(found))
+    body.append(f"<nav>{' '.join(links)}</nav>")
+    for i, (title, part) in enumerate(found.items()):
+        body += [f'<h2 id="s{i}">{escape(visible(title))}</h2>', *part]
+    return [*body, "<details><summary>Every number</summary>", *_numbers(metrics, records),
+            "</details>"]  # fmt: skip
+
+
+def _byline(metrics: Mapping[str, Any]) -> str:
+    run = metrics.get("run", {})
+    told = [f"userip_fast {run['userip_fast']}"] if "userip_fast" in run else ["userip_fast"]
+    if "date" in run:
+        told.append(
+            datetime.fromisoformat(run["date"]).astimezone(UTC).strftime("%d %B %Y, %H:%M UTC")
+        )
+    return f'<p class="muted">{escape(" · ".join(told))}</p>'
+
+
+def _run(metrics: Mapping[str, Any], more: Mapping[str, Any]) -> list[str]:
+    """Command, data, prompts, thresholds, LM and time."""
+    data, fit, lm = (metrics.get(n, {}) for n in ("data", "fit", "lm"))
+    rows: dict[str, Any] = {}
+    if command := metrics.get("run", {}).get("command"):
+        rows["command"] = command
+    if "events" in data:
+        order = "in time order" if data.get("time_ordered") else "without times"
+        rows["data"] = (
+            f"{data['users']:,} users, {data['items']:,} items, {data['events']:,} events, {order}"
+        )
+    dropped = data.get("dropped", {})
+    if why := dropped.get("counts"):
+        rows["rows dropped"] = ", ".join(f"{count:,} {rule}" for rule, count in why.items())
+    if told := data.get("told"):
+        share = told["told"] / max(1, told["events"])
+        rows["read by the LM"] = f"{told['told']:,} of {told['events']:,} events ({share:.0%})"
+    fmt = more.get("behaviour", {})
+    if text := fmt.get("text"):
+        rows["an event is told as"] = fmt.get("template", "").replace("{text}", text)
+    if scale := fmt.get("scale"):
+        rows["reactions by rating"] = _scale(scale["words"], scale["thresholds"])
+    for f in more.get("fields", ()):
+        words = f"; starts at {', '.join(f.candidates)}" if f.candidates else ""
+        rows[f"prompt of {f.name}"] = f"“{f.prompt} …”, {f.codebook_size} codes{words}"
+    if lm:
+        rows["language model"] = ", ".join(
+            str(lm[n]) for n in ("source", "quantization", "dtype", "device") if n in lm
+        )
+    if "seconds" in fit:
+        rows["time"] = (
+            f"{fit['seconds']:,.0f} s, {fit['users_per_second']:,.1f} users a second, "
+            f"{fit['forward_equivalents']:.2f} LM passes a user"
+        )
+    if "seed" in metrics:
+        rows["seed"] = str(metrics["seed"])
+    return [page.pairs(rows)] if rows else []
+
+
+def _scale(words: Sequence[str], thresholds: Sequence[float]) -> str:
+    """disliked below 4, okay below 5, liked from 5."""
+    told = [f"{w} below {t:g}" for w, t in zip(words, thresholds)]
+    return ", ".join([*told, f"{words[-1]} from {thresholds[-1]:g}"])
+
+
+def _curves_title(more: Mapping[str, Any]) -> str:
+    held_out = (more.get("lm_training") or {}).get("nll")
+    return "Do profiles predict new users?" if held_out else "Training"
+
+
+def _curves(records: Sequence[Mapping[str, Any]], more: Mapping[str, Any]) -> list[str]:
+    """Held-out loss of the LM beside what never looks at a user; the codes' objective by round."""
+    drawn = []
+    training = more.get("lm_training") or {}
+    nll, tokens = training.get("nll"), training.get("tokens", ())
+    held_out = training.get("held_out") or [None]
+    if nll and None not in held_out:
+        # The curve counts a loss weight, the comparison an event; they meet at the best point.
+        unit = nll["told"] / min(held_out)
+        seen = [(at, unit * x) for at, x in zip(tokens, held_out)]
+        # What an LM begins at, far above, would flatten what matters.
+        worst = max(nll.values())
+        limit = worst + 2 * (worst - nll["told"])
+        while len(seen) > 2 and seen[0][1] > limit:
+            seen.pop(0)
+        lines = [_line("told of ten events", seen, "accent")]
+        levels = [(_SHORT.get(n, n), x) for n, x in nll.items() if n in OTHERS]
+        drawn.append(page.figure(
+            "The LM on users held out",
+            pictures.curves("loss of users held out", lines, levels, "tokens read", "nats"),
+        ))  # fmt: skip
+    elif tokens:
+        lines = [_line("training", zip(tokens, training["loss"]), "accent")]
+        drawn.append(page.figure(
+            "Training of the LM", pictures.curves("loss", lines, [], "tokens read", "nats")
+        ))  # fmt: skip
+    drawn += _rounds(records)
+    if not drawn:
+        return []
+    notes = []
+    if nll:
+        notes.append(
+            f"{page.term('users held out', 'Users held out')} are told by ten of their events; "
+            f"dashed lines never look at the user. In {page.term('nats')}, less is better."
+        )
+    if any(r.get("elbo_held_out") is not None for r in records):
+        notes.append(
+            f"{page.term('ELBO')}: more is better. The two groups of users lie apart as their "
+            "histories do; rounds that lower either are taken back."
+        )
+    return [page.pictures(drawn), *(f'<p class="note">{note}</p>' for note in notes)]
+
+
+_SHORT = {"untold": "told nothing", "item": "item's own rate", "constant": "reaction's rate"}
+
+
+def _line(label: str, points: Iterable[tuple[float, float]], kind: str) -> pictures.Line:
+    x, y = zip(*points)
+    return label, x, y, kind
+
+
+def _rounds(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    if any("elbo" in r for r in records):
+        told = {"elbo": "training users", "elbo_held_out": "users held out"}
+        ylabel, title = "nats a user", "EM: ELBO by round"
+    else:
+        told = {"nll_per_weight": "NLL"}
+        ylabel, title = "nats per loss weight", "EM: NLL of behaviour"
+    lines = []
+    for (name, label), kind in zip(told.items(), ("other", "accent")):
+        own = [(r["round"] + 1, r[name]) for r in records if r.get(name) is not None]
+        if own:
+            lines.append(_line(label, own, kind))
+    if not lines:
+        return []
+    drawn = pictures.curves(title, lines, [], "round", ylabel, [r["round"] + 1 for r in records])
+    return [page.figure(title, drawn)]
+
+
+def _field(
+    number: int,
+    name: str,
+    codes: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    more: Mapping[str, Any],
+) -> list[str]:
+    """Usage, map and cards of a field's codes."""
+    by_code = sorted(codes, key=lambda c: c["code"])
+    counts = metrics.get("fields", {}).get(name, {}).get("counts") or [c["users"] for c in by_code]
+    drawn = (
+        [page.figure("How many users have each code", pictures.usage(name, counts))]
+        if counts
+        else []
+    )
+    words = [name_of(c).split(", ")[0] for c in by_code]
+    if name in more.get("codewords", {}) and len(by_code) > 1:
+        users = [c["users"] for c in by_code]
+        drawn.append(page.figure(
+            "How near codes are to each other",
+            pictures.code_map(name, more["codewords"][name], users, words),
+        ))  # fmt: skip
+    if truth := more.get("confusion", {}).get(name):
+        counted = pictures.confusion(name, np.asarray(truth["counts"]), truth["traits"])
+        drawn.append(page.figure("Planted trait and code", counted))
+    explained = more.get("explain", {}).get("fields", {}).get(name, {}).get("codes", [])
+    scale = more.get("behaviour", {}).get("scale") or {}
+    shown = code_cards(codes, explained, number, scale.get("words", ()))
+    return [page.pictures(drawn), shown]
 
 
 def _ctr(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -199,15 +329,15 @@ def _ctr(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     from userip_fast.ctr.codes import codes_in_words
     from userip_fast.ctr.statistics import in_words
 
-    body = ["<h2>recommenders with and without the IDs</h2>"]
-    try:
-        drawn = [
-            pictures.ctr_dots(r, f"{name}: {r['protocol']}, {r['label']}")
-            for name, r in results.items()
-        ]
-        body.append(_grid_of("pictures", drawn))
-    except ImportError:
-        pass  # said above
+    drawn = [
+        page.figure(f"{name}: {r['protocol']}, {r['label']}", pictures.ctr_dots(r, name))
+        for name, r in results.items()
+    ]
+    body = [
+        page.pictures(drawn),
+        f'<p class="note">Dots are {page.term("AUC")} with 95 % intervals over test users and '
+        f"seeds; in colour what this package adds. Dashed: {page.term('none')}.</p>",
+    ]
     for name, r in results.items():
         backbones = list(dict.fromkeys(b for by in r["auc"].values() if by for b in by))
         rows = []
@@ -220,103 +350,36 @@ def _ctr(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
             )
             rows.append([feature, *cells])
         floor = ", ".join(f"{n.replace('_', ' ')} {x:.4f}" for n, x in r.get("floor", {}).items())
-        body += [f"<h3>{escape(name)}</h3>", _table(["AUC", *backbones], rows)]
+        body += [f"<h3>{escape(visible(name))}</h3>", page.table(["AUC", *backbones], rows)]
         notes = [f"Item alone: {floor}."] if floor else []  # older files have none of these
         notes += r.get("warnings", [])
         notes += [f"Codes, seed {s}: {codes_in_words(c)}." for s, c in r.get("codes", {}).items()]
-        body += [f'<p class="note">{escape(note)}</p>' for note in notes]
+        body += [f'<p class="note">{escape(visible(note))}</p>' for note in notes]
     return body
 
 
-def _cards(codes: Sequence[Mapping[str, Any]], explained: Sequence[Mapping[str, Any]]) -> str:
-    """Codes by number of users; what they choose more than others, by the users it was not found
-    on, and the items with their lift (share here over share among all)."""
-    extra = {e["code"]: e for e in explained}
-    drawn = []
-    for card in sorted(codes, key=lambda c: (-c["users"], c["code"])):
-        parts = [f"<h3>code {card['code']}: {card['users']:,} users</h3>"]
-        items = [f"{item} (x{lift:.1f})" for item, lift in zip(card["items"], card["lift"])]
-        more = extra.get(card["code"], {})
-        told = [
-            f"{t['what']} x{t['ratio']:.1f} ({t['low']:.1f} to {t['high']:.1f})"
-            for t in card.get("told", ())
-        ]
-        went = [f"{word} {share:.0%}" for word, share in card.get("reactions", {}).items()]
-        lines = {
-            "": ", ".join(card["words"]),
-            "more than others: ": ", ".join(told),
-            "reactions: ": ", ".join(went),
-            "contrastive: ": " | ".join(items),
-            "typical: ": " | ".join(more.get("typical", [])),
-            "avoided: ": " | ".join(more.get("avoided", [])),
-        }
-        parts += [
-            f"<p>{label and f'<b>{label}</b>'}{escape(text)}</p>"
-            for label, text in lines.items()
-            if text
-        ]
-        for example in more.get("examples", []):
-            sure = "" if example["p"] is None else f" (p {example['p']:.2f})"
-            text = f"user {example['user']}{sure}: {example['behaviour']}"
-            parts.append(f'<p class="note">{escape(text)}</p>')
-        drawn.append(f'<div class="card">{"".join(parts)}</div>')
-    return f'<div class="cards">{"".join(drawn)}</div>'
-
-
-def _associations(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+def _associations(explained: Mapping[str, Any]) -> list[str]:
     rows = [
         [name, column, a["users"], a["bits"], a["chance_bits"], a["p"]]
-        for name, columns in found.items()
+        for name, columns in explained.get("associations", {}).items()
         for column, a in columns.items()
     ]
     head = ["field", "trait", "users", "shared bits", "by chance", "p (permutations)"]
-    return _table(head, rows)
+    return [page.table(head, rows)] if rows else []
 
 
-def _grid_of(kind: str, drawn: Iterable[str]) -> str:
-    return f'<div class="{kind}">' + "".join(f"<div>{d}</div>" for d in drawn) + "</div>"
-
-
-def _flat(values: Mapping[str, Any], under: str = "") -> dict[str, Any]:
-    """Nested mappings as one, names joined by a space."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        out |= (
-            _flat(value, f"{under}{key} ") if isinstance(value, Mapping) else {under + key: value}
-        )
-    return out
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{escape(k)}</th>{_cell(v)}</tr>" for k, v in _flat(values).items())
-    return f'<table class="pairs">{rows}</table>'
-
-
-def _grid(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line per row; counts of codes are left out, they are plotted."""
-    flat = {name: _flat(values) for name, values in rows.items()}
-    columns = dict.fromkeys(c for values in flat.values() for c in values)
-    columns = {c: None for c in columns if c.split(" ")[-1] != "counts"}
-    lines = [[name, *(values.get(c, "") for c in columns)] for name, values in flat.items()]
-    return _table(["", *columns], lines)
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    lines = ["".join(f"<th>{escape(h)}</th>" for h in head)]
-    lines += ["".join(map(_cell, row)) for row in rows]
-    rows_text = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table>{rows_text}</table></div>'
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return f"<td>{ {True: 'yes', False: 'no', None: '-'}[value] }</td>"
-    if isinstance(value, int):
-        return f'<td class="number">{value:,}</td>'
-    if isinstance(value, float):
-        return f'<td class="number">{value:,.4g}</td>'
-    if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
-        return f"<td>{_table(value[0], (row.values() for row in value))}</td>"
-    if isinstance(value, list | tuple):
-        return f"<td>{escape(', '.join(map(str, value)) or '-')}</td>"
-    return f"<td>{escape(str(value))}</td>"
+def _numbers(metrics: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All of metrics.json and metrics.jsonl."""
+    single = {k: v for k, v in metrics.items() if not isinstance(v, Mapping)}
+    parts = {k: v for k, v in metrics.items() if isinstance(v, Mapping) and k != "fields"}
+    body = []
+    for title, values in {**parts, "other": single}.items():
+        if values:
+            body += [f"<h3>{escape(visible(title))}</h3>", page.pairs(values)]
+    if fields := metrics.get("fields", {}):
+        body += ["<h3>fields</h3>", page.grid(fields)]
+    if records:
+        shown = [{k: v for k, v in r.items() if k not in ("round", "time")} for r in records]
+        rounds = {str(r["round"] + 1): told for r, told in zip(records, shown)}
+        body += ["<h3>rounds</h3>", page.grid(rounds)]
+    return body

@@ -59,7 +59,7 @@ def infer_shard(
     out: str | Path,
     *,
     on_bad: str | None = None,
-    show: bool = False,
+    show: bool = True,
 ) -> Path:
     """Infers one shard into `out/shard-IIIII-of-NNNNN.parquet`, unless it is there already.
 

@@ -65,7 +65,7 @@ def tune(
     *,
     lm: FrozenLM | None = None,
     seeds: int = 2,
-    show: bool = False,
+    show: bool = True,
     each: Callable[[Choice], None] = lambda choice: None,
 ) -> list[Choice]:
     """Tries `sizes` codes in every field, and the config's own sizes without each field in turn.

@@ -89,9 +89,9 @@ def test_din_reads_the_history_and_the_numbers():
 def test_without_its_libraries_it_says_what_to_install(monkeypatch):
     for module, backbone in (("torch_rechub.basic.features", "dcn"), ("lightgbm", "lightgbm")):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(UnavailableError, match=r"userip-fast\[ctr\]"):
+        with pytest.raises(UnavailableError, match=r"\(extra ctr\): pip install"):
             check_installed((backbone,))
-    with pytest.raises(UnavailableError, match=r"userip-fast\[ctr\]"):
+    with pytest.raises(UnavailableError, match=r"\(extra ctr\): pip install"):
         build("dcn", [Column("a", 2, np.zeros(1, np.int64))], CTRConfig())
 
 

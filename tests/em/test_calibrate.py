@@ -63,11 +63,12 @@ class World:
             rows_told=lambda told: told.kinds,
         )
 
-    def calibrate(self, lifts, neutral=None, judging=None):
+    def calibrate(self, lifts, neutral=None, judging=None, groups=None):
         usual = Usual.of(self.counts, self.words) if self.words and neutral is not None else None
         if judging is None:
             judging = np.arange(len(self.kinds)) % 5 == 0
-        return calibrate(self.source, judging, self.table(lifts, neutral), self.counts, usual)
+        table = self.table(lifts, neutral)
+        return calibrate(self.source, judging, table, self.counts, usual, groups)
 
 
 @pytest.mark.parametrize("copies", [1, 8])
@@ -75,7 +76,7 @@ def test_events_that_say_the_same_count_less(copies):
     """Where events are drawn apart each counts whole; where each draw is told again and again,
     later events are predicted best when it counts for less."""
     world = World(400, 64, 20, copies)
-    half = world.calibrate(torch.from_numpy(world.p), judging=np.ones(400, bool)).half_events
+    half = world.calibrate(torch.from_numpy(world.p), judging=np.ones(400, bool))[0].half_events
     assert half >= 100 if copies == 1 else half <= 30
 
 
@@ -87,7 +88,7 @@ def test_counts_speak_where_the_lm_does_not_tell(words):
     lifts = torch.from_numpy(world.p)
     usual = lifts.exp().mean(1, keepdim=True).log()
     lifts = torch.where(known[:, None], lifts - usual, 0.0)
-    how = world.calibrate(lifts, torch.zeros(1, 2))
+    how, _ = world.calibrate(lifts, torch.zeros(1, 2))
     values = how.values(lifts.float(), world.texts, 1.0).double()
     truth = torch.from_numpy(world.p)
     if not words:
@@ -106,13 +107,34 @@ def test_counts_speak_where_the_lm_does_not_tell(words):
 def test_where_the_lm_tells_all_counts_change_little():
     world = World(1500, 40, 30)
     lifts = torch.from_numpy(world.p) - torch.from_numpy(world.p).exp().mean(1, keepdim=True).log()
-    how = world.calibrate(lifts, torch.zeros(1, 2))
+    how, _ = world.calibrate(lifts, torch.zeros(1, 2))
     assert how.counted is None or np.abs(how.counted.log_factors).mean() < 0.1
+
+
+@pytest.mark.parametrize("words", [(), WORDS])
+def test_an_lm_that_tells_nothing_leaves_what_codes_began_at(words):
+    """Its table tells nobody apart, so that its codes count nothing; groups of users do."""
+    world = World(1500, 40, 30, words=words)
+    lifts = torch.zeros(len(world.p), K)
+    truth = torch.from_numpy(world.p)
+    groups = truth + 0.3 * torch.randn(truth.shape), torch.tensor([0.4, 0.6]).double().log()
+    groups = groups[0].float().contiguous(), groups[1]
+    how, log_prior = world.calibrate(lifts, torch.zeros(1, 2), groups=groups)
+    assert how.counted is not None
+    values = how.values(lifts, world.texts, 1.0).double()
+    told = (values[:, 0] - values[:, 1]).numpy()
+    assert np.corrcoef(told, (world.p[:, 0] - world.p[:, 1]))[0, 1] > 0.9
+    np.testing.assert_allclose(log_prior.exp().sum(), 1, rtol=1e-6)
+    share = np.bincount(world.taste, minlength=K) / len(world.taste)
+    np.testing.assert_allclose(log_prior.exp(), share, atol=0.1)
+    alone, _ = world.calibrate(lifts, torch.zeros(1, 2))
+    flat = alone.values(lifts, world.texts, 1.0)
+    assert float((flat[:, 0] - flat[:, 1]).abs().max()) < 1e-3
 
 
 def test_without_judges_nothing_is_counted():
     world = World(30, 10, 8)
-    how = world.calibrate(torch.zeros(8, K), torch.zeros(1, 2), np.zeros(30, bool))
+    how, _ = world.calibrate(torch.zeros(8, K), torch.zeros(1, 2), np.zeros(30, bool))
     assert how.counted is None
     assert how.half_events == np.inf
 
@@ -164,7 +186,10 @@ def test_factors_are_kept_checked_and_renumbered():
 @pytest.mark.parametrize("rated", [False, True])
 def test_a_model_keeps_what_was_counted(lm, tmp_path, rated, monkeypatch):  # noqa: F811
     """A fit's table, a loaded model's and one that reads everything anew are the same."""
-    monkeypatch.setattr("userip_fast.em.calibrate._PRIORS", (1.0,))
+    # Whatever the judges of so small a log say: counts are taken.
+    monkeypatch.setattr(
+        "userip_fast.em.calibrate._Judges.told", lambda self, how, *told: float(bool(how.counted))
+    )
     data = read(60) if rated else choices()
     model = uf.fit(data, lm, config=FIT, out=tmp_path / "run")
     assert model.calibration.counted is not None

@@ -113,8 +113,7 @@ def test_opcheck():
     plain = (*case.tensors, *case.pack)
     out, lse = attention_forward(*plain, *settings)
     torch.library.opcheck(
-        attention_backward.op,
-        (torch.ones_like(out), *plain, None, out, lse, *settings[1:]),
+        attention_backward.op, (torch.ones_like(out), *plain, None, out, lse, *settings[1:])
     )
 
 
@@ -216,13 +215,12 @@ def spoiled_user(device, dtype, dim, by_descriptor, monkeypatch):
         torch.tensor([0, *torch.tensor(lengths).cumsum(0)], **ints),
         torch.arange(rows, **ints), torch.arange(prefix, **ints),
     )  # fmt: skip
-    settings = (None, 1, dim**-0.5, 0, 0.0, 0)
+    settings = (1, dim**-0.5, 0, 0.0, 0)
 
     def run():
-        out, lse = kernels.forward(q, k, v, *prefix_kv, *pack, *settings)
-        return out, *kernels.backward(
-            d_out, q, k, v, *prefix_kv, *pack, None, out, lse, *settings[1:]
-        )
+        out, lse = kernels.forward(q, k, v, *prefix_kv, *pack, None, *settings)
+        extra = (*pack, None, out, lse, *settings)
+        return out, *kernels.backward(d_out, q, k, v, *prefix_kv, *extra)
 
     want = run()
     a, b = lengths[0], lengths[0] + lengths[1]

@@ -21,7 +21,7 @@ from userip_fast.ctr.config import DIN, CTRConfig
 from userip_fast.ctr.inputs import Column, History, Input, Number
 from userip_fast.errors import UnavailableError
 
-_INSTALL = "pip install 'userip-fast[ctr]'"
+_INSTALL = "(extra ctr): pip install"
 _FEW = 256  # values that LightGBM may split by one by one
 _MULTI_HOT = 64
 
@@ -239,7 +239,7 @@ def _rechub(module: str) -> Any:
         return importlib.import_module(f"torch_rechub.{module}")
     except ImportError as e:
         raise UnavailableError(
-            f"the CTR evaluation trains torch-rechub's models: {_INSTALL} (torch-rechub>=0.9); {e}"
+            f"the CTR evaluation trains torch-rechub's models {_INSTALL} 'torch-rechub>=0.9'; {e}"
         ) from e
 
 
@@ -247,7 +247,7 @@ def _lightgbm() -> Any:
     try:
         return importlib.import_module("lightgbm")
     except (ImportError, OSError) as e:  # its library may lack OpenMP
-        raise UnavailableError(f"backbone lightgbm needs LightGBM: {_INSTALL}; {e}") from e
+        raise UnavailableError(f"backbone lightgbm needs LightGBM {_INSTALL} lightgbm; {e}") from e
 
 
 def _as_module(model: Any) -> nn.Module:

@@ -48,7 +48,7 @@ def evaluate_ctr(
     config: Config | Mapping[str, Any] | None = None,
     out: str | os.PathLike[str] | None = None,
     cells: str | os.PathLike[str] | None = None,
-    show: bool = False,
+    show: bool = True,
 ) -> dict[str, Any]:
     """Trains recommenders with each user feature, and compares them.
 

@@ -301,7 +301,7 @@ def _implicit_als(matrix: sp.csr_matrix, rank: int) -> Any:
         from implicit.cpu.als import AlternatingLeastSquares
     except ImportError as e:
         raise UnavailableError(
-            f"feature foldin needs implicit's ALS: pip install 'userip-fast[ctr]'; {e}"
+            f"feature foldin needs implicit's ALS (extra ctr): pip install implicit; {e}"
         ) from e
     from threadpoolctl import threadpool_limits
 

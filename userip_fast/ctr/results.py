@@ -108,9 +108,14 @@ def run_plan(
             # an event table are.
             want = {"ctr": merged, "config": asked, "lm": RECIPE, "table": TABLE_RECIPE}
             stamp = folder / "settings.json"
-            if (folder / "ctr.json").is_file() and stamp.is_file() and read_json(stamp) == want:
-                here[evaluation] = read_json(folder / "ctr.json")
-                continue
+            if (folder / "ctr.json").is_file() and stamp.is_file():
+                said = read_json(stamp)
+                # An older event table's figures stand until they are measured anew, and say so.
+                older = seconds == 0 and {**said, "table": TABLE_RECIPE} == want
+                if said == want or older:
+                    result = read_json(folder / "ctr.json")
+                    here[evaluation] = {**result, "older_table": True} if said != want else result
+                    continue
             skipped = any(
                 chosen and one not in chosen
                 for one, chosen in (
@@ -235,6 +240,8 @@ def write_page(
         for label, by in labels.items():
             for evaluation, result in by.items():
                 lines += [f"### {name}, {label}: {evaluation}", ""]
+                if isinstance(result, dict) and result.get("older_table"):
+                    lines += ["Measured with an earlier version of the event table.", ""]
                 if result is None:
                     lines += ["Not run yet.", ""]
                 elif isinstance(result, str):

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from userip_fast.behaviour import Source, Told
 from userip_fast.em.counted import Counted, expected
-from userip_fast.em.lifts import Calibration, Usual, log_norm
+from userip_fast.em.lifts import PLAIN, Calibration, Usual, log_norm
 from userip_fast.em.table import EventTable, Kind
 from userip_fast.ops import profile_posterior
 from userip_fast.packing import Int64
 from userip_fast.prefetch import Prefetch
 
-TABLE_RECIPE = 2
+TABLE_RECIPE = 3
 """Changes with what a fit makes of the same data, LM and settings."""
 CHUNK = 4_096  # users whose sums are added before they join the others': part of the result
 _HALF_EVENTS = (math.inf, 100.0, 30.0, 10.0, 3.0)
-_PRIORS = (math.inf, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
+_PRIORS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
 _EARLY = (2, 5, 15)  # events of judges that are told to predict as many more
 _JUDGES = 8_192  # at most
 
@@ -39,14 +39,20 @@ def calibrate(
     table: EventTable,
     counts: Mapping[Kind, int],
     usual: Usual | None,
-) -> Calibration:
-    """The calibration under which first events of judges predict their later ones best.
+    groups: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Calibration, Tensor]:
+    """The calibration under which first events of judges predict their later ones best, and [Z] the
+    codes' log prior.
+
+    Whose events are counted for a code is what the table says, or what the groups say that codes
+    began at: an LM that was told nothing tells no users apart, and counts then are all there is.
 
     Args:
         judging: [U] which of the source's first users judge; the others are counted.
         table: Of their kinds of event, not calibrated: lifts, or likelihoods.
         counts: How often each kind occurred.
         usual: Reactions to items, where events tell of them and are told by lifts.
+        groups: log p(kind | code) [E, Z] and log prior [Z] of what codes began at, if known.
     """
     neutral = table.calibration.neutral
     fmt, lifts, texts = source.format, table.values, table.texts
@@ -61,43 +67,66 @@ def calibrate(
         return how, how.values(lifts, texts, fmt.feedback_weight)
 
     plain, values = read(Calibration(neutral, usual=usual))
-    judges = _Judges(table.grid.log_prior)
-    observed = torch.zeros(values.shape, dtype=torch.float64)
+    ways = [(values, table.grid.log_prior)]
+    if counted and groups is not None:
+        ways.append(groups)
+    judges = _Judges()
+    observed = [torch.zeros(values.shape, dtype=torch.float64) for _ in ways]
+    shares = [torch.zeros(values.shape[1], dtype=torch.float64) for _ in ways]
     for first, told in chunks(source, table.engine.lm.tokenizer, len(judging)):
         rows, offsets = table.rows_told(told), told.offsets
         judge = judging[first : first + len(offsets) - 1]
         judges.add(rows, offsets, judge)
-        if counted:
-            log_resp, _ = profile_posterior(
-                values, torch.from_numpy(rows), torch.from_numpy(offsets), table.grid.log_prior
-            )
-            resp = log_resp.double().exp() * torch.from_numpy(~judge)[:, None]
-            user = np.repeat(np.arange(len(judge)), np.diff(offsets))
-            add_by_kind(observed, torch.from_numpy(rows), torch.from_numpy(user), resp)
-    usually = expected(observed, values, events, fmt) if counted else observed
-    best, most, best_prior = plain, -math.inf, math.inf
-    for prior in _PRIORS if counted and judges.count else _PRIORS[:1]:
-        how, own = plain, values
-        if math.isfinite(prior):
-            factors = Counted.of(texts, observed, usually, len(table.words), prior)
-            how, own = read(replace(plain, counted=factors))
+        user = torch.from_numpy(np.repeat(np.arange(len(judge)), np.diff(offsets)))
+        kinds, ends = torch.from_numpy(rows), torch.from_numpy(offsets)
+        for (own, log_prior), n, share in zip(ways, observed, shares):
+            if counted:
+                log_resp, _ = profile_posterior(own, kinds, ends, log_prior)
+                resp = log_resp.double().exp() * torch.from_numpy(~judge)[:, None]
+                add_by_kind(n, kinds, user, resp)
+                share += torch.from_numpy(resp.numpy().sum(0))  # in order of users
+    found = _Best(judges)
+    found.consider(plain, values, table.grid.log_prior, "the LM alone")
+    if counted and judges.count:
+        usuals = table.grid.log_prior, _log_mean(shares[-1])
+        for name, n, log_prior in zip(("codes", "groups"), observed, usuals):
+            usually = expected(n, values, events, fmt)
+            for prior in _PRIORS:
+                factors = Counted.of(texts, n, usually, len(table.words), prior)
+                how, own = read(replace(plain, counted=factors))
+                found.consider(how, own, log_prior, f"counts of {name} above {prior:g}")
+    logger.info(
+        "judges choose %s; each of n events counts 1 / (1 + n / %g)",
+        found.name,
+        found.how.half_events,
+    )
+    return found.how, found.log_prior
+
+
+class _Best:
+    """What judges are told best by, of what was considered."""
+
+    def __init__(self, judges: _Judges) -> None:
+        self.judges, self.most, self.name = judges, -math.inf, ""
+        self.how, self.log_prior = PLAIN, torch.zeros(0)
+
+    def consider(self, how: Calibration, values: Tensor, log_prior: Tensor, name: str) -> None:
+        """One way to read the table, each with all `half_events`."""
         for half in _HALF_EVENTS:
             option = replace(how, half_events=half)
-            if (told_best := judges.told(option, own)) > most:
-                best, most, best_prior = option, told_best, prior
-    logger.info(
-        "counts speak where they are above %g; each of n events counts 1 / (1 + n / %g)",
-        best_prior,
-        best.half_events,
-    )
-    return best
+            if (worth := self.judges.told(option, values, log_prior)) > self.most:
+                self.most, self.name, self.how, self.log_prior = worth, name, option, log_prior
+
+
+def _log_mean(resp: Tensor) -> Tensor:
+    """[Z] log shares of codes from sums of responsibilities, one user more per code."""
+    return ((resp + 1) / (resp.sum() + len(resp))).log()
 
 
 class _Judges:
     """The first events of users, which are to predict their next ones."""
 
-    def __init__(self, log_prior: Tensor) -> None:
-        self.log_prior = log_prior
+    def __init__(self) -> None:
         self.count = 0
         self._rows: list[Int64] = []
         self._lengths: list[Int64] = []
@@ -110,7 +139,7 @@ class _Judges:
         self._lengths.append(lengths)
         self.count += len(own)
 
-    def told(self, how: Calibration, values: Tensor) -> float:
+    def told(self, how: Calibration, values: Tensor, log_prior: Tensor) -> float:
         """Nats of the later events, each on its own; 0 where nobody judges."""
         rows = np.concatenate([np.zeros(0, np.int64), *self._rows])
         lengths = np.concatenate([np.zeros(0, np.int64), *self._lengths])
@@ -125,7 +154,7 @@ class _Judges:
                 values,
                 torch.from_numpy(rows[early]),
                 torch.from_numpy(offsets),
-                self.log_prior,
+                log_prior,
                 how.weights(offsets),
             )
             each = log_resp.double().repeat_interleave(n, 0) + values[rows[later]].double()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -21,7 +22,7 @@ from userip_fast.errors import ConfigError
 from userip_fast.lm.engine import Engine
 from userip_fast.lm.foldin import FoldIn
 from userip_fast.lm.frozen import FrozenLM
-from userip_fast.packing import telling
+from userip_fast.packing import Int64, telling
 from userip_fast.prompts import Layout, ProfileField
 
 _CHOOSING_USERS = 128  # who choose among more words than there are codes
@@ -128,7 +129,7 @@ class Starts:
         return [Codebook(book.codewords[k]) for book, k in zip(books, best)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class ToldUsers:
     """What U users did, and how the LM is told of it.
 
@@ -141,6 +142,7 @@ class ToldUsers:
     foldin: FoldIn
     events: Told
     words: tuple[str, ...] = ()
+    _free: dict[tuple[int, int], FreeMixture] = field(default_factory=dict, repr=False)
 
     def codebooks(
         self, fields: tuple[ProfileField, ...], layout: Layout, seed: int
@@ -166,20 +168,42 @@ class ToldUsers:
         words = self.events.words
         return list(zip(self.events.texts, words or [""] * len(self.events.texts)))
 
-    def _groups(self, codes: int, seed: int) -> Codebook:
-        """Codewords [K, S D], and the groups' shares as prior."""
-        texts = {text: i for i, text in enumerate(dict.fromkeys(self.events.texts))}
-        text = np.asarray([texts[t] for t in self.events.texts], np.int64)
+    def groups(self, texts: Sequence[str], codes: int, seed: int) -> tuple[Tensor, Tensor]:
+        """[T W, K] fp32 log p(kind | group) of texts under each word, and [K] fp64 log prior of the
+        groups that codewords begin at; 0 throughout of a text that none of these users had."""
+        free, words = self._mixture(codes, seed), max(1, len(self.words))
+        table = np.concatenate([free.table, np.zeros((words, codes))]).astype(np.float32)
+        at = np.asarray([self._texts.get(text, len(self._texts)) for text in texts], np.int64)
+        rows = (at[:, None] * words + np.arange(words)).ravel()
+        return torch.from_numpy(table[rows]), torch.from_numpy(free.log_prior)
+
+    @cached_property
+    def _texts(self) -> dict[str, int]:
+        return {text: i for i, text in enumerate(dict.fromkeys(self.events.texts))}
+
+    @property
+    def _told(self) -> tuple[Int64, Int64, Int64 | None]:
+        """Offsets, texts and words of all events."""
+        text = np.asarray([self._texts[t] for t in self.events.texts], np.int64)
         at, level = self.events.kinds, None
         if self.events.words is not None:
             word = {w: i for i, w in enumerate(self.words)}
             level = np.asarray([word[w] for w in self.events.words], np.int64)[at]
-        told = self.events.offsets, text[at], level
-        free = FreeMixture(*told, len(texts), codes, seed, max(1, len(self.words)))
-        log_resp = torch.from_numpy(free.posterior(*told, power=1.0))
-        theta = self.foldin.theta_of_groups(self._kinds, at, self.events.offsets, log_resp)
+        return self.events.offsets, text[at], level
+
+    def _mixture(self, codes: int, seed: int) -> FreeMixture:
+        if (codes, seed) not in self._free:
+            size = len(self._texts), codes, seed, max(1, len(self.words))
+            self._free[codes, seed] = FreeMixture(*self._told, *size)
+        return self._free[codes, seed]
+
+    def _groups(self, codes: int, seed: int) -> Codebook:
+        """Codewords [K, S D], and the groups' shares as prior."""
+        resp = torch.from_numpy(self._mixture(codes, seed).posterior(*self._told, power=1.0))
+        at = self.events.kinds
+        theta = self.foldin.theta_of_groups(self._kinds, at, self.events.offsets, resp)
         book = Codebook(theta.flatten(1))
-        book.log_prior = ((log_resp.sum(0) + 1) / (log_resp.sum() + codes)).log().float()
+        book.log_prior = ((resp.sum(0) + 1) / (resp.sum() + codes)).log().float()
         return book
 
 

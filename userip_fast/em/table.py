@@ -225,9 +225,10 @@ class EventTable:
         if self.calibration.raw:
             self._raw.append((texts, own, told))
 
-    def calibrated(self, how: Calibration) -> EventTable:
-        """A raw table's likelihoods or lifts, read as `how` says."""
-        out = EventTable(self.engine, self.format, self.codebooks, self.config, how)
+    def calibrated(self, how: Calibration, codebooks: list[Codebook]) -> EventTable:
+        """A raw table's likelihoods or lifts, read as `how` says; the codebooks may have other
+        shares of codes."""
+        out = EventTable(self.engine, self.format, codebooks, self.config, how)
         out._unpaid = self._unpaid
         for texts, own, told in self._raw:
             out._keep(texts, own, told)

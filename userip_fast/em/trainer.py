@@ -36,7 +36,7 @@ from userip_fast.em.mixture import Mixture, is_last
 from userip_fast.em.mstep import Stats, ThetaMStep, check_codebook_sizes
 from userip_fast.em.paper import run_paper
 from userip_fast.em.posterior import PosteriorEStep
-from userip_fast.em.starts import ToldUsers
+from userip_fast.em.starts import ToldUsers, kind_of_start
 from userip_fast.em.steps import (
     Block,
     EMState,
@@ -302,20 +302,21 @@ class Trainer:
         else:
             count = min(em.fit_users or APART_USERS, source.num_users)
             users = Apart(self._block(source, 0, count), self.engine, em)
-        mixture = Mixture(users, self.engine, em, fields, self._told(source, count))
+        started = self._told(source, count)
+        mixture = Mixture(users, self.engine, em, fields, started)
         records: list[dict[str, Any]] = []
         if resume and kept is not None and (last := kept.last()):
             books, records = last.codebooks, last.records
             for record in records:
                 log(record)
             if is_last(records[-1], em):
-                return books, self._calibrated(source, users, books, tables)
+                return self._calibrated(source, users, books, tables, started)
         else:
             books = mixture.best_start(fields, start)
         rounds = mixture.rounds(books, records[-1]["lr"] if records else None)
         if records:
             next(rounds)  # where the last record stands
-        with progress("EM", em.max_rounds, "rounds", self.show) as bar:
+        with progress("EM", em.max_rounds, "rounds", self.show, at_most=True) as bar:
             for at in rounds:
                 usage = _told_usage(at.found.usage)
                 record = self._record(len(records), at.found.totals, usage, 0)
@@ -324,23 +325,37 @@ class Trainer:
                 if kept is not None and self.processes.rank == 0:
                     kept.save(Checkpoint(len(records), at.codebooks, None, records))
                 log(record)
-                bar.advance(len(records) > 1, elbo=record["elbo"])
+                told = {n: record[n] for n in ("elbo", "elbo_held_out") if record[n] is not None}
+                bar.advance(len(records) > 1, **told)
                 if is_last(record, em):
-                    return at.codebooks, self._calibrated(source, users, at.codebooks, tables)
+                    return self._calibrated(source, users, at.codebooks, tables, started)
         raise AssertionError("EM goes on until its last round")
 
     def _calibrated(
-        self, source: Source, users: Users, books: list[Codebook], tables: BlockCache | None
-    ) -> EventTable | None:
-        """Everything that was read of the users, to be read as their judges say; where an event
-        table serves."""
+        self,
+        source: Source,
+        users: Users,
+        books: list[Codebook],
+        tables: BlockCache | None,
+        told: ToldUsers | None,
+    ) -> tuple[list[Codebook], EventTable | None]:
+        """Everything that was read of the users, to be read as their judges say, and the codebooks
+        with the codes' shares; where an event table serves."""
         if not isinstance(users, Crowd):
-            return None
-        raw = Calibration(users.neutral, raw=True)
-        table = EventTable(self.engine, source.format, books, self.config.em, raw)
+            return books, None
+        raw, em = Calibration(users.neutral, raw=True), self.config.em
+        table = EventTable(self.engine, source.format, books, em, raw)
         table.cache, table.show = tables, self.show
         self._read(table, users.kinds)
-        return table.calibrated(calibrate(source, users.judging, table, users.kinds, users.usual))
+        fields, groups = self.config.fields, None
+        if told is not None and len(fields) == 1 and kind_of_start(em, fields[0], True) == "told":
+            groups = told.groups(table.texts, len(books[0]), em.seed)
+        how, log_prior = calibrate(source, users.judging, table, users.kinds, users.usual, groups)
+        if len(books) == 1:
+            book = Codebook.from_state(books[0].state())
+            book.log_prior = log_prior.float()
+            books = [book]
+        return books, table.calibrated(how, books)
 
     def _read(self, table: EventTable, kinds: Iterable[Kind]) -> None:
         longest = table.format.chunk_tokens + self.engine.layout.num_soft

@@ -23,6 +23,7 @@ from userip_fast.lm.foldin import FOLDIN_FILES, FoldIn
 from userip_fast.lm.pretraining import teach, train
 from userip_fast.packing import Behaviour, Int64
 from userip_fast.prompts import Layout, PromptTemplate
+from userip_fast.quiet import quiet_libraries
 from userip_fast.sums import (
     MANIFEST,
     cache_folder,
@@ -142,7 +143,7 @@ def _cached(
     with one_writer(folder, "another process, which trains the same LM"):
         if _usable(folder, needed, logger.warning):
             return folder  # the other one has trained it
-        with atomic_dir(folder) as tmp:
+        with quiet_libraries(), atomic_dir(folder) as tmp:
             training = make(tmp)
             _warn(training["nll"])
             write_json(tmp / "training.json", training)

@@ -103,7 +103,9 @@ class PackedEngine:
             if probe:
                 self._probe()
                 self.last_layer = self.last_layer if self._picks_rows() else None
-            self.stack = stack if not probe or self._says_the_same(stack) else None
+            if stack is not None and (not probe or self._agrees(stack)):
+                self.stack = stack
+                self.prefix = self._prefix_keys_values()
 
     def nll(self, pack: Pack, soft_rows: Tensor) -> Tensor:
         """See `Engine.nll`."""
@@ -217,26 +219,10 @@ class PackedEngine:
             )
 
     def _two_users(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embedded tokens [10, D] of two users, and their final hidden states [10, D]."""
+        """Embedded tokens [10, D] of two users, and their final hidden states as `_forward`'s."""
         lm, context = self.lm, self._plain([5, 5])
         x = lm.embed(torch.arange(3, 13, device=lm.device) % lm.token_embedding.shape[0])
         return x, self._forward(x, context.position, context, rows)
-
-    @torch.no_grad()
-    def _says_the_same(self, stack: Stack | None) -> bool:
-        """Whether a stack reads two users, and some of their rows, as the modules do."""
-        if stack is None:
-            return False
-        rows = torch.tensor([6, 9], device=self.lm.device)
-        _, want = self._two_users()
-        self.stack = stack
-        (_, whole), (_, picked) = self._two_users(), self._two_users(rows)
-        self.stack = None
-        if _near(whole, want) and _near(picked, want[rows]):
-            return True
-        name = type(self.lm.model).__name__
-        logger.info("%s is not what its layers look like: it runs module by module", name)
-        return False
 
     @torch.no_grad()
     def _picks_rows(self) -> bool:
@@ -251,6 +237,20 @@ class PackedEngine:
             logger.debug("the last layer is run on all rows: %s", e)
             return False
         return _near(picked[rows], whole[rows])
+
+    @torch.no_grad()
+    def _agrees(self, stack: Stack) -> bool:
+        """Whether the stack reads two small users as the modules do."""
+        rows = torch.tensor([6, 9], device=self.lm.device)
+        _, want = self._two_users()
+        self.stack = stack
+        (_, whole), (_, picked) = self._two_users(), self._two_users(rows)
+        self.stack = None
+        if _near(whole, want) and _near(picked, want[rows]):
+            return True
+        name = type(self.lm.model).__name__
+        logger.info("%s is not what its layers look like: it runs module by module", name)
+        return False
 
     @torch.no_grad()
     def _prefix_keys_values(self) -> dict[int, list[tuple[Tensor, Tensor]]]:

@@ -164,11 +164,9 @@ def _rounded_together(linears: Sequence[Any]) -> list[FP8Linear]:
     values, scale = quantize_rows(whole)
     back, back_scale = quantize_rows(whole.t().contiguous())
     parts = zip(
-        torch.split(values, sizes),
-        torch.split(scale, sizes),
-        torch.split(back, sizes, 1),
+        torch.split(values, sizes), torch.split(scale, sizes), torch.split(back, sizes, 1),
         strict=True,
-    )
+    )  # fmt: skip
     return [
         FP8Linear(m.weight, m.bias, (v, s, b, back_scale)).train(m.training)
         for m, (v, s, b) in zip(linears, parts, strict=True)

@@ -30,6 +30,7 @@ from userip_fast.lm.nf4 import is_linear4bit, quantize_linears
 from userip_fast.lm.residency import set_recompute, settle
 from userip_fast.lm.stored import first_line, told
 from userip_fast.lm.trace import Architecture, Workload
+from userip_fast.quiet import quiet_libraries
 from userip_fast.text_tokens import text_tokenizer
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ class FrozenLM:
         return self.folder is not None and stored.is_of(self.folder, self.tokenizer, fingerprint)
 
     @classmethod
+    @quiet_libraries()
     def load(
         cls, path: str, config: LMConfig | None = None, work: Workload | None = None
     ) -> FrozenLM:

@@ -66,7 +66,7 @@ class HeadNorms:
 
 @dataclass(frozen=True)
 class AttentionHalf:
-    """Of one layer. `heads`: (H, Hkv, d); `module`: the id of its attention module."""
+    """Of one layer. `heads`: (H, Hkv, d); `module`: the attention module's id."""
 
     norm: Norm
     qkv: Product
@@ -130,7 +130,7 @@ class _Attention(torch.autograd.Function):
         if context.prefix is None:
             prefix = (k.new_empty(0, kv_heads, dim), k.new_empty(0, kv_heads, dim))
         else:
-            prefix = context.prefix[half.module][0]
+            (prefix,) = context.prefix[half.module]
         mask = packed_attention.Mask(
             context.segment,
             context.prefix_segment,
@@ -138,8 +138,9 @@ class _Attention(torch.autograd.Function):
             context.position,
             context.prefix_position,
         )
-        numbers = (half.scaling, near.window, 0.0, near.chunk)
-        settings = (context.num_fields, *numbers, context.max_seqlen, impl)
+        settings = (
+            context.num_fields, half.scaling, near.window, 0.0, near.chunk, context.max_seqlen, impl
+        )  # fmt: skip
         out, lse = packed_attention.forward(q, k, v, *prefix, mask, settings, context.work_lists)
         ctx.save_for_backward(s, r, qkv, qk, out, lse, rows, *angles, *prefix, *mask)
         ctx.half, ctx.settings, ctx.lists = half, settings, context.work_lists
@@ -153,8 +154,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         s, r, qkv, qk, out, lse, rows, cosine, sine, *rest = ctx.saved_tensors
-        prefix_k, prefix_v, *mask_of = rest
-        mask = packed_attention.Mask(*mask_of)
+        prefix_k, prefix_v, *rest = rest
+        mask = packed_attention.Mask(*rest)
         half: AttentionHalf = ctx.half
         (heads, kv_heads, _), how = half.heads, half.norm.impl
         d_out, d_s = grads
@@ -164,10 +165,10 @@ class _Attention(torch.autograd.Function):
             d_attended = _placed(d_attended, rows, len(s))
             d_s = None if d_s is None else _placed(d_s, rows, len(s))
         q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :]
-        d_attended, settings = d_attended.view(out.shape), ctx.settings
         d = packed_attention.backward(
-            d_attended, q, k, v, prefix_k, prefix_v, mask, out, lse, settings, ctx.lists
-        )
+            d_attended.view(out.shape), q, k, v, prefix_k, prefix_v, mask, out, lse, ctx.settings,
+            ctx.lists,
+        )  # fmt: skip
         d_qk = d[:, : heads + kv_heads]
         if half.head_norms is None:
             ops.turn_(d_qk, cosine, sine, True, how)

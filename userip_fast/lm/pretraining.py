@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from userip_fast.behaviour import Told
     from userip_fast.lm.frozen import FrozenLM
 
+PRETRAINING = "pre-training the LM"
+"""What progress calls it."""
+
 _DECAY = 0.1
 _CONTRAST = 8.0  # nats a token that a nat of telling users apart is worth
 _PASSES = 20  # over the log, at most
@@ -61,8 +64,7 @@ def train(
     shares = (1.0, _CONTRAST) if data.choices else (0.5, 0.5)
     judges = _Judges(data, layout, seed, _JUDGE_BATCHES)
     tokens = _budget(config.embedded_tokens, data)
-    what = "pre-training the LM"
-    curve = _learn(model, soft, parameters, data, judges, shares, tokens, _LOOKS, what, show)
+    curve = _learn(model, soft, parameters, data, judges, shares, tokens, _LOOKS, PRETRAINING, show)
     model.eval()
     return model, soft.language(data), curve
 
@@ -135,7 +137,8 @@ def _learn(
     curve: dict[str, Any] = {n: [] for n in ("tokens", "loss", "scored", "held_out")}
     recent: list[tuple[float, float]] = []
     best, kept, in_vain, drops = math.inf, None, 0, 0
-    with progress(what, steps * STEP_TOKENS, "tokens", show) as bar:
+    total = steps * STEP_TOKENS
+    with progress(what, total, "tokens", show, at_most=True) as bar:
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = _rate(step, steps, drops if judges.batches else None, warm)

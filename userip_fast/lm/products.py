@@ -109,8 +109,8 @@ def product_of(linears: Sequence[nn.Module]) -> Product | None:
     if len(kinds) != 1 or len({getattr(m, "bias", None) is None for m in linears}) != 1:
         return None
     if isinstance(first, FP8Linear):
-        buffers: list[Any] = [m.forward_weight for m in linears]
-        memory = {w.untyped_storage()._cdata for w in buffers}
+        weights: list[Any] = [m.forward_weight for m in linears]
+        memory = {w.untyped_storage()._cdata for w in weights}
         return E4M3Product(linears) if len(memory) == 1 else None
     if isinstance(first, StreamedLinear):
         return StreamedProduct(linears) if StreamedProduct.fits(linears) else None

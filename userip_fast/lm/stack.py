@@ -84,8 +84,10 @@ def stack_of(model: Any, impl: str) -> Stack | None:
     if _parts(base) != _BASE or getattr(config, "attn_logit_softcapping", None):
         return None
     norm = _norm(base.norm, impl)
+    if norm is None or len(set(base.layers)) != config.num_hidden_layers:
+        return None
     layers = [_layer(layer, impl) for layer in base.layers]
-    if norm is None or len(layers) != config.num_hidden_layers or not all(layers):
+    if not all(layers):
         return None
     return Stack(tuple(x for x in layers if x is not None), norm, base.rotary_emb)
 
@@ -109,7 +111,7 @@ def _norm(module: Any, impl: str) -> Norm | None:
 
 
 def _layer(layer: Any, impl: str) -> tuple[AttentionHalf, MLPHalf, nn.Module] | None:
-    if _parts(layer) != _LAYER or getattr(layer.self_attn, "sinks", None) is not None:
+    if _parts(layer) != _LAYER:
         return None
     attention, mlp = layer.self_attn, layer.mlp
     first, second = _norm(layer.input_layernorm, impl), _norm(layer.post_attention_layernorm, impl)
@@ -119,6 +121,8 @@ def _layer(layer: Any, impl: str) -> tuple[AttentionHalf, MLPHalf, nn.Module] | 
         first is None or second is None or act is None or _fused(attention) is None
         or not _parts(attention) >= _PROJECTIONS or norms not in (set(), _HEAD_NORMS)
         or _parts(mlp) != _MLP
+        or list(attention.parameters(recurse=False))  # sinks
+        or _width(attention.v_proj) != _width(attention.k_proj)
     ):  # fmt: skip
         return None
     products = [

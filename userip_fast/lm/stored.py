@@ -27,6 +27,7 @@ from userip_fast.errors import FormatError, UnsupportedError, UserIPError
 from userip_fast.files import read_json, tensor_bytes
 from userip_fast.lm import attention
 from userip_fast.lm.memory import is_out_of_memory
+from userip_fast.quiet import quiet_libraries
 from userip_fast.sums import kept_sum
 
 logger = logging.getLogger("userip_fast.lm")
@@ -231,6 +232,7 @@ def model_fingerprint(model: Any, tokenizer: Any) -> str:
     return FULL + digest.hexdigest()
 
 
+@quiet_libraries()
 def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Writes a tokenizer by itself, unless it would not be the same when it is read again."""
     try:
@@ -245,6 +247,7 @@ def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@quiet_libraries()
 def kept_tokenizer(folder: Path) -> Any:
     """What `keep_tokenizer` wrote.
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+
 from userip_fast import isa, threads
 from userip_fast.errors import UnavailableError
 
@@ -60,6 +62,8 @@ def resolve(op: str, impl: str, candidates: Mapping[str, WhyNot]) -> str:
     for name, why_not in candidates.items():
         reason = why_not()
         if reason is None:
+            if torch.compiler.is_compiling():  # it can follow no context variable, log or clock
+                return name
             why = "; ".join(skipped) or "first choice"
             if (op, name, why) not in _announced and not _quiet.get():
                 _announced.add((op, name, why))

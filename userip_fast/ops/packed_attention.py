@@ -1,8 +1,9 @@
 """`soft_prompt_attention` on the rows of one q-k-v product, a step of `userip_fast.lm.halves`.
 
-q, k and v are heads of one tensor [T, H + 2 Hkv, d], or v is and q and k are of another; gradients
-are written into one tensor of that shape, which the product's backward pass reads as it lies. The
-work lists of a pack are made by its first layer and kept for the others.
+There are no sinks, and v is as wide as k. q, k and v are heads of one tensor [T, H + 2 Hkv, d], or
+v is and q and k are of another; gradients are written into one tensor of that shape, which the
+product's backward pass reads as it lies. The work lists of a pack are made by its first layer and
+kept for the others.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def _run(
         more: Any = (*mask, None, out, lse, *settings[:5], lists, parts)
         kernels.backward(d_out, q, k, v, prefix_k, prefix_v, *more)
         return whole
-    grads = attention_backward(d_out, q, k, v, prefix_k, prefix_v, *mask, None, out, lse, *settings)
+    more = (*mask, None, out, lse, *settings)
+    grads = attention_backward(d_out, q, k, v, prefix_k, prefix_v, *more)
     for part, grad in zip(parts, grads, strict=True):
         part.copy_(grad)
     return whole

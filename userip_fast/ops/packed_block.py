@@ -215,6 +215,7 @@ def norm_turn_backward_(
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """gate and up [M, F] of [M, 2 F]."""
     gate, up = x.chunk(2, 1)
     return gate, up
 
