@@ -171,6 +171,7 @@ def _calls(device: str) -> Mapping[str, Callable[[str], object]]:
         int32[:0],
     )
     return {
+        "assign_code_ids": lambda impl: ops.assign_code_ids(x, x, impl=impl),
         "assign_codes": lambda impl: ops.assign_codes(x, x, impl=impl),
         "assign_codes_with_margin": lambda i: ops.assign_codes_with_margin(x, x, impl=i),
         "assign_codes_with_stats": lambda i: ops.assign_codes_with_stats(x, x, impl=i),
