@@ -1,6 +1,9 @@
 """How an event table is to be read once its codebooks are there: what counting adds to it, and how
-much an event of a long history says. Both are chosen by users whom M-steps and counts never saw;
-the groups that codewords begin at have, so that a choice between codes and groups leans to these."""
+much an event of a long history says.
+
+Both are chosen by users whom M-steps and counts never saw; the groups that codewords begin at have,
+so that a choice between codes and groups leans to these.
+"""
 
 from __future__ import annotations
 
