@@ -16,7 +16,7 @@ from userip_fast.config import DataConfig, build
 from userip_fast.data import Catalogue, Events, FeedbackScale, Interactions, Negatives, make_events
 from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError, shown
 from userip_fast.keys import hash_keys
-from userip_fast.packing import Behaviour, Int64, build_behaviour, told_events
+from userip_fast.packing import Behaviour, Int64, build_behaviour, ragged_arange, told_events
 from userip_fast.profiles import NEGATIVE_WORDS
 from userip_fast.prompts import Layout, TokenTable, tokenize_events
 from userip_fast.reach import Reach
@@ -210,6 +210,19 @@ class Told:
     tokens: Int64
     kinds: Int64
     offsets: Int64
+
+    def select(self, users: Int64) -> Told:
+        """What these users are told to have done, with no other kinds."""
+        lengths = np.diff(self.offsets)[users]
+        at = self.kinds[ragged_arange(self.offsets[users], lengths)]
+        there, kinds = np.unique(at, return_inverse=True)
+        return Told(
+            [self.texts[k] for k in there.tolist()],
+            None if self.words is None else [self.words[k] for k in there.tolist()],
+            self.tokens[there],
+            kinds.astype(np.int64),
+            np.concatenate([[0], np.cumsum(lengths)]),
+        )
 
 
 class Source(Protocol):

@@ -11,10 +11,13 @@ from test_resume import read
 
 import userip_fast as uf
 from userip_fast.behaviour import Told
+from userip_fast.config import EMConfig
+from userip_fast.em import trainer
 from userip_fast.em.calibrate import calibrate
 from userip_fast.em.counted import Counted, expected
 from userip_fast.em.lifts import Calibration, Usual
 from userip_fast.errors import FormatError
+from userip_fast.lm.foldin import FoldIn
 
 K = 2
 WORDS = ("bad", "good")
@@ -130,6 +133,35 @@ def test_an_lm_that_tells_nothing_leaves_what_codes_began_at(words):
     alone, _ = world.calibrate(lifts, torch.zeros(1, 2))
     flat = alone.values(lifts, world.texts, 1.0)
     assert float((flat[:, 0] - flat[:, 1]).abs().max()) < 1e-3
+
+
+def test_who_judges_is_not_among_the_groups(lm, monkeypatch):  # noqa: F811
+    """Codewords begin at groups of the training users alone: a judge tells of everybody unseen."""
+    told = []
+
+    class Spy(trainer.ToldUsers):
+        def __init__(self, foldin, events, words):
+            told.append(events)
+            super().__init__(foldin, events, words)
+
+    monkeypatch.setattr(trainer, "ToldUsers", Spy)
+    zeros = torch.zeros(1, lm.hidden_size)
+    language = FoldIn([], torch.zeros(0, 1), zeros[:, None], zeros)
+    monkeypatch.setattr(lm, "foldin", language)
+    data = read(60)
+    source = uf.fit(data, lm, config=FIT).source(data)
+    everybody = source.told(lm.tokenizer, 0, source.num_users)
+    trains = np.flatnonzero(np.arange(source.num_users) % round(1 / EMConfig().held_out) != 0)
+    (some,) = told
+
+    def events(told, users):
+        kinds = list(zip(told.texts, told.words or told.texts))
+        bounds = told.offsets.tolist()
+        return [[kinds[k] for k in told.kinds[bounds[u] : bounds[u + 1]]] for u in users]
+
+    assert events(some, range(len(trains))) == events(everybody, trains)
+    assert len(some.offsets) == len(trains) + 1
+    assert set(some.kinds.tolist()) == set(range(len(some.texts))) == set(range(len(some.tokens)))
 
 
 def test_without_judges_nothing_is_counted():

@@ -1,8 +1,7 @@
 """How an event table is to be read once its codebooks are there: what counting adds to it, and how
 much an event of a long history says.
 
-Both are chosen by users whom M-steps and counts never saw; the groups that codewords begin at have,
-so that a choice between codes and groups leans to these.
+Both are chosen by users whom M-steps, counts and the groups that codewords begin at never saw.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from userip_fast.ops import profile_posterior
 from userip_fast.packing import Int64
 from userip_fast.prefetch import Prefetch
 
-TABLE_RECIPE = 3
+TABLE_RECIPE = 4
 """Changes with what a fit makes of the same data, LM and settings."""
 CHUNK = 4_096  # users whose sums are added before they join the others': part of the result
 _HALF_EVENTS = (math.inf, 100.0, 30.0, 10.0, 3.0)

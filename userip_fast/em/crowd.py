@@ -87,11 +87,13 @@ class Users(Protocol):
     """Training users, and others who judge.
 
     Attributes:
+        judging: [U] who judges, of all in hash order.
         trained, judged: Their numbers.
         some: Training users whose behaviour codewords may start from.
         lm_tokens: Rows that the LM has read so far; forward and backward count one each.
     """
 
+    judging: npt.NDArray[np.bool_]
     trained: int
     judged: int
     some: Block
@@ -115,9 +117,9 @@ class Apart:
 
     def __init__(self, users: Block, engine: Engine, config: EMConfig) -> None:
         self.engine, self.config = engine, config
-        judging = _judging(len(users.hashes), config.held_out)
-        self.some = users.select(np.flatnonzero(~judging))
-        self.judges = users.select(np.flatnonzero(judging))
+        self.judging = _judging(len(users.hashes), config.held_out)
+        self.some = users.select(np.flatnonzero(~self.judging))
+        self.judges = users.select(np.flatnonzero(self.judging))
         self.trained, self.judged = len(self.some.hashes), len(self.judges.hashes)
         self.lm_tokens = 0
 

@@ -302,7 +302,7 @@ class Trainer:
         else:
             count = min(em.fit_users or APART_USERS, source.num_users)
             users = Apart(self._block(source, 0, count), self.engine, em)
-        started = self._told(source, count)
+        started = self._told(source, users.judging)
         mixture = Mixture(users, self.engine, em, fields, started)
         records: list[dict[str, Any]] = []
         if resume and kept is not None and (last := kept.last()):
@@ -361,12 +361,14 @@ class Trainer:
         longest = table.format.chunk_tokens + self.engine.layout.num_soft
         in_memory(lambda: table.read(kinds), table, longest)
 
-    def _told(self, source: Source, users: int) -> ToldUsers | None:
-        """What the first users did, where the LM has a language to be told of it."""
+    def _told(self, source: Source, judging: npt.NDArray[np.bool_]) -> ToldUsers | None:
+        """What the first users who do not judge did, where the LM has a language to be told of
+        it."""
         lm = self.engine.lm
         if lm.foldin is None or len(lm.foldin.bias) != self.engine.layout.num_soft:
             return None
-        events = source.told(lm.tokenizer, 0, min(users, _TOLD_USERS))
+        some = judging[:_TOLD_USERS]
+        events = source.told(lm.tokenizer, 0, len(some)).select(np.flatnonzero(~some))
         return ToldUsers(lm.foldin, events, source.format.words)
 
     def _fit_head(
