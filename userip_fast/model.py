@@ -7,6 +7,7 @@ On disk a model is a folder that is whole or absent:
     codebooks.safetensors   codewords [K_j, m_j D] of each field
     start.safetensors       shared start [S, D]
     head.safetensors        of an amortised E-step
+    columns.parquet         codes of the event table's columns, where not all combinations are
     catalogue.parquet       training items with counts, to sample negatives from
     codes.json              code cards: words and typical items
     tokenizer/              of a model with an event table: the LM's, to do without the LM
@@ -45,6 +46,7 @@ from userip_fast.behaviour_stream import StreamSource
 from userip_fast.codebook import Codebook
 from userip_fast.config import Config, LMConfig
 from userip_fast.data import Catalogue, Interactions, InteractionStream
+from userip_fast.em import columns
 from userip_fast.em.amortised import Head
 from userip_fast.em.cache import DiskCache
 from userip_fast.em.checkpoints import load_codebooks
@@ -52,7 +54,7 @@ from userip_fast.em.counted import Counted
 from userip_fast.em.lifts import PLAIN, Calibration, Usual
 from userip_fast.em.matching import numbered_like
 from userip_fast.em.steps import profiles_total
-from userip_fast.em.table import EventTable, has_table
+from userip_fast.em.table import EventTable, answers
 from userip_fast.em.trainer import Log, Trainer
 from userip_fast.errors import (
     ConfigError,
@@ -74,7 +76,7 @@ from userip_fast.lm import FrozenLM, make_engine, stored
 from userip_fast.lm.engine import Engine, check_positions
 from userip_fast.lm.trace import Workload
 from userip_fast.packing import Int64
-from userip_fast.profiles import SAMPLING_POWER, Profile, Ranking, lifts, likings, odds
+from userip_fast.profiles import SAMPLING_POWER, Profile, Ranking, codes_of, lifts, likings, odds
 from userip_fast.prompts import Layout, PromptTemplate
 from userip_fast.reach import Reach
 from userip_fast.segments import Part, Segments
@@ -93,6 +95,7 @@ _FILES = (
 )
 _USUAL = "reactions.parquet"
 _COUNTED = "counted.parquet"
+_COLUMNS = "columns.parquet"
 _TOLD_USERS = 1 << 12  # of a stream, those who are looked at before the rest is read
 _LM_FILES = ("lm/config.json", "lm/model.safetensors")
 
@@ -144,6 +147,8 @@ class Model:
             learned += self.calibration.state().values()
             for told in (self.calibration.usual, self.calibration.counted):
                 digest.update(b"" if told is None else told.digest)
+        if self.calibration.columns is not None:
+            learned.append(self.calibration.columns)
         for tensor in (self.start, *learned):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -250,11 +255,12 @@ class Model:
             texts: Item text by key, of items that the training data lacks.
 
         Returns:
-            [Z], or [U, Z] for many users, of all Z combinations of codes, the last field's running
-            fastest. A user without events has the prior.
+            [Z], or [U, Z] for many users, of the Z combinations of codes in
+            `event_table().grid.codes` [Z, J]: all, the last field's running fastest, or of many
+            those that carry weight. A user without events has the prior.
 
         Raises:
-            ConfigError: The model has no event table (see `userip_fast.em.table.has_table`).
+            ConfigError: The model has no event table (see `userip_fast.em.table.answers`).
             DataError: An item has no known text, or reactions are not the model's.
         """
         many = len(items) > 0 and isinstance(items[0], list | tuple | np.ndarray)
@@ -328,7 +334,8 @@ class Model:
             return row, table.values[row].numpy()
 
         how = self.calibration.half_events, self.format.repeats
-        profile = Profile(table.grid.log_prior.numpy(), table.grid.sizes, tell, *how)
+        grid = table.grid
+        profile = Profile(grid.prior.numpy(), grid.sizes, tell, *how, columns=grid.codes.numpy())
         told = [None] * len(items) if reactions is None else reactions
         if len(items) != len(told):
             raise DataError(f"a user has {len(items)} items and {len(told)} reactions")
@@ -382,7 +389,7 @@ class Model:
         values = table.values[torch.from_numpy(rows)].numpy()
         values = values.reshape(len(texts), len(table.words), -1)
         if not self.format.words:
-            return lifts(values, table.grid.log_prior.numpy())
+            return lifts(values, table.grid.prior.numpy())
         return likings(values, self.format.best_word, self.format.feedback_weight)
 
     def _check_reactions(self, what: str) -> None:
@@ -393,8 +400,8 @@ class Model:
 
     @property
     def has_table(self) -> bool:
-        """Whether the model works from an event table; see `userip_fast.em.table.has_table`."""
-        return has_table(self.config)
+        """Whether the model works from an event table; see `userip_fast.em.table.answers`."""
+        return answers(self.config, self.calibration)
 
     def keep_table(self, table: EventTable | None) -> None:
         """Goes on with a table of the model's own codebooks and calibration."""
@@ -412,7 +419,7 @@ class Model:
         if not self.has_table:
             raise ConfigError(
                 "an event table needs em.estep=posterior, data.behaviour_context=independent and "
-                "few combinations of codes; fit a model with these"
+                "few codes; fit a model with these"
             )
         if self._table is None or self._table.codebooks is not self.codebooks:
             engine = (self.trainer or self.ready_trainer()).engine
@@ -540,6 +547,8 @@ class Model:
                 pq.write_table(self.calibration.usual.to_arrow(), tmp / _USUAL)
             if self.calibration.counted is not None:
                 pq.write_table(self.calibration.counted.to_arrow(), tmp / _COUNTED)
+            if self.calibration.columns is not None:
+                pq.write_table(columns.to_arrow(self.calibration.columns), tmp / _COLUMNS)
             if self.head is not None:
                 write_tensors(tmp / "head.safetensors", self.head.state())
             pq.write_table(self.catalogue.to_table(), tmp / "catalogue.parquet")
@@ -701,8 +710,14 @@ class Model:
             if start.dtype != torch.float32 or not start.isfinite().all():
                 raise FormatError(f"{root / 'start.safetensors'}: must be fp32 and finite")
             with _of_file(root / "start.safetensors"):
-                combinations = math.prod(f.codebook_size for f in config.fields)
+                sizes = [f.codebook_size for f in config.fields]
+                some, combinations = None, math.prod(sizes)
+                if _COLUMNS in files:
+                    with _of_file(root / _COLUMNS):
+                        found = codes_of(_read_table(root / _COLUMNS), sizes)
+                    some, combinations = torch.from_numpy(found), len(found)
                 calibration = Calibration.from_state(started, start, combinations)
+                calibration = replace(calibration, columns=some)
             if _USUAL in manifest["files"]:
                 with _of_file(root / _USUAL):
                     usual = Usual.from_arrow(_read_table(root / _USUAL))

@@ -85,14 +85,14 @@ def _blocks(
         assert found.log_resp is not None
         users = len(found.nll)
         columns = {"user_id": source.keys_of(done, done + users)}
-        joint = np.ones((users, 1), np.float32)
+        each = []
         for j, (field, log_resp) in enumerate(zip(model.config.fields, found.log_resp)):
             p = torch.as_tensor(log_resp).exp().float().numpy()
             columns[field.name] = pa.array(found.code_ids[:, j].numpy().astype(np.int32))
             columns[f"{field.name}_p"] = _lists(p)
-            joint = (joint[:, :, None] * p[:, None, :]).reshape(users, -1)
+            each.append(p)
         if top:
-            items, scores = model.top_items(joint, top)
+            items, scores = model.top_items(model.event_table().grid.joint(each), top)
             columns["top_items"] = _lists(items)
             columns["top_scores"] = _lists(scores)
         done += users

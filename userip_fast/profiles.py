@@ -1,7 +1,6 @@
 """Users and items from an event table, in numpy: profiles that grow, affinities, best items.
 
-What `userip_fast.model` and `userip_fast.serve` share; nothing here needs torch. The Z combinations
-of codes run with the last field's fastest.
+What `userip_fast.model` and `userip_fast.serve` share; nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from userip_fast.errors import DataError
+from userip_fast.errors import DataError, FormatError
 
 NEGATIVE_WORDS = ("chosen", "passed over")
 SAMPLING_POWER = 0.75
@@ -26,18 +26,22 @@ class Profile:
     """p(codes | a user's events), which takes more events: O(Z) each, whatever came before.
 
     Args:
-        log_prior: [Z] fp64.
-        sizes: [J] codes of each field; their product is Z.
+        log_prior: [Z] fp64, of combinations of codes.
+        sizes: [J] codes of each field.
         tell: Of an item and how it went, the number of that kind of event and its log p(event |
             codes) [Z]; None where the item is unknown.
         half_events: Events at which each counts half (`userip_fast.em.lifts.Calibration`).
         repeats: Whether an event told again counts again; else a kind counts once at most.
+        columns: [Z, J] codes; None for all combinations, the last field's running fastest.
 
     Attributes:
         events, skipped: Events that are in it, and those of unknown items, which are not.
     """
 
-    __slots__ = ("_half", "_mass", "_once", "_prior", "_sum", "_tell", "events", "sizes", "skipped")
+    __slots__ = (
+        "_columns", "_half", "_mass", "_once", "_prior", "_sum", "_tell", "events", "sizes",
+        "skipped",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -46,12 +50,14 @@ class Profile:
         tell: Callable[[Any, Any], tuple[int, NDArray[np.floating[Any]]] | None],
         half_events: float = math.inf,
         repeats: bool = True,
+        columns: NDArray[np.int64] | None = None,
     ) -> None:
         self._prior = np.array(log_prior, np.float64)
         self._sum, self._mass = np.zeros_like(self._prior), 0.0
         self.sizes, self._tell, self._half = tuple(sizes), tell, half_events
         self._once: dict[int, float] | None = None if repeats else {}
         self.events = self.skipped = 0
+        self._columns = all_codes(sizes) if columns is None else columns
 
     @property
     def log_joint(self) -> NDArray[np.float64]:
@@ -100,10 +106,32 @@ class Profile:
     @property
     def codes(self) -> NDArray[np.int64]:
         """[J], the likeliest code of each field given all events, as `infer` writes them."""
-        grid = self.probabilities.astype(np.float64).reshape(self.sizes)
-        fields = range(len(self.sizes))
-        found = [grid.sum(tuple(i for i in fields if i != j)).argmax() for j in fields]
+        p = self.probabilities.astype(np.float64)
+        fields = zip(self._columns.T, self.sizes)
+        found = [np.bincount(k, p, size).argmax() for k, size in fields]
         return np.asarray(found, np.int64)
+
+
+def all_codes(sizes: Sequence[int]) -> NDArray[np.int64]:
+    """[Z, J], all combinations of codes."""
+    return np.indices(sizes).reshape(len(sizes), -1).T.copy()
+
+
+def codes_of(table: pa.Table, sizes: Sequence[int]) -> NDArray[np.int64]:
+    """[Z, J] columns of an event table, as a model keeps them.
+
+    Raises:
+        FormatError: They are none of fields of so many codes.
+    """
+    want = pa.schema([(str(j), pa.int64()) for j in range(len(sizes))])
+    if not table.schema.equals(want) or any(c.null_count for c in table.columns) or not len(table):
+        raise FormatError(f"columns must be {len(sizes)} codes each, at least one")
+    codes = np.stack([c.to_numpy() for c in table.columns], axis=1)
+    if (codes < 0).any() or (codes >= np.asarray(sizes)).any():
+        raise FormatError(f"columns must have codes below {tuple(sizes)}")
+    if len(np.unique(codes, axis=0)) < len(codes):
+        raise FormatError("columns must be different combinations of codes")
+    return codes
 
 
 def softmax(log_joint: NDArray[np.float64]) -> NDArray[np.float32]:

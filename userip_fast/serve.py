@@ -40,6 +40,8 @@ from userip_fast.profiles import (
     SAMPLING_POWER,
     Profile,
     Ranking,
+    all_codes,
+    codes_of,
     counting,
     lifts,
     likings,
@@ -60,8 +62,10 @@ class Server:
         bank: The bank, or None.
         fingerprint: The model's.
         fields: Per field `{"name", "codebook_size"}`.
+        columns: [Z, J] codes: all combinations, the last field's running fastest, or of many those
+            that carry weight.
         words: [W] for how an event went; ("",) where none is told.
-        log_prior: [Z] fp64, the last field's codes running fastest.
+        log_prior: [Z] fp64, of the columns.
         skipped: Events of unknown items so far.
     """
 
@@ -69,6 +73,7 @@ class Server:
         self,
         about: Mapping[str, Any],
         fields: Sequence[tuple[str, int]],
+        columns: NDArray[np.int64],
         log_prior: NDArray[np.float64],
         table: Part,
         catalogue: pa.Table,
@@ -78,7 +83,7 @@ class Server:
         behaviour = about["behaviour"]
         self.bank, self.fingerprint = bank, str(about["fingerprint"])
         self.fields = [{"name": name, "codebook_size": size} for name, size in fields]
-        self.log_prior, self.skipped = log_prior, 0
+        self.columns, self.log_prior, self.skipped = columns, log_prior, 0
         self._sizes = tuple(size for _, size in fields)
         scale = behaviour["scale"] or {}
         self._thresholds = [float(x) for x in scale.get("thresholds", ())]
@@ -135,7 +140,12 @@ class Server:
                     raise FormatError(f"{root / name}: altered since it was saved")
             config = read_json(root / "config.json")
             fields = [(str(f["name"]), int(f["codebook_size"])) for f in config["fields"]]
-            prior = _log_prior(root / "codebooks.safetensors", [size for _, size in fields])
+            sizes, columns = [size for _, size in fields], None
+            if (name := "columns.parquet") in about["files"]:
+                columns = _read_columns(root / name, about["files"][name], sizes)
+            prior = _log_prior(root / "codebooks.safetensors", sizes, columns)
+            if columns is None:
+                columns = all_codes(sizes)
             words = words_of(about["behaviour"])
             folders = [root / "events", *events]
             parts = list(Segments(folders, about["fingerprint"], len(words), len(prior)).new())
@@ -151,7 +161,8 @@ class Server:
                     f"of {about['fingerprint'][:12]}"
                 )
             catalogue = _read_catalogue(root / "catalogue.parquet")
-            return cls(about, fields, prior, Part.concat(parts), catalogue, opened, texts)
+            part = Part.concat(parts)
+            return cls(about, fields, columns, prior, part, catalogue, opened, texts)
         except (KeyError, TypeError, AttributeError, ValueError, OSError) as e:
             if isinstance(e, FormatError | MismatchError):
                 raise
@@ -202,7 +213,8 @@ class Server:
         self, items: Sequence[Any] = (), reactions: Sequence[Any] | None = None
     ) -> Profile:
         """A profile that takes more events; begun with some, as `profile` takes them."""
-        profile = Profile(self.log_prior, self._sizes, self._tell, self._half, self._repeats)
+        how = self._half, self._repeats, self.columns
+        profile = Profile(self.log_prior, self._sizes, self._tell, *how)
         told = [None] * len(items) if reactions is None else reactions
         if len(items) != len(told):
             raise DataError(f"a user has {len(items)} items and {len(told)} reactions")
@@ -324,8 +336,11 @@ def words_of(behaviour: Mapping[str, Any]) -> tuple[str, ...]:
     return NEGATIVE_WORDS if behaviour["negatives"] else ("",)
 
 
-def _log_prior(path: Path, sizes: Sequence[int]) -> NDArray[np.float64]:
-    """[Z] of all combinations of codes, from codebooks in safetensors: a length, JSON, values."""
+def _log_prior(
+    path: Path, sizes: Sequence[int], columns: NDArray[np.int64] | None
+) -> NDArray[np.float64]:
+    """[Z] of all combinations of codes, or of columns [Z, J], adding up to one; from codebooks in
+    safetensors: a length, JSON, values."""
     with open_regular(path) as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         begin = file.tell()
@@ -339,8 +354,20 @@ def _log_prior(path: Path, sizes: Sequence[int]) -> NDArray[np.float64]:
             if entry is not None and (entry["dtype"] != "F32" or prior.shape != (size,)):
                 raise FormatError(f"{path}: field {j} has no prior of {size} codes")
             fields.append(prior)
-    grid = np.ix_(*fields)
-    return np.asarray(sum(grid[1:], grid[0]), np.float64).ravel()
+    if columns is None:
+        grid = np.ix_(*fields)
+        return np.asarray(sum(grid[1:], grid[0]), np.float64).ravel()
+    joint = np.asarray(sum(prior[k] for prior, k in zip(fields, columns.T)), np.float64)
+    return np.asarray(joint - np.logaddexp.reduce(joint), np.float64)
+
+
+def _read_columns(path: Path, sha256: str, sizes: Sequence[int]) -> NDArray[np.int64]:
+    import pyarrow.parquet as pq
+
+    if sha256_file(path) != sha256:
+        raise FormatError(f"{path}: altered since it was saved")
+    with pq.ParquetFile(path) as file:
+        return codes_of(file.read(), sizes)
 
 
 def _read_catalogue(path: Path) -> pa.Table:

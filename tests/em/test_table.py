@@ -18,10 +18,11 @@ from userip_fast.data import Catalogue
 from userip_fast.em import Block, EMState, crowd
 from userip_fast.em.cache import MemoryCache
 from userip_fast.em.crowd import Apart, Crowd, draw
+from userip_fast.em.lifts import PLAIN
 from userip_fast.em.mixture import Mixture
 from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.readings import Readings, log_likelihoods
-from userip_fast.em.table import EventTable, Grid, has_table, survey
+from userip_fast.em.table import EventTable, Grid, answers, has_table, survey
 from userip_fast.lm import PackedEngine
 from userip_fast.lm.engine import ReferenceEngine
 from userip_fast.packing import make_pack
@@ -260,9 +261,13 @@ WHOLE = Config(
 def test_when_there_is_a_table():
     assert has_table(WHOLE)
     assert has_table(WHOLE.override({"em.estep": "amortised"}))
-    many = [replace(f, codebook_size=17) for f in FIELDS]
-    assert not has_table(replace(WHOLE, fields=tuple(many)))
-    assert has_table(replace(WHOLE, fields=tuple(many)).override({"em.posterior": "exact"}))
+    for sizes, columns in [((16, 16), "all"), ((17, 17), "some"), ((600, 600), ""), ((300,), "")]:
+        of = replace(
+            WHOLE, fields=tuple(replace(f, codebook_size=k) for f, k in zip(FIELDS, sizes))
+        )
+        assert has_table(of) == bool(columns)
+        assert answers(of, PLAIN) == (columns == "all")
+        assert has_table(of.override({"em.posterior": "exact"}))
     for name, value in {
         "em.estep": "gradient",
         "em.recipe": "paper",

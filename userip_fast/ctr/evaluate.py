@@ -371,11 +371,12 @@ class _Evaluation:
             posterior = mixture.posterior(*self.profiles.choices(view))
         affinity = joint = None
         if "score:ids" in asked:
-            affinity = self.inputs.affinity_table(0)
+            affinity, codes = self.inputs.affinity_table(0)
             if self.profiles.format.words:  # "chosen", as against sampled items
                 affinity = affinity / (1 - affinity)
             at = self.task.data.user_index(self.task.views[-1].user_keys)
-            joint = self.profiles.joint(self.inputs.profile("ids", 0)[-1]["probabilities"][at])
+            p = self.inputs.profile("ids", 0)[-1]["probabilities"][at]
+            joint = self.profiles.joint(p, codes)
         scores = choice_scores(self.inputs.numbers.fit(-1), mixture, posterior, affinity, joint)
         return rank_choices(self.task, scores)
 

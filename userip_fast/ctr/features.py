@@ -223,22 +223,25 @@ class Profiles:
             out["probabilities"][at] = p
         return out
 
-    def affinity(self, data: Interactions, seed: int) -> NDArray[np.float32]:
-        """[I, Z] p(the best reaction | item, codes) of the items of `data`; of choices, how many
-        times likelier they are than by anybody.
+    def affinity(self, data: Interactions, seed: int) -> dict[str, NDArray[Any]]:
+        """`p` [I, Z], p(the best reaction | item, codes) of the items of `data`; of choices, how
+        many times likelier they are than by anybody. `codes` [Z, J], where not all combinations.
 
         Raises:
             ImpossibleError: The LM tells no reactions, or has no event table.
         """
         model = self.model("ids", seed)
         try:
-            model.event_table()
-            codes = np.eye(math.prod(self.sizes), dtype=np.float32)
+            columns = len(model.event_table().grid.codes)
             texts = dict(zip(data.item_keys.to_pylist(), data.item_text.to_pylist()))
-            p = model.affinity(codes, list(texts), texts)
+            p = model.affinity(np.eye(columns, dtype=np.float32), list(texts), texts)
         except ConfigError as why:
             raise ImpossibleError(str(why)) from why
-        return np.ascontiguousarray(np.clip(p.T, 1e-6, 1 - 1e-6 if self.format.words else None))
+        most = 1 - 1e-6 if self.format.words else None
+        out: dict[str, NDArray[Any]] = {"p": np.ascontiguousarray(np.clip(p.T, 1e-6, most))}
+        if (some := model.calibration.columns) is not None:
+            out["codes"] = some.numpy()
+        return out
 
     def told(self, view: Interactions, user: Int64, item: Int64) -> NDArray[np.float32]:
         """[N] the same, in logarithms (odds, of reactions), of pairs of a view's users and its
@@ -297,8 +300,15 @@ class Profiles:
         p = np.clip(p[:, fmt.best_word] / p.sum(1), 1e-6, 1 - 1e-6)
         return np.asarray(np.log(p / (1 - p)), np.float32)
 
-    def joint(self, probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[U, Z] of all combinations from [U, sum of K_j]: the product over fields."""
+    def joint(
+        self, probabilities: NDArray[np.float32], codes: Int64 | None = None
+    ) -> NDArray[np.float32]:
+        """[U, Z] of all combinations, or of `codes` [Z, J], from [U, sum of K_j]: the product over
+        fields."""
+        if codes is not None:
+            first = np.cumsum([0, *self.sizes[:-1]])
+            some = probabilities[:, codes + first].prod(2)
+            return np.asarray(some / some.sum(1, keepdims=True), np.float32)
         out = np.ones((len(probabilities), 1), np.float32)
         for part in np.split(probabilities, np.cumsum(self.sizes)[:-1], axis=1):
             out = (out[:, :, None] * part[:, None, :]).reshape(len(out), -1)

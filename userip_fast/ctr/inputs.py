@@ -234,8 +234,9 @@ class Inputs:
     def affinities(self, seed: int) -> dict[str, dict[str, NDArray[np.float32]]]:
         """Side -> name -> [N] log odds of the best reaction, or log lift of the choice,
         p(codes | profile) averaged over."""
-        table = self.affinity_table(seed)
-        p = np.stack([self.profiles.joint(v["probabilities"]) for v in self.profile("ids", seed)])
+        table, codes = self.affinity_table(seed)
+        views = self.profile("ids", seed)
+        p = np.stack([self.profiles.joint(v["probabilities"], codes) for v in views])
         out = {}
         for side in SIDES:
             rows = self._side(side)
@@ -269,11 +270,12 @@ class Inputs:
 
         return {side: {"theta": x} for side, x in self.store.get(key, compute).items()}
 
-    def affinity_table(self, seed: int) -> NDArray[np.float32]:
-        """[I, Z] p(the best reaction | item, codes)."""
+    def affinity_table(self, seed: int) -> tuple[NDArray[np.float32], Int64 | None]:
+        """[I, Z] p(the best reaction | item, codes), and the codes, None for all combinations."""
         key = {"kind": "affinity", "seed": seed, **self.profiles.key("ids")}
         key["items"] = self._about[0]
-        return self.store.get(key, lambda: {"p": self.profiles.affinity(self.task.data, seed)})["p"]
+        found = self.store.get(key, lambda: self.profiles.affinity(self.task.data, seed))
+        return found["p"], found.get("codes")
 
     def _history(self, rows: Rows) -> list[Input]:
         """The profile's items in two lists: of label 1, and of label 0 (ratings alone)."""

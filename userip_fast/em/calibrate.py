@@ -75,7 +75,7 @@ def calibrate(
     def factors(n: Tensor, prior: float) -> Counted:
         return Counted.of(texts, n, expected(n, values, events, fmt), len(table.words), prior)
 
-    plain, values = read(Calibration(neutral, usual=usual))
+    plain, values = read(Calibration(neutral, usual=usual, columns=table.calibration.columns))
     ways = [_Way("codes", values, table.grid.log_prior)]
     if groups is not None:
         ways.append(_Way("groups", *groups, shares=True))

@@ -11,6 +11,7 @@ import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from userip_fast.behaviour import Source, Told
 from userip_fast.codebook import Codebook, UsageStats
 from userip_fast.config import EMConfig
 from userip_fast.em.calibrate import add_by_kind, chunks
+from userip_fast.em.columns import MOST, PROPOSERS, Grid, choose, has_all
 from userip_fast.em.counted import expected
 from userip_fast.em.lifts import Calibration, Usual, log_lifts, log_norm
 from userip_fast.em.posterior import PosteriorEStep
@@ -35,7 +37,7 @@ from userip_fast.em.steps import (
     books_digest,
     profiles_total,
 )
-from userip_fast.em.table import Grid, Kind, Numbering, survey
+from userip_fast.em.table import Kind, Numbering, survey
 from userip_fast.em.units import Units
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import profile_posterior
@@ -62,6 +64,7 @@ class Found:
         totals: As `profiles_total` of the training users.
         shares: Who has which codes, for `Users.stats`.
         table: [E, Z], what was read of kinds; None where users were read whole.
+        columns: [Z, J] codes of its columns, where these are not all combinations.
     """
 
     objective: float
@@ -71,6 +74,7 @@ class Found:
     totals: npt.NDArray[np.float64]
     shares: Any
     table: Tensor | None = None
+    columns: Tensor | None = None
 
 
 @dataclass
@@ -216,7 +220,9 @@ class Crowd:
         block = Block(source.block(tokenizer, layout, 0, start), source.hashes_of(0, start))
         self.some = block.select(np.flatnonzero(~self.judging[:start]))
 
-        columns = math.prod(f.codebook_size for f in fields)
+        sizes = [f.codebook_size for f in fields]
+        self.all = has_all(config, sizes)
+        columns = math.prod(sizes) if self.all else min(MOST, math.prod(sizes))
         self.kinds = counts = survey(source, tokenizer, 0, users)
         texts = _frequent(counts, max(_FEWEST_TEXTS, config.table_readings // columns))
         words = source.format.words
@@ -242,8 +248,9 @@ class Crowd:
 
     def judge(self, codebooks: list[Codebook]) -> Found:
         """See `Users`."""
-        grid, before = Grid(codebooks, self.engine), self.lm_tokens
-        table = self._table(grid)
+        before = self.lm_tokens
+        columns, table = self._columns(codebooks)
+        grid = Grid(codebooks, self.engine, columns)
         objective, held_out, own_rows = 0.0, 0.0, 0
         used = [torch.zeros(k, dtype=torch.float64) for k in grid.sizes]
         counts = [torch.zeros(k, dtype=torch.int64) for k in grid.sizes]
@@ -255,9 +262,7 @@ class Crowd:
             trains = torch.from_numpy(~self.judging[first : first + len(evidence)])
             objective += float(evidence[trains].sum())
             held_out += float(evidence[~trains].sum())
-            marginals = grid.marginals(log_resp)
-            codes = torch.stack([r.argmax(1) for r in marginals], dim=1)
-            at = grid.index(codes)
+            marginals, codes, at = grid.likeliest(log_resp)
             joint = log_resp.gather(1, at[:, None]).flatten().double() + evidence
             resp = log_resp.double().exp() * trains[:, None]
             for j, (r, k) in enumerate(zip(marginals, grid.sizes)):
@@ -275,23 +280,49 @@ class Crowd:
         usage = [UsageStats.of(c) for c in counts]
         if self.neutral is not None:
             shares -= expected(shares, table, self.counts, self.source.format)
-        return Found(objective, held_out, used, usage, totals, shares, table)
+        return Found(objective, held_out, used, usage, totals, shares, table, columns)
+
+    def _columns(self, codebooks: list[Codebook]) -> tuple[Tensor | None, Tensor]:
+        """Codes [Z, J] of the table's columns, None for all combinations, and the table [E, Z]."""
+        if self.all:
+            return None, self._table(Grid(codebooks, self.engine))
+        kinds, _, offsets = self._known(self.proposers)
+        chosen = choose(
+            codebooks,
+            lambda codes: self._table(Grid(codebooks, self.engine, codes)),
+            kinds,
+            offsets,
+        )
+        return chosen.codes, chosen.values
+
+    @cached_property
+    def proposers(self) -> Told:
+        """Events of the first training users, by whom columns are chosen."""
+        some = self.judging[:PROPOSERS]
+        told = self.source.told(self.engine.lm.tokenizer, 0, len(some))
+        return told.select(np.flatnonzero(~some))
 
     def _table(self, grid: Grid) -> Tensor:
         """[E, Z] of the kinds that EM reads."""
         asked = self.engine, self.readings, grid.soft
         tokens = self.config.pack_tokens
         if self.neutral is None:
-            return log_likelihoods(*asked, tokens, self._read)
-        lifts = log_lifts(*asked, self.neutral, tokens, self._read)
-        norm = None if self.usual else log_norm(lifts, self.counts)
+            told = log_likelihoods(*asked, tokens, self._read)
+        else:
+            told = log_lifts(*asked, self.neutral, tokens, self._read)
+        return self.values(told, self.texts, self.counts)
+
+    def values(self, told: Tensor, texts: list[str], counts: Tensor) -> Tensor:
+        """[E, Z] of lifts, or likelihoods, of texts under each word, of which kinds there were
+        `counts` [E]."""
+        norm = None if self.neutral is None or self.usual else log_norm(told, counts)
         how = Calibration(self.neutral, norm, usual=self.usual)
-        return how.values(lifts, self.texts, self.source.format.feedback_weight)
+        return how.values(told, texts, self.source.format.feedback_weight)
 
     def stats(self, found: Found, codebooks: list[Codebook]) -> MixtureStats:
         """One pass, forward and backward, over pairs of a reading and codes: all, or as many as
         `config.codeword_draws` says, drawn by weight."""
-        grid, weight = Grid(codebooks, self.engine), found.shares
+        grid, weight = Grid(codebooks, self.engine, found.columns), found.shares
         readings = torch.zeros(
             self.readings.num_readings, len(grid.codes), dtype=torch.float64
         ).index_add_(0, torch.from_numpy(self.readings.reading), weight.abs())

@@ -112,11 +112,11 @@ class Calibration:
     Attributes:
         neutral: [S, D] soft rows that tell nothing, where values are made of lifts; else None.
         log_norm: [Z] fp64, of choices.
-        usual: Reactions to items, where events tell of them.
         half_events: Events of a history at which each counts half: one taste explains many events,
             so that they say less of it than as many independent ones would. inf counts all whole.
         usual: Reactions to items, where events tell of them.
         counted: What counting tells beyond the LM; None for nothing.
+        columns: [Z, J] int64 codes of the table's columns; None for all combinations of codes.
         raw: Whether the table is to be calibrated yet; it then keeps what it reads.
     """
 
@@ -125,6 +125,7 @@ class Calibration:
     half_events: float = math.inf
     usual: Usual | None = None
     counted: Counted | None = None
+    columns: Tensor | None = None
     raw: bool = False
 
     @property
@@ -165,6 +166,9 @@ class Calibration:
 
     def reordered(self, orders: Sequence[Tensor]) -> Calibration:
         """For codes under other numbers: code k of field j is the old code `orders[j][k]`."""
+        if self.columns is not None:  # they stay where they are
+            new = [order.argsort()[k] for order, k in zip(orders, self.columns.T)]
+            return replace(self, columns=torch.stack(new, dim=1))
         counted = self.counted and self.counted.reordered(orders)
         if self.log_norm is None:
             return replace(self, counted=counted)

@@ -34,13 +34,7 @@ class Scorer:
         self.sizes = [len(book) for book in codebooks]
         self.log_prior = [torch.cat([log_prior(b), torch.zeros(1).double()]) for b in codebooks]
         # Row K_j stands where nothing is known of a field yet: the mean codeword.
-        self.tables = soft_tables(
-            [
-                torch.cat([b.codewords, log_prior(b).exp().float()[None] @ b.codewords])
-                for b in codebooks
-            ],
-            engine,
-        )
+        self.tables = soft_tables([with_mean(book) for book in codebooks], engine)
         self.units = Units.of(behaviour, engine.layout)
         self.prefix: Units | None = None
         # Of shared events a prefix leaves little less to read than all of them.
@@ -119,6 +113,11 @@ def log_prior(book: Codebook) -> Tensor:
     if book.log_prior is None:
         return torch.full((len(book),), -math.log(len(book)), dtype=torch.float64)
     return book.log_prior.double()
+
+
+def with_mean(book: Codebook) -> Tensor:
+    """[K + 1, m D] fp32: the codewords, and their mean by prior."""
+    return torch.cat([book.codewords, log_prior(book).exp().float()[None] @ book.codewords])
 
 
 def soft_tables(codewords: list[Tensor], engine: Engine) -> list[Tensor]:

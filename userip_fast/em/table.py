@@ -8,10 +8,9 @@ users the rest is `ops.profile_posterior`: an exact posterior without an LM.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +21,9 @@ from userip_fast.behaviour import BehaviourFormat, Source, Told
 from userip_fast.codebook import Codebook
 from userip_fast.config import Config, EMConfig
 from userip_fast.em.cache import BlockCache, found_like
+from userip_fast.em.columns import Grid, has_all, has_some, places
 from userip_fast.em.lifts import Calibration, log_lifts
 from userip_fast.em.readings import Readings, log_likelihoods
-from userip_fast.em.scorer import log_prior, soft_tables
 from userip_fast.em.steps import Profiles, books_digest
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import profile_posterior
@@ -35,58 +34,26 @@ from userip_fast.segments import Part, Segments
 Kind = tuple[str, str]
 """An item's text, and the word for how it went ("" where none is told)."""
 
-_AUTO_LIMIT = 256
 _SURVEY_USERS = 1 << 16
 _TEXTS = 1 << 12  # read before they are kept: what a kill may cost
 
 
 def has_table(config: Config) -> bool:
-    """Whether an event table serves this config: posteriors of independent events, with all
-    combinations of codes scored."""
-    em, combinations = config.em, math.prod(f.codebook_size for f in config.fields)
+    """Whether an event table serves a fit of this config: posteriors of independent events."""
+    em, sizes = config.em, [f.codebook_size for f in config.fields]
     return (
         em.recipe == "userip"
         and em.estep != "gradient"
         and config.told.behaviour_context == "independent"
-        and (em.posterior == "exact" or (em.posterior == "auto" and combinations <= _AUTO_LIMIT))
+        and (has_all(em, sizes) or has_some(em, sizes))
     )
 
 
-class Grid:
-    """All combinations of the codes of J codebooks, the last field's running fastest.
-
-    Attributes:
-        codes: [Z, J] int64.
-        log_prior: [Z] fp64.
-    """
-
-    def __init__(self, codebooks: list[Codebook], engine: Engine) -> None:
-        self._codebooks, self._engine = codebooks, engine
-        self.sizes = [len(book) for book in codebooks]
-        ranges = [torch.arange(k) for k in self.sizes]
-        self.codes = torch.cartesian_prod(*ranges).view(-1, len(ranges))
-        priors = [log_prior(book) for book in codebooks]
-        self.log_prior = torch.stack([p[k] for p, k in zip(priors, self.codes.T)]).sum(0)
-
-    @cached_property
-    def soft(self) -> Tensor:
-        """[Z, S, D] fp32, their soft rows on the LM's device."""
-        tables = soft_tables([book.codewords for book in self._codebooks], self._engine)
-        return torch.cat([t[k.to(t.device)] for t, k in zip(tables, self.codes.T)], dim=1)
-
-    def marginals(self, log_resp: Tensor) -> list[Tensor]:
-        """Per field [U, K_j] from [U, Z]."""
-        if len(self.sizes) == 1:
-            return [log_resp]
-        grid = log_resp.view(-1, *self.sizes)
-        return [grid.movedim(1 + j, 1).flatten(2).logsumexp(2) for j in range(len(self.sizes))]
-
-    def index(self, codes: Tensor) -> Tensor:
-        """[U] rows of `self.codes` that are `codes` [U, J]."""
-        at = torch.zeros(len(codes), dtype=torch.int64)
-        for size, k in zip(self.sizes, codes.T):
-            at = at * size + k
-        return at
+def answers(config: Config, calibration: Calibration) -> bool:
+    """Whether an event table serves what was fitted: its columns are all combinations of codes, or
+    known."""
+    sizes = [f.codebook_size for f in config.fields]
+    return has_table(config) and (calibration.columns is not None or has_all(config.em, sizes))
 
 
 class Numbering:
@@ -158,7 +125,8 @@ class EventTable:
         self.store: Segments | None = None
         self.cache: BlockCache | None = None
         self.show = False
-        self.grid = Grid(codebooks, engine)
+        columns = self.calibration.columns
+        self.grid = Grid(codebooks, engine, columns)
         self.parts: list[Part] = []
         self._raw: list[tuple[list[str], Behaviour, Tensor]] = []
         self.values = torch.empty(0, len(self.grid.codes))
@@ -166,6 +134,8 @@ class EventTable:
         self._books = books_digest(codebooks)
         if self.calibration.neutral is not None:
             self._books += self.calibration.neutral.numpy().tobytes()
+        if columns is not None:
+            self._books += columns.numpy().tobytes()
         self._numbering = Numbering()
         self._weight = np.zeros(0)  # [E] loss weight of a kind
         self._tokens = np.zeros(0, np.int64)  # [E] its rows in a history of its own
@@ -232,6 +202,21 @@ class EventTable:
         out._unpaid = self._unpaid
         for texts, own, told in self._raw:
             out._keep(texts, own, told)
+        return out
+
+    @staticmethod
+    def joined(tables: Sequence[EventTable], columns: Tensor) -> EventTable:
+        """One raw table of `columns` [Z, J], each being in one at least of raw tables of the same
+        texts."""
+        first, codes = tables[0], torch.cat([table.grid.codes for table in tables])
+        _, at = np.unique(codes.numpy(), axis=0, return_index=True)
+        pick = torch.from_numpy(at[places(columns.numpy(), codes.numpy()[at])])
+        how = replace(first.calibration, columns=columns)
+        out = EventTable(first.engine, first.format, first.codebooks, first.config, how)
+        out._unpaid = sum(table._unpaid for table in tables)
+        for same in zip(*(table._raw for table in tables), strict=True):
+            texts, own, _ = same[0]
+            out._keep(texts, own, torch.cat([told for _, _, told in same], dim=1)[:, pick])
         return out
 
     def _take(self, parts: Iterable[Part]) -> None:
@@ -304,9 +289,7 @@ class EventTable:
         """Of the users of `told`; what was read since the last ones costs each of them alike."""
         rows, offsets = self.rows_told(told), told.offsets
         log_resp, evidence = self.posterior(rows, offsets)
-        marginals = self.grid.marginals(log_resp)
-        codes = torch.stack([r.argmax(1) for r in marginals], dim=1)
-        at = self.grid.index(codes)
+        marginals, codes, at = self.grid.likeliest(log_resp)
         each = at.numpy().repeat(np.diff(offsets))
         nll = -_sums(self.values.numpy()[rows, each].astype(np.float64), offsets)
         own = self._tokens[rows].sum() + self.engine.layout.num_soft * len(hashes)

@@ -26,17 +26,17 @@ from userip_fast.codebook import Codebook, UsageStats
 from userip_fast.config import Config
 from userip_fast.em.amortised import AmortisedEStep, Head, HeadReport, features, train_head
 from userip_fast.em.cache import BlockCache, DiskCache, MemoryCache, passed_over
-from userip_fast.em.calibrate import calibrate
 from userip_fast.em.checkpoints import Checkpoint, Checkpoints
 from userip_fast.em.crowd import APART_USERS, Apart, Crowd, Users
 from userip_fast.em.distributed import Processes
+from userip_fast.em.finish import finished
 from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.lifts import PLAIN, Calibration
 from userip_fast.em.mixture import Mixture, is_last
 from userip_fast.em.mstep import Stats, ThetaMStep, check_codebook_sizes
 from userip_fast.em.paper import run_paper
 from userip_fast.em.posterior import PosteriorEStep
-from userip_fast.em.starts import ToldUsers, kind_of_start
+from userip_fast.em.starts import ToldUsers
 from userip_fast.em.steps import (
     Block,
     EMState,
@@ -45,7 +45,7 @@ from userip_fast.em.steps import (
     books_digest,
     profiles_total,
 )
-from userip_fast.em.table import EventTable, Kind, has_table, survey
+from userip_fast.em.table import EventTable, Kind, answers, has_table, survey
 from userip_fast.errors import FormatError
 from userip_fast.interrupts import deferred_interrupts
 from userip_fast.lm.engine import Engine
@@ -227,7 +227,8 @@ class Trainer:
                 fields = self.config.fields
                 yield run_paper(block, self.engine, fields, em, codebooks, self.show)[1]
             return
-        if em.estep == "posterior" and has_table(self.config):
+        known = table or answers(self.config, self.calibration)
+        if em.estep == "posterior" and known:
             if table is None:
                 table = EventTable(self.engine, source.format, codebooks, em, self.calibration)
             table.cache, table.show = cache, self.show
@@ -310,7 +311,7 @@ class Trainer:
             for record in records:
                 log(record)
             if is_last(records[-1], em):
-                return self._calibrated(source, users, books, tables, started)
+                return self._finished(source, users, books, tables, started)
         else:
             books = mixture.best_start(fields, start)
         rounds = mixture.rounds(books, records[-1]["lr"] if records else None)
@@ -328,10 +329,10 @@ class Trainer:
                 told = {n: record[n] for n in ("elbo", "elbo_held_out") if record[n] is not None}
                 bar.advance(len(records) > 1, **told)
                 if is_last(record, em):
-                    return self._calibrated(source, users, at.codebooks, tables, started)
+                    return self._finished(source, users, at.codebooks, tables, started)
         raise AssertionError("EM goes on until its last round")
 
-    def _calibrated(
+    def _finished(
         self,
         source: Source,
         users: Users,
@@ -339,23 +340,15 @@ class Trainer:
         tables: BlockCache | None,
         told: ToldUsers | None,
     ) -> tuple[list[Codebook], EventTable | None]:
-        """Everything that was read of the users, to be read as their judges say, and the codebooks
-        with the codes' shares; where an event table serves."""
+        """Codebooks and event table; see `userip_fast.em.finish`."""
         if not isinstance(users, Crowd):
             return books, None
-        raw, em = Calibration(users.neutral, raw=True), self.config.em
-        table = EventTable(self.engine, source.format, books, em, raw)
-        table.cache, table.show = tables, self.show
-        self._read(table, users.kinds)
-        fields, groups = self.config.fields, None
-        if told is not None and len(fields) == 1 and kind_of_start(em, fields[0], True) == "told":
-            groups = told.groups(table.texts, len(books[0]), em.seed)
-        how, log_prior = calibrate(source, users.judging, table, users.kinds, users.usual, groups)
-        if len(books) == 1:
-            book = Codebook.from_state(books[0].state())
-            book.log_prior = log_prior.float()
-            books = [book]
-        return books, table.calibrated(how, books)
+
+        def read(table: EventTable) -> None:
+            table.cache, table.show = tables, self.show
+            self._read(table, users.kinds)
+
+        return finished(source, users, books, self.config.fields, told, read)
 
     def _read(self, table: EventTable, kinds: Iterable[Kind]) -> None:
         longest = table.format.chunk_tokens + self.engine.layout.num_soft
