@@ -240,9 +240,9 @@ class EMConfig:
     """Further Adam steps from the codeword of the nearest code, once there are codebooks."""
     posterior: Literal["auto", "exact", "ascent", "mean_field"] = "auto"
     """Posterior: score all combinations of codes, or one field after another, given codes of the
-    others ("ascent") or their probabilities ("mean_field"); "auto" is exact up to 256 combinations
-    of independent events, whose table then serves all users, and up to 4,096 otherwise, if they are
-    at most twice as many as codes, else ascent."""
+    others ("ascent") or their probabilities ("mean_field"). "auto": of independent events an event
+    table, of all combinations up to 256 and beyond of those that carry weight; otherwise exact up
+    to 4,096, if they are at most twice as many as codes, else ascent."""
     sweeps: int = 6
     """Posterior: sweeps over the fields, at most, of coordinate ascent and then of mean field."""
     prune_share: float = 0.34

@@ -33,6 +33,7 @@ class World:
 
     def __init__(self, sizes, together, seed=0):
         random = np.random.default_rng(seed)
+        torch.manual_seed(seed)
         self.books = [Codebook(torch.randn(k, 2)) for k in sizes]
         for book in self.books:
             book.log_prior = torch.from_numpy(random.normal(size=len(book))).log_softmax(0).float()

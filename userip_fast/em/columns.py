@@ -297,7 +297,7 @@ class _Search:
     ) -> int:
         users = np.flatnonzero(who)
         drawn = self._drawn(q, np.tile(users, -(-_PROPOSED // len(users))))
-        codes, count = np.unique(drawn, axis=0, return_counts=True)
+        codes, count = _counted(drawn, self.sizes)
         new = places(codes, self.codes) < 0
         codes, count = codes[new], count[new]
         room = max(0, MOST - len(self.codes))
@@ -341,7 +341,7 @@ class _Search:
         parts = [self._drawn(q, self.random.choice(users, each)) for q in self.ways]
         parts.append(self._drawn(priors, np.zeros(_DRAWS - each * len(self.ways), np.int64)))
         shares = [len(part) / _DRAWS for part in parts]
-        codes, times = np.unique(np.concatenate(parts), axis=0, return_counts=True)
+        codes, times = _counted(np.concatenate(parts), self.sizes)
         new = places(codes, self.codes) < 0
         codes, times, first = codes[new], times[new], len(self.codes)
         if not len(codes):
@@ -363,6 +363,14 @@ class _Search:
         dropped = int((weight[order].cumsum() <= _DROPPED).sum())
         kept = order[max(dropped, len(order) - MOST) :]
         return kept[np.lexsort(self.codes[kept].T[::-1])]
+
+
+def _counted(codes: Int64, sizes: Sequence[int]) -> tuple[Int64, Int64]:
+    """The different ones of codes [N, J], in ascending order, and how often each is there."""
+    if math.prod(sizes) >= 2**63:
+        return np.unique(codes, axis=0, return_counts=True)
+    number, count = np.unique(np.ravel_multi_index(tuple(codes.T), sizes), return_counts=True)
+    return np.stack(np.unravel_index(number, sizes), axis=1), count
 
 
 def _product(q: Sequence[Float64], codes: Int64) -> Float64:
