@@ -293,7 +293,10 @@ class EMConfig:
     pack_tokens: int = 8_192
     """Rows of a pack, at most; on a GPU exactly so many, rounded down to a multiple of 128. Fewer
     where memory does not suffice, which the log says."""
-    engine: Literal["packed", "reference"] = "packed"
+    engine: Literal["auto", "packed", "graph", "reference"] = "auto"
+    """"packed", or the same replayed from CUDA graphs ("graph"), or whole padded prompts
+    ("reference"); "auto" is graph on a GPU for small packs of small LMs, up to 2 billion weights
+    times 8,192 rows, else packed."""
     seed: int = 0
     paper_epochs: int = 60
     paper_batch: int = 8

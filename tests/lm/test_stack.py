@@ -192,6 +192,7 @@ def test_events_that_share_rows_read_them_from_a_stack_too():
         "target": torch.cat([pack.target, pack.target[:3]]),
         "loss_weight": torch.cat([pack.loss_weight, pack.loss_weight[:3]]),
         "cu_rows": torch.cat([pack.cu_rows, pack.cu_rows[-1:] + 3]),
+        "distinct": torch.unique(rows, return_inverse=True),
     }.items():
         object.__setattr__(twice, name, value)
     for whole in ("reference", "off"):
