@@ -180,7 +180,8 @@ def test_a_smaller_pack_leaves_no_trace_in_the_next(monkeypatch):
         layout = engine.layout
         sizes = PackSizes.of(make_pack(behaviour, np.arange(20), layout, CPU)).with_room()
         monkeypatch.setattr(PackSizes, "with_room", lambda self, sizes=sizes: sizes)
-        step(engine, make_pack(behaviour, first, layout, CPU, 2048), thetas(engine, len(first)))
+        pack = make_pack(behaviour, first, layout, CPU, sizes.rows)
+        step(engine, pack, thetas(engine, len(first)))
         pack = make_pack(behaviour, np.arange(4), layout, CPU, sizes.rows)
         found.append(step(engine, pack, thetas(engine, 4)))
         monkeypatch.undo()
@@ -257,7 +258,7 @@ def test_a_gradient_is_asked_for_once_and_before_the_next_nll():
 
 def test_long_histories_and_small_remainders_are_launched():
     recorder = Rerun()
-    packed, replayed = engines(fused(), tokens=128, recorder=recorder)
+    packed, replayed = engines(fused(), tokens=256, recorder=recorder)
     behaviour = tiny.behaviour(packed.layout, users=12)
     for users, new in ((12, 0), (4, 2), (1, 0)):
         pack = make_pack(behaviour, np.arange(users), packed.layout, CPU)
