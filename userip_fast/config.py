@@ -162,7 +162,8 @@ class LMConfig:
     the same (`userip_fast/lm/bf16.py`)."""
     device: str = "auto"
     residency: Literal["auto", "resident", "streamed", "fp8"] = "auto"
-    """How the weights lie in memory; "auto" is resident where it fits, else streamed."""
+    """How the weights lie in memory; "auto" is resident where it fits, or FP8 where that is
+    faster on this device and the LM says the same, else streamed."""
     recompute: Literal["auto", "on", "off"] = "auto"
     """Recompute activations in backward; "auto" only where the step does not fit otherwise."""
     fused: Literal["auto", "off"] = "auto"

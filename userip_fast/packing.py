@@ -360,15 +360,20 @@ class PackSizes(NamedTuple):
 
         int32, int64 = torch.int32, torch.int64
         return Pack(
-            np.arange(self.users),
-            *(of(self.rows, int32) for _ in range(3)),
-            of(self.sequences + 1, int32),
-            *(of(self.loss_rows, int64) for _ in range(2)),
-            of(self.loss_rows, torch.float32),
-            of(self.sums + 1, int64),
-            self.rows,
-            of(self.sequences, int64),
-            (of(self.distinct, int64), of(self.loss_rows, int64)) if self.distinct else None,
+            users=np.arange(self.users),
+            plan=of(self.rows, int32),
+            segment=of(self.rows, int32),
+            position=of(self.rows, int32),
+            cu_seqlens=of(self.sequences + 1, int32),
+            loss_rows=of(self.loss_rows, int64),
+            target=of(self.loss_rows, int64),
+            loss_weight=of(self.loss_rows, torch.float32),
+            cu_rows=of(self.sums + 1, int64),
+            max_seqlen=self.rows,
+            sequence_user=of(self.sequences, int64),
+            distinct=(of(self.distinct, int64), of(self.loss_rows, int64))
+            if self.distinct
+            else None,
         )
 
 

@@ -104,7 +104,8 @@ def flash_attn(monkeypatch):
 
     def bounds(cu_q, cu_k, max_q, max_k, causal):
         for cu, longest in ((cu_q, max_q), (cu_k, max_k)):
-            assert cu.dtype == torch.int32 and int(cu.diff().max()) <= longest
+            assert cu.dtype == torch.int32
+            assert int(cu.diff().max()) <= longest
         return types.SimpleNamespace(cu_q=cu_q, cu_k=cu_k, causal=causal)
 
     def forward(
@@ -119,16 +120,17 @@ def flash_attn(monkeypatch):
         return out, lse, torch.empty(0), torch.empty(2)
 
     def backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        d_out, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
         softcap, alibi_slopes, deterministic, rng_state=None,
     ):  # fmt: skip
         assert (dropout_p, window_size_left, window_size_right, softcap) == (0.0, -1, -1, 0.0)
-        assert deterministic and alibi_slopes is None
+        assert deterministic
+        assert alibi_slopes is None
         calls.append("backward")
         at = bounds(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
         for into, grad in zip(
-            (dq, dk, dv), plain.backward(dout, q, k, v, out, softmax_lse, at, softmax_scale),
+            (dq, dk, dv), plain.backward(d_out, q, k, v, out, softmax_lse, at, softmax_scale),
             strict=True,
         ):  # fmt: skip
             into.copy_(grad)

@@ -65,7 +65,9 @@ class CUDAGraphs:
     def record(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """See `Recorder`."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # Other threads (of input, of NCCL) may do meanwhile what a capture may not.
+        capture = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, **capture):
             out = run()
 
         def replay() -> Any:
@@ -174,14 +176,14 @@ class StaticStep:
     def __init__(self, engine: GraphEngine, sizes: PackSizes) -> None:
         lm = engine.lm
         self.engine, self.sizes = engine, sizes
-        self.pack, self.loaded = sizes.empty(lm.device), None
+        self.pack = sizes.empty(lm.device)
+        self.loaded: Pack | None = None
         self.soft = torch.zeros(
             sizes.users, engine.layout.num_soft, lm.hidden_size, device=lm.device,
             dtype=torch.promote_types(lm.dtype, torch.float32), requires_grad=True,
         )  # fmt: skip
         self.d_nll = torch.ones(sizes.sums, device=lm.device)
         self.nll = self.d_nll  # of the pass that `backward` follows
-        self.loaded: Pack | None
         self.score: Callable[[], Tensor] | None = None
         self.forward: Callable[[], Tensor] | None = None
         self.backward: Callable[[], Tensor] | None = None
@@ -269,7 +271,7 @@ def pays(lm: FrozenLM, tokens: int) -> bool:
     if lm.device.type != "cuda":
         return False
     weights = sum(
-        m.in_features * m.out_features  # type: ignore[operator]
+        m.in_features * m.out_features
         for m in lm.model.modules()
         if hasattr(m, "in_features") and hasattr(m, "out_features")
     )
