@@ -135,6 +135,23 @@ def test_an_lm_that_tells_nothing_leaves_what_codes_began_at(words):
     assert float((flat[:, 0] - flat[:, 1]).abs().max()) < 1e-3
 
 
+def test_who_judges_is_counted_in_the_end():
+    """Of an item that only judges of one taste chose, counts tell that taste."""
+    world = World(1500, 40, 30)
+    judging = np.arange(len(world.kinds)) % 5 == 0
+    world.kinds[world.kinds == 0] = 1
+    world.kinds[judging & (world.taste == 1), 0] = 0
+    numbers = np.bincount(world.kinds.ravel(), minlength=30)
+    world.counts = {(text, ""): int(n) for text, n in zip(world.texts, numbers)}
+    world.events = torch.from_numpy(numbers).double()
+    lifts = torch.from_numpy(world.p) - torch.from_numpy(world.p).exp().mean(1, keepdim=True).log()
+    lifts[0] = 0
+    how, _ = world.calibrate(lifts / 2, torch.zeros(1, 2), judging=judging)
+    assert how.counted is not None
+    told = how.counted.log_of(world.texts[:1])[0]
+    assert told[1] - told[0] > 1
+
+
 def test_who_judges_is_not_among_the_groups(lm, monkeypatch):  # noqa: F811
     """Codewords begin at groups of the training users alone: a judge tells of everybody unseen."""
     told = []
