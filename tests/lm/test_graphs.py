@@ -15,7 +15,7 @@ from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.readings import Readings, gradients, log_likelihoods
 from userip_fast.em.steps import Block, EMState
 from userip_fast.errors import UnavailableError, UnsupportedError
-from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine, graphs, make_engine
+from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine, fp8, graphs, make_engine
 from userip_fast.lm.fuse import fuse
 from userip_fast.lm.graphs import GraphEngine
 from userip_fast.lm.trace import Architecture, _MetaLM
@@ -141,6 +141,67 @@ def test_packs_of_other_users_have_the_same_shapes_everywhere(family, dtype):
         assert seen[0] == seen[1]
         assert len(seen[0]) > 40
         assert launches(engine, a) != launches(engine, b)  # it can tell
+
+
+class Kernel:
+    """Stands in for a Triton kernel: notes how it is launched."""
+
+    def __init__(self, name, seen):
+        self.name, self.seen = name, seen
+
+    def __getitem__(self, grid):
+        def told(x):
+            return (tuple(x.shape), x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x
+
+        return lambda *args, **options: self.seen.append(
+            (self.name, grid, *map(told, args), *sorted(options.items()))
+        )
+
+
+@pytest.fixture
+def kernel_launches(monkeypatch):
+    """What the layers' kernels are launched with; a value that is looked at raises."""
+    from userip_fast.kernels import frozen_block, packed_block, soft_prompt_attention
+
+    seen = []
+    for module in (frozen_block, packed_block, soft_prompt_attention):
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Kernel(name, seen))
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy",
+                 "nonzero"):  # fmt: skip
+        monkeypatch.setattr(torch.Tensor, name, lambda x, *_: pytest.fail("a value was looked at"))
+    return seen
+
+
+@pytest.mark.parametrize("residency", ["resident", "fp8"])
+def test_packs_of_other_users_launch_the_same_kernels(residency, request):
+    """The layers, forward and backward, as they run on a GPU: not by way of operators."""
+    lm = fused()
+    if residency == "fp8":
+        fp8.convert_linears(lm.model)
+    layout = tiny.template(2, 2).layout(lm.tokenizer)
+    engine = PackedEngine(lm, layout, "triton", whole="triton", probe=False)
+    behaviour = tiny.behaviour(layout, users=12)
+    packs = [make_pack(behaviour, np.arange(*ends), layout, CPU) for ends in ((0, 5), (5, 12))]
+    sizes = PackSizes(*map(max, *(PackSizes.of(p).with_room() for p in packs)))
+    statics = [sizes.empty(CPU) for _ in packs]
+    for static, pack in zip(statics, packs, strict=True):
+        fill(static, pack)
+    seen = request.getfixturevalue("kernel_launches")
+
+    def launched(pack):
+        seen.clear()
+        x = torch.zeros(pack.num_tokens, lm.hidden_size, requires_grad=True)
+        context = engine.context(pack)
+        y = engine.stack(x, pack.position, context, "triton", pack.loss_rows)
+        torch.autograd.grad(y, x, torch.zeros_like(y))
+        return list(seen)
+
+    first, second = (launched(static) for static in statics)
+    assert first == second
+    names = {launch[0] for launch in first}
+    assert {"_fwd_kernel", "_dq_kernel", "_dkdv_kernel", "_work_list_kernel"} <= names
+    assert launched(packs[0]) != launched(packs[1])  # it can tell
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

@@ -160,7 +160,11 @@ class PackedEngine:
             pack.plan,
             scale=self.lm.embedding_scale,
         )
-        context = PackContext(
+        return self._forward(x, pack.position, self.context(pack), rows)
+
+    def context(self, pack: Pack) -> PackContext:
+        """What attention has to know of a pack."""
+        return PackContext(
             pack.segment,
             pack.position,
             pack.cu_seqlens,
@@ -172,7 +176,6 @@ class PackedEngine:
             near=self.lm.near,
             impl=self.impl,
         )
-        return self._forward(x, pack.position, context, rows)
 
     def _forward(
         self, x: Tensor, position: Tensor, context: PackContext, rows: Tensor | None = None
