@@ -363,13 +363,16 @@ def test_other_layers_are_launched_or_refused(caplog):
 
 
 def test_auto_is_by_device_and_size(monkeypatch):
-    def lm(weights, device):
+    def lm(weights, device, step=None):
+        plan = None if step is None else SimpleNamespace(estimate=SimpleNamespace(step=step))
         parts = [SimpleNamespace(in_features=1000, out_features=weights // 1000), object()]
-        return SimpleNamespace(
-            device=torch.device(device), model=SimpleNamespace(modules=lambda: parts)
-        )
+        modules = SimpleNamespace(modules=lambda: parts)
+        return SimpleNamespace(device=torch.device(device), model=modules, plan=plan)
 
+    monkeypatch.setattr(graphs, "free_bytes", lambda device: 1000)
     assert graphs.pays(lm(500_000_000, "cuda"), 8192)
+    assert graphs.pays(lm(500_000_000, "cuda", 500), 8192)
+    assert not graphs.pays(lm(500_000_000, "cuda", 501), 8192)  # memory of two steps
     assert graphs.pays(lm(7_000_000_000, "cuda"), 2048)
     assert not graphs.pays(lm(7_000_000_000, "cuda"), 8192)
     assert not graphs.pays(lm(500_000_000, "cpu"), 8192)

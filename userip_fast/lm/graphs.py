@@ -22,6 +22,7 @@ from torch import Tensor
 from userip_fast.errors import UnavailableError, UnsupportedError
 from userip_fast.lm.engine import PackedEngine, is_near
 from userip_fast.lm.frozen import FrozenLM
+from userip_fast.lm.memory import free_bytes
 from userip_fast.lm.residency import StreamedLinear
 from userip_fast.lm.stored import first_line
 from userip_fast.packing import Pack, PackSizes, fill
@@ -267,8 +268,11 @@ def check_device(name: str, device: torch.device) -> None:
 
 
 def pays(lm: FrozenLM, tokens: int) -> bool:
-    """Whether packs of `tokens` rows are small enough for this LM on this device."""
+    """Whether packs of `tokens` rows are small enough for this LM on this device, and there is room
+    for the graphs' memory beside that of launched packs."""
     if lm.device.type != "cuda":
+        return False
+    if lm.plan is not None and 2 * lm.plan.estimate.step > free_bytes(lm.device):
         return False
     weights = sum(
         m.in_features * m.out_features
