@@ -18,8 +18,9 @@ from userip_fast.errors import UnavailableError, UnsupportedError
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine, fp8, graphs, make_engine
 from userip_fast.lm.fuse import fuse
 from userip_fast.lm.graphs import GraphEngine
+from userip_fast.lm.padding import PackSizes, fill
 from userip_fast.lm.trace import Architecture, _MetaLM
-from userip_fast.packing import PackSizes, fill, iter_packs, make_pack
+from userip_fast.packing import iter_packs, make_pack
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 BIG = 1e30

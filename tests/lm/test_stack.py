@@ -1,6 +1,7 @@
 """Layers as halves: what the modules say, in both directions, in every residency."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -205,3 +206,5 @@ def test_events_that_share_rows_read_them_from_a_stack_too():
             want = nll.detach(), gradient
     torch.testing.assert_close(nll.detach(), want[0])
     torch.testing.assert_close(gradient, want[1], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="9 users and 10 sums must say which rows are distinct"):
+        engine.nll(replace(twice, distinct=None), theta)

@@ -122,6 +122,11 @@ class PackedEngine:
 
     def nll(self, pack: Pack, soft_rows: Tensor) -> Tensor:
         """See `Engine.nll`."""
+        if pack.distinct is None and len(pack.cu_rows) - 1 != pack.num_users:
+            raise ValueError(
+                f"a pack of {pack.num_users} users and {len(pack.cu_rows) - 1} sums must say which "
+                "rows are distinct (Pack.distinct)"
+            )
         rows: Tensor | None
         rows, which = pack.distinct or (pack.loss_rows, None)
         if self.stack is not None:

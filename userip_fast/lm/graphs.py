@@ -1,9 +1,9 @@
 """Steps replayed from CUDA graphs, for packs so small that launching a step takes as long as it.
 
 A graph repeats what was launched once, on the same memory. So a pack is copied into one of fixed
-sizes (`packing.PackSizes`, `packing.fill`), the largest seen so far with an eighth to spare, in
-which what is left over is nobody's and changes no other's result; products of more rows may round
-in another order. Users come and go, and every shape, launch and address stays.
+sizes (`lm/padding.py`), the largest seen so far with a little room, in which what is left over is
+nobody's and changes no other's result; products of more rows may round in another order. Users come
+and go, and every shape, launch and address stays.
 
 There is one graph of the NLL alone, and a pair of the NLL and of its gradient, which share memory:
 an NLL's gradient has to be asked for before the next NLL. The first replay of each is held against
@@ -23,9 +23,10 @@ from userip_fast.errors import UnavailableError, UnsupportedError
 from userip_fast.lm.engine import PackedEngine, is_near
 from userip_fast.lm.frozen import FrozenLM
 from userip_fast.lm.memory import free_bytes
+from userip_fast.lm.padding import PackSizes, fill
 from userip_fast.lm.residency import StreamedLinear
 from userip_fast.lm.stored import first_line
-from userip_fast.packing import Pack, PackSizes, fill
+from userip_fast.packing import Pack
 from userip_fast.prompts import Layout
 
 logger = logging.getLogger("userip_fast.lm")
