@@ -1,8 +1,8 @@
 """How an event table is to be read once its codebooks are there: what counting adds to it, and how
 much an event of a long history says.
 
-Both are chosen by users whom M-steps, counts and the groups that codewords begin at never saw; then
-these are counted too.
+Both are chosen by users whom the embedded LM, M-steps, counts and the groups that codewords begin
+at never saw; then these are counted too.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from userip_fast.ops import profile_posterior
 from userip_fast.packing import Int64
 from userip_fast.prefetch import Prefetch
 
-TABLE_RECIPE = 4
+TABLE_RECIPE = 5
 """Changes with what a fit makes of the same data, LM and settings."""
 CHUNK = 4_096  # users whose sums are added before they join the others': part of the result
-_HALF_EVENTS = (math.inf, 100.0, 30.0, 10.0, 3.0)
-_PRIORS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
+_HALF_EVENTS = (math.inf, 100.0, 30.0, 10.0, 3.0, 1.0)
+_PRIORS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 _EARLY = (2, 5, 15)  # events of judges that are told to predict as many more
 _JUDGES = 8_192  # at most
 
