@@ -350,7 +350,7 @@ def test_a_table_that_does_not_fit_is_read_in_smaller_packs(lm, monkeypatch):
         return real(self, pack, soft_rows)
 
     monkeypatch.setattr(PackedEngine, "nll", nll)
-    monkeypatch.setattr("userip_fast.em.trainer.smaller_pack", lambda lm, tokens, longest: 64)
+    monkeypatch.setattr("userip_fast.em.blocks.smaller_pack", lambda lm, tokens, longest: 64)
     assert np.array_equal(replace(model).infer(read(60)), want)
     assert rows[0] > 64
     assert max(rows[1:]) <= 64

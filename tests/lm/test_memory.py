@@ -10,8 +10,8 @@ from families import EXACT, Family
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from userip_fast.config import EMConfig, LMConfig
+from userip_fast.em.blocks import run_anew
 from userip_fast.em.steps import Block, EMState, Profiles
-from userip_fast.em.trainer import _run_anew
 from userip_fast.errors import ConfigError, OutOfMemoryError
 from userip_fast.lm import FrozenLM, PackedEngine, attention, memory, memory_table
 from userip_fast.lm.memory import GIB, Plan, choose, is_out_of_memory
@@ -203,13 +203,13 @@ def test_out_of_memory_goes_on_with_the_largest_pack_that_fits(monkeypatch, capl
     work = Workload(4096, int(behaviour.lengths.max()) + 2)
     monkeypatch.setattr(memory, "free_bytes", lambda device: lm.architecture.step(False, work) // 2)
     estep = FailingEStep(engine, 2100)
-    _run_anew(estep, block, None, EMState())
+    run_anew(estep, block, None, EMState())
     assert len(estep.tried) == 2
     assert 1400 < estep.tried[1] <= 2100
     assert f"going on with em.pack_tokens={estep.tried[1]}" in caplog.text
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2**16)
     with pytest.raises(OutOfMemoryError, match="longest user has"):
-        _run_anew(FailingEStep(engine, 0), block, None, EMState())
+        run_anew(FailingEStep(engine, 0), block, None, EMState())
 
 
 def test_table_of_a_model_and_its_measurement(tmp_path):

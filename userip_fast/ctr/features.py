@@ -38,8 +38,8 @@ from userip_fast.data.attributes import item_attributes
 from userip_fast.em.calibrate import TABLE_RECIPE
 from userip_fast.em.free import FreeMixture
 from userip_fast.em.readings import Readings, log_likelihoods, pair_log_likelihoods
+from userip_fast.em.starts import shared_start
 from userip_fast.em.states import mean_states
-from userip_fast.em.trainer import shared_start
 from userip_fast.errors import ConfigError
 from userip_fast.keys import hash_keys, seeded
 from userip_fast.lm import PackedEngine

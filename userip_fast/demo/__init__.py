@@ -21,8 +21,8 @@ from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
 from userip_fast.data import Catalogue, Interactions, read_interactions
 from userip_fast.demo.scores import adjusted_rand_index, normalized_mutual_information
 from userip_fast.demo.world import HOBBIES, LEVELS, World, make_world
+from userip_fast.em.starts import shared_start
 from userip_fast.em.states import mean_states
-from userip_fast.em.trainer import shared_start
 from userip_fast.files import read_json, write_json
 from userip_fast.lm import FrozenLM, PackedEngine
 from userip_fast.model import Model

@@ -3,7 +3,7 @@ need, and the table is calibrated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from userip_fast.em.columns import choose, lines, places
 from userip_fast.em.crowd import Crowd
 from userip_fast.em.lifts import Calibration
 from userip_fast.em.starts import ToldUsers, kind_of_start
-from userip_fast.em.table import EventTable
+from userip_fast.em.table import EventTable, Kind
 from userip_fast.prompts import ProfileField
 
 
@@ -25,21 +25,21 @@ def finished(
     books: list[Codebook],
     fields: tuple[ProfileField, ...],
     told: ToldUsers | None,
-    read: Callable[[EventTable], None],
+    read: Callable[[EventTable, Iterable[Kind]], None],
 ) -> tuple[list[Codebook], EventTable]:
     """The codebooks with the codes' shares, and everything that was read of the users, to be read
     as their judges say.
 
     Args:
         told: What some users did, where the LM has a language to be told of it.
-        read: Has a table read the texts of all users.
+        read: Has a table read texts.
     """
     em = users.config
 
     def raw(columns: Tensor | None) -> EventTable:
         how = Calibration(users.neutral, columns=columns, raw=True)
         table = EventTable(users.engine, source.format, books, em, how)
-        read(table)
+        read(table, users.kinds)
         return table
 
     def calibrated(table: EventTable) -> tuple[Calibration, Tensor]:

@@ -8,12 +8,13 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from userip_fast.behaviour import Told
+from userip_fast.behaviour import Source, Told
 from userip_fast.codebook import Codebook, ResidualCodebook
-from userip_fast.config import EMConfig
+from userip_fast.config import Config, EMConfig
 from userip_fast.em.free import FreeMixture
 from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.posterior import PosteriorEStep
@@ -25,6 +26,7 @@ from userip_fast.lm.frozen import FrozenLM
 from userip_fast.packing import Int64, telling
 from userip_fast.prompts import Layout, ProfileField
 
+_TOLD_USERS = 1 << 14  # whose soft rows codewords start from
 _CHOOSING_USERS = 128  # who choose among more words than there are codes
 
 
@@ -144,6 +146,16 @@ class ToldUsers:
     words: tuple[str, ...] = ()
     _free: dict[tuple[int, int], FreeMixture] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def of(cls, source: Source, judging: npt.NDArray[np.bool_], engine: Engine) -> ToldUsers | None:
+        """The first users of `source` who do not judge; None where the LM cannot be told."""
+        lm = engine.lm
+        if lm.foldin is None or len(lm.foldin.bias) != engine.layout.num_soft:
+            return None
+        some = judging[:_TOLD_USERS]
+        events = source.told(lm.tokenizer, 0, len(some)).select(np.flatnonzero(~some))
+        return cls(lm.foldin, events, source.format.words)
+
     def codebooks(
         self, fields: tuple[ProfileField, ...], layout: Layout, seed: int
     ) -> list[Codebook]:
@@ -228,3 +240,31 @@ def kind_of_start(config: EMConfig, f: ProfileField, told: bool) -> str:
             "'random'"
         )
     return config.start
+
+
+def shared_start(engine: Engine, config: Config, source: Source) -> Tensor:
+    """[S, D] fp32: where all users of a field begin.
+
+    What the embedded LM is told of a user of whom nothing is known; else the mean embedding of the
+    field's candidate words; without candidates, of the tokens that the
+    first users' behaviour is made of.
+    """
+    lm = engine.lm
+    if lm.foldin is not None and lm.foldin.bias.shape[0] == engine.layout.num_soft:
+        return lm.foldin.bias
+    rows: list[Tensor] = []
+    typical: Tensor | None = None
+    for f in config.fields:
+        if f.candidates:
+            point = torch.stack([lm.word_embedding(w) for w in f.candidates]).mean(0)
+        else:
+            if typical is None:
+                some = min(source.num_users, 1024)
+                ids = source.block(lm.tokenizer, engine.layout, 0, some).ids
+                kinds, counts = np.unique(ids, return_counts=True)
+                share = torch.from_numpy(counts / counts.sum()).float().to(lm.device)
+                table = lm.embed(torch.from_numpy(kinds).long().to(lm.device)).float()
+                typical = share @ table
+            point = typical
+        rows += [point] * f.num_virtual_tokens
+    return torch.stack(rows).cpu()

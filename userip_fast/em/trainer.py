@@ -12,9 +12,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,8 @@ from userip_fast.behaviour import Source, Told
 from userip_fast.codebook import Codebook, UsageStats
 from userip_fast.config import Config
 from userip_fast.em.amortised import AmortisedEStep, Head, HeadReport, features, train_head
-from userip_fast.em.cache import BlockCache, DiskCache, MemoryCache, passed_over
+from userip_fast.em.blocks import Ticker, in_memory, run
+from userip_fast.em.cache import BlockCache, DiskCache, MemoryCache
 from userip_fast.em.checkpoints import Checkpoint, Checkpoints
 from userip_fast.em.crowd import APART_USERS, Apart, Crowd, Users
 from userip_fast.em.distributed import Processes
@@ -36,27 +37,21 @@ from userip_fast.em.mixture import Mixture, is_last
 from userip_fast.em.mstep import Stats, ThetaMStep, check_codebook_sizes
 from userip_fast.em.paper import run_paper
 from userip_fast.em.posterior import PosteriorEStep
-from userip_fast.em.starts import ToldUsers
+from userip_fast.em.starts import ToldUsers, shared_start
 from userip_fast.em.steps import (
     Block,
     EMState,
     EStep,
     Profiles,
-    books_digest,
     profiles_total,
 )
 from userip_fast.em.table import EventTable, Kind, answers, has_table, survey
-from userip_fast.errors import FormatError
 from userip_fast.interrupts import deferred_interrupts
 from userip_fast.lm.engine import Engine
-from userip_fast.lm.memory import is_out_of_memory, smaller_pack
 from userip_fast.prefetch import Prefetch
-from userip_fast.progress import Progress, progress
-
-T = TypeVar("T")
+from userip_fast.progress import progress
 
 _PROGRESS_USERS = 256
-_TOLD_USERS = 1 << 14  # whose soft rows codewords start from
 
 Log = Callable[[dict[str, Any]], None]
 """Receives one record per round, for metrics.jsonl."""
@@ -227,8 +222,7 @@ class Trainer:
                 fields = self.config.fields
                 yield run_paper(block, self.engine, fields, em, codebooks, self.show)[1]
             return
-        known = table or answers(self.config, self.calibration)
-        if em.estep == "posterior" and known:
+        if em.estep == "posterior" and (table or answers(self.config, self.calibration)):
             if table is None:
                 table = EventTable(self.engine, source.format, codebooks, em, self.calibration)
             table.cache, table.show = cache, self.show
@@ -303,15 +297,25 @@ class Trainer:
         else:
             count = min(em.fit_users or APART_USERS, source.num_users)
             users = Apart(self._block(source, 0, count), self.engine, em)
-        started = self._told(source, users.judging)
+        started = ToldUsers.of(source, users.judging, self.engine)
         mixture = Mixture(users, self.engine, em, fields, started)
+
+        def read(table: EventTable, kinds: Iterable[Kind]) -> None:
+            table.cache, table.show = tables, self.show
+            self._read(table, kinds)
+
+        def finish(books: list[Codebook]) -> tuple[list[Codebook], EventTable | None]:
+            if not isinstance(users, Crowd):
+                return books, None
+            return finished(source, users, books, fields, started, read)
+
         records: list[dict[str, Any]] = []
         if resume and kept is not None and (last := kept.last()):
             books, records = last.codebooks, last.records
             for record in records:
                 log(record)
             if is_last(records[-1], em):
-                return self._finished(source, users, books, tables, started)
+                return finish(books)
         else:
             books = mixture.best_start(fields, start)
         rounds = mixture.rounds(books, records[-1]["lr"] if records else None)
@@ -329,40 +333,12 @@ class Trainer:
                 told = {n: record[n] for n in ("elbo", "elbo_held_out") if record[n] is not None}
                 bar.advance(len(records) > 1, **told)
                 if is_last(record, em):
-                    return self._finished(source, users, at.codebooks, tables, started)
+                    return finish(at.codebooks)
         raise AssertionError("EM goes on until its last round")
-
-    def _finished(
-        self,
-        source: Source,
-        users: Users,
-        books: list[Codebook],
-        tables: BlockCache | None,
-        told: ToldUsers | None,
-    ) -> tuple[list[Codebook], EventTable | None]:
-        """Codebooks and event table; see `userip_fast.em.finish`."""
-        if not isinstance(users, Crowd):
-            return books, None
-
-        def read(table: EventTable) -> None:
-            table.cache, table.show = tables, self.show
-            self._read(table, users.kinds)
-
-        return finished(source, users, books, self.config.fields, told, read)
 
     def _read(self, table: EventTable, kinds: Iterable[Kind]) -> None:
         longest = table.format.chunk_tokens + self.engine.layout.num_soft
         in_memory(lambda: table.read(kinds), table, longest)
-
-    def _told(self, source: Source, judging: npt.NDArray[np.bool_]) -> ToldUsers | None:
-        """What the first users who do not judge did, where the LM has a language to be told of
-        it."""
-        lm = self.engine.lm
-        if lm.foldin is None or len(lm.foldin.bias) != self.engine.layout.num_soft:
-            return None
-        some = judging[:_TOLD_USERS]
-        events = source.told(lm.tokenizer, 0, len(some)).select(np.flatnonzero(~some))
-        return ToldUsers(lm.foldin, events, source.format.words)
 
     def _fit_head(
         self, source: Source, codebooks: list[Codebook], start: Tensor
@@ -456,10 +432,10 @@ class Trainer:
             deferred_interrupts() as let_through,
         ):
             if isinstance(estep, GradientEStep):
-                estep.on_step = _Ticker(bar, self.config.em.steps + self.config.em.refine_steps)
+                estep.on_step = Ticker(bar, self.config.em.steps + self.config.em.refine_steps)
             done = 0
             for block in blocks:
-                profiles = _run(estep, block, codebooks, state, cache)
+                profiles = run(estep, block, codebooks, state, cache)
                 done += len(profiles.nll)
                 bar.done = done
                 bar.advance(0, nll=float((profiles.nll / profiles.weight).mean()))
@@ -506,97 +482,9 @@ class Trainer:
         }
 
 
-def _run(
-    estep: EStep,
-    block: Block,
-    codebooks: list[Codebook] | None,
-    state: EMState,
-    cache: BlockCache | None,
-) -> Profiles:
-    """What the E-step finds, or found and kept before."""
-    if cache is None:
-        return _run_anew(estep, block, codebooks, state)
-    key = block.digest() + books_digest(codebooks)
-    if (found := cache.get("profiles", key)) is not None:
-        try:
-            return Profiles.from_tensors(found, block.hashes, [len(b) for b in codebooks or ()])
-        except FormatError as e:
-            passed_over(e)
-    profiles = _run_anew(estep, block, codebooks, state)
-    kept = {k: v for k, v in profiles.to_tensors().items() if k != "theta"}
-    cache.put("profiles", key, kept)
-    return profiles
-
-
-def _run_anew(
-    estep: Any, block: Block, codebooks: list[Codebook] | None, state: EMState
-) -> Profiles:
-    longest = int(block.behaviour.pack_rows(estep.engine.layout.num_soft).max())
-    profiles: Profiles = in_memory(lambda: estep.run(block, codebooks, state), estep, longest)
-    return profiles
-
-
-def in_memory(run: Callable[[], T], reader: Any, longest: int) -> T:
-    """`run()`; where memory runs out, again with smaller packs.
-
-    Args:
-        reader: An E-step or table that `run` asks; its `config` says how large packs are.
-        longest: Rows of the smallest pack possible, a user's or event's with the soft rows.
-    """
-    while True:
-        try:
-            return run()
-        except RuntimeError as e:
-            if not is_out_of_memory(e):
-                raise
-        # Out of the handler: the failed step's tensors are gone with its traceback.
-        tokens = smaller_pack(reader.engine.lm, reader.config.pack_tokens, longest)
-        reader.config = replace(reader.config, pack_tokens=tokens)
-
-
 def _settled(records: list[dict[str, Any]]) -> bool:
     """Whether the last round left every code as it was."""
     return bool(records) and records[-1].get("changed") == 0.0 and not records[-1]["revived"]
-
-
-class _Ticker:
-    """Turns E-step packs into fractions of a block on a progress bar."""
-
-    def __init__(self, bar: Progress, steps: int) -> None:
-        self.bar, self.steps, self.pending = bar, steps, 0
-
-    def __call__(self, users: int, nll: float) -> None:
-        self.pending += users
-        whole, self.pending = divmod(self.pending, self.steps)
-        self.bar.advance(whole, nll=nll)
-
-
-def shared_start(engine: Engine, config: Config, source: Source) -> Tensor:
-    """[S, D] fp32: where all users of a field begin.
-
-    What the embedded LM is told of a user of whom nothing is known; else the mean embedding of the
-    field's candidate words; without candidates, of the tokens that the
-    first users' behaviour is made of.
-    """
-    lm = engine.lm
-    if lm.foldin is not None and lm.foldin.bias.shape[0] == engine.layout.num_soft:
-        return lm.foldin.bias
-    rows: list[Tensor] = []
-    typical: Tensor | None = None
-    for f in config.fields:
-        if f.candidates:
-            point = torch.stack([lm.word_embedding(w) for w in f.candidates]).mean(0)
-        else:
-            if typical is None:
-                some = min(source.num_users, 1024)
-                ids = source.block(lm.tokenizer, engine.layout, 0, some).ids
-                kinds, counts = np.unique(ids, return_counts=True)
-                share = torch.from_numpy(counts / counts.sum()).float().to(lm.device)
-                table = lm.embed(torch.from_numpy(kinds).long().to(lm.device)).float()
-                typical = share @ table
-            point = typical
-        rows += [point] * f.num_virtual_tokens
-    return torch.stack(rows).cpu()
 
 
 def _usage(books: list[Codebook] | None, codes: Tensor | None) -> list[dict[str, Any]]:
