@@ -1,9 +1,11 @@
 """Of many combinations of codes those that carry weight are columns, and say what all would."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -239,7 +241,7 @@ def few(monkeypatch):
         monkeypatch.setattr(columns, name, value)
 
 
-def test_a_fit_with_columns_is_kept_and_served(fitted, few):
+def test_a_fit_with_columns_is_kept_and_served(fitted, few, tmp_path):
     folder, data, model = fitted
     some = model.calibration.columns
     assert len(some) == 8 < 12
@@ -267,6 +269,12 @@ def test_a_fit_with_columns_is_kept_and_served(fitted, few):
     got, want = server.top_items(p, 3), loaded.top_items(p, 3)
     np.testing.assert_allclose(np.sort(got[1]), np.sort(want[1]), rtol=1e-4)
 
+    shutil.copytree(folder / "whole" / "model", tmp_path / "model")
+    pq.write_table(columns.to_arrow(some[1:]), tmp_path / "model" / "columns.parquet")
+    for open_ in Server.open, uf.Model.load:
+        with pytest.raises(FormatError, match=r"columns\.parquet"):
+            open_(tmp_path / "model")
+
 
 def test_shards_and_a_run_that_goes_on_give_the_same(fitted, few, tmp_path):
     folder, data, model = fitted
@@ -282,6 +290,27 @@ def test_shards_and_a_run_that_goes_on_give_the_same(fitted, few, tmp_path):
     merge_shards(tmp_path / "shards", tmp_path / "bank")
     bank = uf.FeatureBank.open(tmp_path / "bank")
     assert np.array_equal(bank.codes(), uf.FeatureBank.open(folder / "whole" / "bank").codes())
+
+
+def test_columns_are_chosen_anew_where_events_count_less(fitted, few, monkeypatch):
+    folder, data, _ = fitted
+    chosen, weights = [], []
+    real = columns.choose
+
+    def choose_(*args):
+        weights.append(args[4] if len(args) > 4 else None)
+        chosen.append(real(*args))
+        return chosen[-1]
+
+    monkeypatch.setattr("userip_fast.em.finish.choose", choose_)
+    monkeypatch.setattr("userip_fast.em.calibrate._HALF_EVENTS", (3.0,))
+    model = uf.fit(data, folder / "lm", config=WHOLE)
+    assert model.calibration.half_events == 3.0
+    assert weights[0] is None
+    assert float(weights[1].max()) < 1
+    assert torch.equal(model.calibration.columns, chosen[1].codes)
+    assert model.event_table().values.shape[1] == len(chosen[1].codes)
+    assert model.infer(data).max() < 4
 
 
 def test_codes_under_other_numbers_keep_their_columns(fitted):

@@ -26,6 +26,7 @@ from userip_fast.ctr.ranking import choice_scores, rank_choices
 from userip_fast.ctr.statistics import Bootstrap, auc, log_loss, paired
 from userip_fast.ctr.work import Work
 from userip_fast.data import Interactions
+from userip_fast.em.columns import MOST
 from userip_fast.errors import DataError
 from userip_fast.files import write_json
 from userip_fast.packing import Int64
@@ -178,7 +179,8 @@ class _Evaluation:
         width = 0.2 + 0.8 * (lm.embedded_hidden / 128) * (lm.embedded_layers / 3)
         tokens = lm.embedded_tokens / 1e6 if lm.path == "default" else 0.1
         # An event table: so many texts under all codes a round, and all of them once.
-        pairs = len(pc.unique(task.data.item_text)) * math.prod(self.profiles.sizes)
+        columns = min(math.prod(self.profiles.sizes), MOST)
+        pairs = len(pc.unique(task.data.item_text)) * columns
         a_round = min(pairs, em.table_readings)
         guess = {
             "base": 1 + rows, "statistics": 0.004 * rows * ctr.bootstrap * len(self.models) / 10,
