@@ -38,8 +38,8 @@ def user_bounds(cu_seqlens: Tensor, rows: int) -> list[int]:
     bounds: list[int] = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] > rows or any(b < a for a, b in pairwise(bounds)):
         raise ValueError(
-            "soft_prompt_attention: cu_seqlens must start at 0, never decrease and end at or before "
-            f"row {rows}, "
+            "soft_prompt_attention: cu_seqlens must start at 0, never decrease and end at or "
+            f"before row {rows}, "
             f"got {bounds if len(bounds) < 12 else [*bounds[:6], '...', *bounds[-5:]]}"
         )
     return bounds
