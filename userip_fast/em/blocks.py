@@ -10,7 +10,8 @@ from userip_fast.codebook import Codebook
 from userip_fast.em.cache import BlockCache, passed_over
 from userip_fast.em.steps import Block, EMState, EStep, Profiles, books_digest
 from userip_fast.errors import FormatError
-from userip_fast.lm.memory import is_out_of_memory, smaller_pack
+from userip_fast.lm.limits import is_out_of_memory
+from userip_fast.lm.memory import smaller_pack
 from userip_fast.progress import Progress
 
 T = TypeVar("T")
