@@ -31,6 +31,7 @@ from userip_fast.em.steps import profiles_total
 from userip_fast.em.table import has_table
 from userip_fast.errors import ConfigError, DataError, StorageError
 from userip_fast.explain import explain
+from userip_fast.fields import ProfileField
 from userip_fast.files import lock_file, storage_errors, sweep_leftovers, write_json
 from userip_fast.lm import FrozenLM
 from userip_fast.lm.embedded import SlotIds, embedded_lm, taught
@@ -50,7 +51,7 @@ from userip_fast.model import (
 )
 from userip_fast.names import ItemCounts, Traits, code_cards, named_share
 from userip_fast.packing import Behaviour
-from userip_fast.prompts import Layout, ProfileField, PromptTemplate
+from userip_fast.prompts import Layout, PromptTemplate
 from userip_fast.reach import Reach
 from userip_fast.report import report_run
 from userip_fast.scalars import Scalars

@@ -36,9 +36,9 @@ from userip_fast.data.arrow import to_numpy
 from userip_fast.data.read import DEFAULT_TEXT
 from userip_fast.data.sources import TableLike, as_arrow, is_path, read_source
 from userip_fast.errors import ConfigError, DataError, UnavailableError
+from userip_fast.fields import TEMPLATES, ProfileField
 from userip_fast.lm import FrozenLM
 from userip_fast.model import Data, Model
-from userip_fast.prompts import TEMPLATES, ProfileField
 
 try:
     from scipy.sparse import coo_array

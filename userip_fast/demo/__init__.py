@@ -23,11 +23,11 @@ from userip_fast.demo.scores import adjusted_rand_index, normalized_mutual_infor
 from userip_fast.demo.world import HOBBIES, LEVELS, World, make_world
 from userip_fast.em.states import mean_states
 from userip_fast.em.trainer import shared_start
+from userip_fast.fields import ProfileField
 from userip_fast.files import read_json, write_json
 from userip_fast.lm import FrozenLM, PackedEngine
 from userip_fast.model import Model
 from userip_fast.packing import Int64
-from userip_fast.prompts import ProfileField
 from userip_fast.report import report_run
 
 USERS = 384
