@@ -79,10 +79,10 @@ def fit(
     quiet = quiet or os.environ.get("RANK", "0") != "0"  # of torchrun's processes, one speaks
     settings = settings_of(ctx.params)
     data = read_or_stream({**ctx.params, "quiet": quiet}, settings)
-    from userip_fast.api import Run
     from userip_fast.api import fit as run_fit
     from userip_fast.bank import FeatureBank
     from userip_fast.files import read_json
+    from userip_fast.run_folder import Run
     from userip_fast.terminal import print_results
 
     model = run_fit(

@@ -12,8 +12,8 @@ from userip_fast.flags import FORM_OF_FILES, flag_values
 
 if TYPE_CHECKING:
     from userip_fast.config import Config
-    from userip_fast.data import Interactions
-    from userip_fast.model import Data, Model
+    from userip_fast.data import Data, Interactions
+    from userip_fast.model import Model
 
 
 def settings_like(model: Model, params: Mapping[str, Any]) -> Config:
