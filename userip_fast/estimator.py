@@ -33,8 +33,10 @@ from userip_fast.api import fit
 from userip_fast.config import Config
 from userip_fast.data import Data, Interactions, InteractionStream, TextTemplate, read_interactions
 from userip_fast.data.arrow import to_numpy
+from userip_fast.data.filelist import TableLike, is_path
+from userip_fast.data.memory import as_arrow
 from userip_fast.data.read import DEFAULT_TEXT
-from userip_fast.data.sources import TableLike, as_arrow, is_path, read_source
+from userip_fast.data.sources import read_source
 from userip_fast.errors import ConfigError, DataError, UnavailableError
 from userip_fast.fields import TEMPLATES, ProfileField
 from userip_fast.lm import FrozenLM
