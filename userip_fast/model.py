@@ -253,7 +253,8 @@ class Model(ByTable):
         from userip_fast.hub import OnHub
 
         with stored.told(f"model {str(repo_id)!r} cannot be fetched"):
-            return OnHub.from_pretrained(repo_id, lm=lm, device=device, **options).model
+            found = OnHub.from_pretrained(repo_id, load=cls.load, lm=lm, device=device, **options)
+        return found.model
 
     @classmethod
     def load(

@@ -20,6 +20,7 @@ from userip_fast.cli.options import (
     PROTOCOL,
     RUN,
     Run,
+    said,
     takes,
 )
 from userip_fast.cli.shell import app, say
@@ -99,10 +100,7 @@ def tune(
     seeds: int,
     out: Path | None,
     quiet: bool,
-    codes: Annotated[
-        str,
-        typer.Option(help="Numbers of codes to try in every field.", rich_help_panel=FIELDS),
-    ] = "4,8,16",
+    codes: Annotated[str, said("Numbers of codes to try in every field.", FIELDS)] = "4,8,16",
 ) -> None:
     """Compare numbers of codes, and fields, by users held out: likelihood, usage, stability."""
     settings = settings_of(ctx.params).override({"em.estep": "posterior"})
@@ -137,18 +135,10 @@ def explain(
     device: str | None,
     quiet: bool,
     users: Annotated[
-        Path | None,
-        typer.Option(
-            help="Table of users with traits that the codes never saw.", rich_help_panel=DATA
-        ),
+        Path | None, said("Table of users with traits that the codes never saw.", DATA)
     ] = None,
-    traits: Annotated[
-        str | None,
-        typer.Option(help="Its columns A,B (those of few values).", rich_help_panel=DATA),
-    ] = None,
-    permutations: Annotated[
-        int, typer.Option(help="For the p of an association.", rich_help_panel=RUN)
-    ] = 1000,
+    traits: Annotated[str | None, said("Its columns A,B (those of few values).", DATA)] = None,
+    permutations: Annotated[int, said("For the p of an association.", RUN)] = 1000,
 ) -> None:
     """Explain the codes of a run: items, users who stand for them, association with traits.
 

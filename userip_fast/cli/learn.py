@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from userip_fast.cli.log import read_or_stream, settings_like
-from userip_fast.cli.options import EM, FROM, LOG, PROFILE, RUN, TOLD, takes
+from userip_fast.cli.options import EM, FROM, LOG, PROFILE, RUN, TOLD, said, takes
 from userip_fast.cli.shell import app, die, say
 from userip_fast.flags import settings_of
 
@@ -64,16 +64,9 @@ def fit(
     probabilities: bool,
     quiet: bool,
     like: Annotated[
-        Path | None,
-        typer.Option(
-            help="Model folder of an earlier fit whose code numbers are kept.",
-            rich_help_panel=RUN,
-        ),
+        Path | None, said("Model folder of an earlier fit whose code numbers are kept.", RUN)
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(help="Go on after the last checkpoint of --out.", rich_help_panel=RUN),
-    ] = False,
+    resume: Annotated[bool, said("Go on after the last checkpoint of --out.", RUN)] = False,
 ) -> None:
     """Learn profile codebooks from an interaction log; write model, bank and report to --out."""
     quiet = quiet or os.environ.get("RANK", "0") != "0"  # of torchrun's processes, one speaks
@@ -132,17 +125,10 @@ def infer(
     probabilities: bool,
     quiet: bool,
     shard: Annotated[
-        str | None,
-        typer.Option(
-            help="I/N: only this share of the users, as a file in the folder --out.",
-            rich_help_panel=RUN,
-        ),
+        str | None, said("I/N: only this share of the users, as a file in the folder --out.", RUN)
     ] = None,
     update: Annotated[
-        bool,
-        typer.Option(
-            help="Keep the bank's other users instead of replacing all.", rich_help_panel=RUN
-        ),
+        bool, said("Keep the bank's other users instead of replacing all.", RUN)
     ] = False,
 ) -> None:
     """Read users' codes with a fitted model; write a bank of exactly these users.
@@ -207,9 +193,7 @@ def profiles(
     out: Path,
     device: str | None,
     quiet: bool,
-    top: Annotated[
-        int, typer.Option(help="Best items of each user, so many.", rich_help_panel=RUN)
-    ] = 0,
+    top: Annotated[int, said("Best items of each user, so many.", RUN)] = 0,
 ) -> None:
     """Write users' codes, the probabilities of all codes, and their best items as a table.
 

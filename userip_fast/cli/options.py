@@ -118,6 +118,12 @@ OPTIONS: Mapping[str, Option] = {
     "on_unknown": Option(str, "", None, "error"),  # what else there is, the command says
 }  # fmt: skip
 
+
+def said(help: str, panel: str) -> Any:
+    """An option that one command alone has, for its signature."""
+    return typer.Option(help=help, rich_help_panel=panel)
+
+
 Run = Annotated[Path, typer.Argument(help="Run folder of fit.")]
 Bank = Annotated[Path, typer.Argument(help="Bank folder.")]
 _KEYS = typer.Argument(help="User keys; after -- where one begins with -")

@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from userip_fast.data.build import build_interactions, check_on_bad, read_items
 from userip_fast.data.filelist import TableLike
 from userip_fast.data.filters import RowFilter
 from userip_fast.data.interactions import Interactions
-from userip_fast.data.read import build_interactions, check_on_bad, read_items
 from userip_fast.data.rows import Columns
 from userip_fast.data.sources import Part, Source
 from userip_fast.data.text import TextTemplate

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from userip_fast.data.arrow import combine, to_numpy
+from userip_fast.data.build import nobody_left
 from userip_fast.data.filelist import File
 from userip_fast.data.filters import RowFilter
 from userip_fast.data.histories import (
@@ -32,7 +33,6 @@ from userip_fast.data.histories import (
     one_key_type,
 )
 from userip_fast.data.interactions import Interactions, ReadAs
-from userip_fast.data.read import nobody_left
 from userip_fast.data.report import NUM_EXAMPLES, BadRows, RowChecks
 from userip_fast.data.rows import Columns, check_rows
 from userip_fast.data.sources import Part, Source, check_expansion, validated

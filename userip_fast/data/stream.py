@@ -28,10 +28,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from userip_fast.data.arrow import combine, to_numpy
+from userip_fast.data.build import check_on_bad, read_items
 from userip_fast.data.filelist import File, TableLike, is_path, list_files, name_of
 from userip_fast.data.interactions import Interactions, ReadAs
 from userip_fast.data.memory import as_arrow
-from userip_fast.data.read import DEFAULT_TEXT, check_on_bad, read_items
+from userip_fast.data.read import DEFAULT_TEXT
 from userip_fast.data.report import BadRow, BadRows
 from userip_fast.data.rows import Columns
 from userip_fast.data.sorting import Sorter
