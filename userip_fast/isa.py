@@ -59,8 +59,6 @@ def settle() -> dict[str, str]:
 
 def choices(module: Any) -> dict[str, list[str]]:
     """{op: what it can use here, plainest first}; for products torch's two libraries."""
-    from userip_fast.ops._products import onednn
-
     sets = {op: list(sets) for op, sets in module.instruction_sets().items() if sets}
     return sets | {PRODUCTS: ["mkl"] if onednn() is None else ["mkl", "onednn"]}
 
@@ -84,6 +82,23 @@ def forced(usable: Mapping[str, list[str]]) -> dict[str, str]:
                 f"({known}), separated by commas; is {word!r}"
             )
     return asked
+
+
+@cache
+def onednn() -> Any | None:
+    """torch's own binding of oneDNN's linear layer, None where this build has none.
+
+    It is not among torch's public functions, so it is tried before it is believed in.
+    """
+    library: Any = torch.backends.mkldnn
+    if not (library.is_available() and library.enabled):
+        return None
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    x = torch.tensor([[2.0, 3.0]])
+    try:
+        return None if linear is None or linear(x, x, None, "none", [], "").item() != 13 else linear
+    except (RuntimeError, TypeError, ValueError):
+        return None
 
 
 def cpu_name() -> str:
@@ -169,8 +184,6 @@ def measure(module: Any, usable: Mapping[str, list[str]]) -> dict[str, str]:
 
 def _calls(module: Any) -> dict[str, Callable[[str], object]]:
     """For each op a call of some 0.2 ms, with a set's name, on numbers that do not matter."""
-    from userip_fast.ops._products import onednn
-
     x = torch.linspace(-1, 1, 256 * 512).view(256, 512)
     y, out = x.clone(), torch.empty(256, 512)
     ids = torch.arange(256) % 64
