@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 
 from userip_fast.data.filelist import TableLike
 from userip_fast.data.filters import RowFilter
-from userip_fast.data.histories import histories, items_of_catalogue, items_of_log, one_key_type
+from userip_fast.data.histories import (
+    Rules,
+    histories,
+    items_of_catalogue,
+    items_of_log,
+    one_key_type,
+)
 from userip_fast.data.interactions import Interactions
 from userip_fast.data.report import NUM_EXAMPLES, BadRows, RowChecks
 from userip_fast.data.rows import Columns, check_rows
@@ -18,13 +24,6 @@ from userip_fast.data.sources import Source, read_source
 from userip_fast.data.text import TextTemplate
 from userip_fast.data.textfiles import TextForm
 from userip_fast.errors import DataError
-
-
-def check_on_bad(on_bad: str) -> bool:
-    """Whether bad rows are skipped."""
-    if on_bad not in ("error", "skip"):
-        raise DataError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
-    return on_bad == "skip"
 
 
 def read_items(
@@ -56,18 +55,13 @@ def build_interactions(
     columns: Columns,
     template: TextTemplate,
     predicate: RowFilter | None,
-    on_bad: str,
-    min_history: int,
-    seed: int,
+    rules: Rules,
     rows: NDArray[np.int64] | None = None,
 ) -> Interactions:
     """Checks rows (None: all) of sources already read, and sorts them into histories.
 
     The other arguments and the errors are those of `read_interactions`.
     """
-    check_on_bad(on_bad)
-    if min_history < 1:
-        raise DataError(f"min_history must be at least 1, got {min_history}")
     checks = RowChecks()
     users, item_column = log.keys(columns.user), log.keys(columns.item)
     read = np.arange(log.table.num_rows) if rows is None else rows
@@ -80,14 +74,14 @@ def build_interactions(
         items = items_of_catalogue(catalogue, columns.item, template, checks)
         kept_items, items = one_key_type(log, catalogue, columns.item, kept_items, items)
     checked = check_rows(log, rows, columns, kept_users, kept_items, items, checks)
-    if checks.counts and on_bad == "error":
+    if checks.counts and not rules.skip:
         raise checks.error()
 
     # Users: all that were read, so that those with every row gone are listed.
     good = np.flatnonzero(~checks.bad)
     seen = pc.unique(users.take(read)).drop_null()
     own = kept_users.take(good), checked.take(good)
-    whole, short = histories(seen, *own, items, min_history, seed)
+    whole, short = histories(seen, *own, items, rules)
     report = BadRows(
         rows_read=len(read) + checks.rows_lost,
         rows_filtered=len(read) - len(rows),
@@ -95,7 +89,7 @@ def build_interactions(
         examples=checks.examples(),
         short_users=len(short),
         short_examples=tuple(short[:NUM_EXAMPLES].to_pylist()),
-        min_history=min_history,
+        min_history=rules.min_history,
     )
     if whole.num_users == 0:
         raise nobody_left(log.name, report)

@@ -88,6 +88,27 @@ def one_key_type(
 
 
 @dataclass(frozen=True)
+class Rules:
+    """What becomes of bad rows and short histories, and how events without times are ordered; see
+    `userip_fast.read_interactions`."""
+
+    on_bad: str = "error"
+    min_history: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.on_bad not in ("error", "skip"):
+            raise DataError(f"on_bad must be 'error' or 'skip', got {self.on_bad!r}")
+        if self.min_history < 1:
+            raise DataError(f"min_history must be at least 1, got {self.min_history}")
+
+    @property
+    def skip(self) -> bool:
+        """Whether bad rows are left out, or refused."""
+        return self.on_bad == "skip"
+
+
+@dataclass(frozen=True)
 class Rows:
     """What the checks found in the rows of a log, [n] each.
 
@@ -113,8 +134,7 @@ def histories(
     users: pa.Array,
     rows: Rows,
     items: Items,
-    min_history: int,
-    seed: int,
+    rules: Rules,
 ) -> tuple[Interactions, pa.Array]:
     """Good rows sorted into histories, and the keys of users with too few of them.
 
@@ -128,7 +148,7 @@ def histories(
     seen, hashes = seen.take(order), hashes[order]
     event_user = to_numpy(pc.index_in(users, value_set=seen))
     lengths = np.bincount(event_user, minlength=len(seen))
-    enough = lengths >= min_history
+    enough = lengths >= rules.min_history
 
     # Events: by user, then by time, or in an order that the keys alone fix; ties as in the file.
     good = np.flatnonzero(enough[event_user])
@@ -137,7 +157,7 @@ def histories(
     if rows.time is not None:
         within = rows.time
     else:
-        within = mix64(seeded(hashes, seed)[event_user] ^ hash_keys(items.keys)[rows.place])
+        within = mix64(seeded(hashes, rules.seed)[event_user] ^ hash_keys(items.keys)[rows.place])
     rows = rows.take(np.lexsort((within, event_user)))
     kept = pa.array(~items.empty)
     new_place = np.cumsum(~items.empty, dtype=np.int32) - np.int32(1)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from userip_fast.data.build import build_interactions, check_on_bad, read_items
+from userip_fast.data.build import build_interactions, read_items
 from userip_fast.data.filelist import TableLike
 from userip_fast.data.filters import RowFilter
+from userip_fast.data.histories import Rules
 from userip_fast.data.interactions import Interactions, ReadAs
 from userip_fast.data.nete import read_nete
 from userip_fast.data.rows import Columns
@@ -83,6 +84,7 @@ def read_interactions(
     read_as = ReadAs(user, item, rating, time, text, filter, min_history)
     form = text_form(sep, encoding, header)
     items_form = replace(text_form(None, encoding, items_header, "items_header"), likely=form.sep)
+    rules = Rules(on_bad, min_history, seed)
     if isinstance(interactions, str | Path) and _is_nete(Path(interactions)):
         fixed = [
             ("user", user, ("user", "user_id")),
@@ -114,7 +116,6 @@ def read_interactions(
     wanted = [user, item, *(c for c in (rating, time) if c is not None), *filtered_by, *own_text]
     columns = list(dict.fromkeys(wanted))
     as_text = {user, item, *own_text} - {*filtered_by, rating, time}
-    skip = check_on_bad(on_bad)
     log = read_source(
         interactions,
         columns,
@@ -123,18 +124,16 @@ def read_interactions(
         checked={c for c in (rating, time) if c is not None},
         numbers=predicate.numbers if predicate else (),
         form=form,
-        skip=skip,
+        skip=rules.skip,
     )
-    catalogue = None if items is None else read_items(items, item, template, items_form, skip)
+    catalogue = None if items is None else read_items(items, item, template, items_form, rules.skip)
     found = build_interactions(
         log,
         catalogue,
         columns=Columns(user, item, rating, time),
         template=template,
         predicate=predicate,
-        on_bad=on_bad,
-        min_history=min_history,
-        seed=seed,
+        rules=rules,
     )
     return replace(found, read_as=read_as)
 

@@ -26,6 +26,7 @@ from userip_fast.data.filters import RowFilter
 from userip_fast.data.histories import (
     Items,
     Rows,
+    Rules,
     first_rows,
     histories,
     items_of_catalogue,
@@ -61,9 +62,9 @@ class Sorter:
         columns: Columns,
         template: TextTemplate,
         filter: str | None,
-        on_bad: str,
+        rules: Rules,
     ) -> None:
-        self.files, self.name, self.columns, self.on_bad = files, name, columns, on_bad
+        self.files, self.name, self.columns, self.rules = files, name, columns, rules
         self.template, self.catalogue = template, catalogue
         self.predicate = RowFilter(filter) if filter is not None else None
         self.filter_columns = self.predicate.columns if self.predicate else ()
@@ -124,10 +125,7 @@ class Sorter:
                 found = [_combine(found)]
         return _combine(found)
 
-    def write(self, folder: Path, key: str, read_as: ReadAs, seed: int) -> None:
-        min_history = read_as.min_history
-        if min_history < 1:
-            raise DataError(f"min_history must be at least 1, got {min_history}")
+    def write(self, folder: Path, key: str, read_as: ReadAs) -> None:
         c = self.columns
         wanted = [c.user, c.item, *(x for x in (c.rating, c.time) if x), *self.filter_columns]
         waiting, most = 0, max(_WAITING_ROWS, _WAITING_ROWS_PART << self.bits)
@@ -137,7 +135,7 @@ class Sorter:
                 self._append(folder)
                 waiting = 0
         self._append(folder)
-        if self.checks.counts and self.on_bad == "error":
+        if self.checks.counts and not self.rules.skip:
             raise self.checks.error()
         parts: list[dict[str, Any]] = []
         counts = np.zeros(len(self.items.keys), np.int64)[~self.items.empty]
@@ -145,7 +143,7 @@ class Sorter:
         short: list[Any] = []
         short_users = 0
         for at in range(1 << self.bits):
-            found, few = self._sort(folder / f"part-{at:04d}.rows", min_history, seed)
+            found, few = self._sort(folder / f"part-{at:04d}.rows")
             path = folder / f"part-{at:04d}.arrow"
             _write_part(path, found)
             parts.append({"users": found.num_users, "sha256": sha256_file(path)})
@@ -163,7 +161,7 @@ class Sorter:
             examples=self.checks.examples(),
             short_users=short_users,
             short_examples=tuple(short),
-            min_history=min_history,
+            min_history=self.rules.min_history,
         )
         if sum(part["users"] for part in parts) == 0:
             raise nobody_left(self.name, report)
@@ -230,7 +228,7 @@ class Sorter:
                     writer.write_table(whole)
                 batches.clear()
 
-    def _sort(self, path: Path, min_history: int, seed: int) -> tuple[Interactions, pa.Array]:
+    def _sort(self, path: Path) -> tuple[Interactions, pa.Array]:
         tables = []
         if path.exists():
             with pa.OSFile(str(path)) as file:
@@ -256,7 +254,7 @@ class Sorter:
             column("rating", c.rating, np.float32),
             column("time", c.time, np.int64),
         )
-        return histories(users.unique(), users.take(good), rows, self.items, min_history, seed)
+        return histories(users.unique(), users.take(good), rows, self.items, self.rules)
 
 
 def _combine(found: list[Items]) -> Items:

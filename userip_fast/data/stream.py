@@ -28,8 +28,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from userip_fast.data.arrow import combine, to_numpy
-from userip_fast.data.build import check_on_bad, read_items
+from userip_fast.data.build import read_items
 from userip_fast.data.filelist import File, TableLike, is_path, list_files, name_of
+from userip_fast.data.histories import Rules
 from userip_fast.data.interactions import Interactions, ReadAs
 from userip_fast.data.memory import as_arrow
 from userip_fast.data.read import DEFAULT_TEXT
@@ -264,7 +265,7 @@ def stream_interactions(
     Raises:
         StorageError: `work` cannot be written.
     """
-    check_on_bad(on_bad)
+    rules = Rules(on_bad, min_history, seed)
     text_form(sep, encoding, header)
     if not is_path(interactions):
         raise DataError(
@@ -298,11 +299,11 @@ def stream_interactions(
         template = TextTemplate(text)
         catalogue = None
         if items is not None:
-            catalogue = read_items(items, item, template, items_form, on_bad == "skip")
+            catalogue = read_items(items, item, template, items_form, rules.skip)
         name = name_of(interactions)
-        sorter = Sorter(files, name, catalogue, columns, template, filter, on_bad)
+        sorter = Sorter(files, name, catalogue, columns, template, filter, rules)
         with atomic_dir(target) as tmp:
-            sorter.write(tmp, key, read_as, seed)
+            sorter.write(tmp, key, read_as)
         return InteractionStream(target)
 
 
