@@ -73,7 +73,7 @@ class Option:
 
 def _of_setting(flag: Flag) -> Option:
     # None, so that a flag which is not given leaves the setting as a file or a model has it.
-    names = (f"--{flag.name}",) if flag.default is False else ()
+    names = (f"--{flag.name.replace('_', '-')}",) if flag.default is False else ()
     return Option(flag.kind | None, flag.help, _PANELS[flag.name], names=names)
 
 
