@@ -76,8 +76,10 @@ class Learned:
         return trainer.settings_key(self.start) + self.fingerprint.encode()
 
     def ready_trainer(self, show: bool = False) -> Trainer:
-        """The trainer that `fit` left, or one for inferring."""
+        """The trainer that `fit` left, or one for inferring: making one tries the LM."""
         trainer = self.trainer or make_trainer(self.config, self.lm, show)
+        if not isinstance(self.lm, Late) or self.lm.is_made:
+            self.trainer = trainer
         trainer.show, trainer.head, trainer.calibration = show, self.head, self.calibration
         return trainer
 
