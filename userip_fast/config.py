@@ -154,7 +154,8 @@ class LMConfig:
         ),
     )
     residency: Literal["auto", "resident", "streamed", "fp8"] = "auto"
-    """How the weights lie in memory; "auto" is resident where it fits, else streamed."""
+    """How the weights lie in memory; "auto" is resident where it fits, or FP8 where that is
+    faster on this device and the LM says the same, else streamed."""
     recompute: Literal["auto", "on", "off"] = "auto"
     """Recompute activations in backward; "auto" only where the step does not fit otherwise."""
     fused: Literal["auto", "off"] = "auto"
@@ -273,7 +274,10 @@ class EMConfig:
     pack_tokens: int = setting(8_192, rule=at_least(1))
     """Rows of a pack, at most; on a GPU exactly so many, rounded down to a multiple of 128. Fewer
     where memory does not suffice, which the log says."""
-    engine: Literal["packed", "reference"] = "packed"
+    engine: Literal["auto", "packed", "graph", "reference"] = "auto"
+    """"packed", or the same replayed from CUDA graphs ("graph"), or whole padded prompts
+    ("reference"); "auto" is graph on a GPU for small packs of small LMs, up to 2 billion weights
+    times 8,192 rows, else packed."""
     seed: int = setting(
         0, "A run repeats with its seed.", Rule(f"in [0, {MAX_SEED}]", lambda x: 0 <= x <= MAX_SEED)
     )

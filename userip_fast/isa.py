@@ -21,11 +21,9 @@ from typing import Any
 
 import torch
 
-from userip_fast import _extension
+from userip_fast import _extension, measured
 from userip_fast._version import __version__
-from userip_fast.errors import FormatError, StorageError, UserIPError
-from userip_fast.files import read_json, write_json
-from userip_fast.sums import cache_folder
+from userip_fast.errors import UserIPError
 
 logger = logging.getLogger("userip_fast.ops")
 
@@ -33,6 +31,7 @@ VARIABLE = "USERIP_FAST_ISA"
 SETS = ("baseline", "avx2", "avx512vl", "avx512")  # plainest first
 PRODUCTS = "products"  # of dense fp32 matrices: no set but a library, see ops/_products.py
 
+_QUESTION = "instruction_sets"
 _GAIN = 0.95  # a wider set must take at most so much of the plainer one's time
 _ROUNDS = 7
 
@@ -121,16 +120,12 @@ def _key() -> str:
     return f"{cpu_name()}; {build}"
 
 
-def _store() -> Path:
-    return cache_folder() / "instruction_sets.json"
-
-
 def _kept(usable: Mapping[str, list[str]]) -> dict[str, str]:
     """What was found for this processor and build, where it is still of use; else {}."""
+    found = measured.kept(_QUESTION, _key())
     try:
-        kept = read_json(_store())[_key()]
-        return {op: {s: s for s in sets}[kept[op]] for op, sets in usable.items()}
-    except (FormatError, KeyError, TypeError):
+        return {op: {s: s for s in sets}[found[op]] for op, sets in usable.items()}
+    except (KeyError, TypeError):
         return {}
 
 
@@ -146,15 +141,7 @@ def _measured_and_kept(module: Any, usable: Mapping[str, list[str]]) -> dict[str
     finally:
         module.set_thread_limit(limit)
         torch.set_num_threads(threads)
-    try:
-        known = read_json(_store())
-    except FormatError:
-        known = {}
-    try:
-        _store().parent.mkdir(parents=True, exist_ok=True)
-        write_json(_store(), {**(known if isinstance(known, dict) else {}), _key(): chosen})
-    except (OSError, StorageError) as e:
-        logger.info("instruction sets are not kept, the next process measures again: %s", e)
+    measured.keep(_QUESTION, _key(), chosen)
     return chosen
 
 

@@ -111,7 +111,8 @@ def make_trainer(config: Config, lm: FrozenLM, show: bool) -> Trainer:
     if lm.plan is not None:
         tokens = min(config.em.pack_tokens, lm.plan.pack_tokens)
         config = replace(config, em=replace(config.em, pack_tokens=tokens))
-    return Trainer(make_engine(config.em.engine, lm, layout), config, show)
+    made = make_engine(config.em.engine, lm, layout, config.em.pack_tokens)
+    return Trainer(made, config, show)
 
 
 def check_probabilities(config: Config, wanted: bool) -> None:

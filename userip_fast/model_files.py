@@ -160,6 +160,8 @@ def load_model(
         check_sums(root, files, needed, but=[EVENTS, *[_LM] * late])
         with _of_file(root / _CONFIG):
             config = Config.from_dict(read_json(root / _CONFIG))
+        if config.em.engine == "graph":  # was asked for where it was fitted
+            config = config.override({"em.engine": "auto"})
         codebooks = load_codebooks(root / _CODEBOOKS, len(config.fields))
         start, calibration = _read_start(root, config, files)
         head = None

@@ -135,7 +135,7 @@ def test_without_a_folder_to_keep_it_in_it_is_measured_each_time(
     monkeypatch.setenv("USERIP_FAST_CACHE", str(tmp_path / "file" / "cache"))
     if all(len(sets) < 2 for sets in isa.choices(module).values()):
         pytest.skip("there is nothing to choose")
-    with caplog.at_level(logging.INFO, "userip_fast.ops"):
+    with caplog.at_level(logging.INFO, "userip_fast"):
         assert isa.settle.__wrapped__()
     assert "not kept" in caplog.text
 
