@@ -30,23 +30,11 @@ from userip_fast.flags import FORM, settings_of
 
 @app.command()
 @takes(
-    *LOG,
-    "max_tokens",
-    *PROTOCOL,
-    "max_users",
-    *PROFILE,
-    "out",
-    "estep",
-    "behaviour_context",
-    "rounds",
-    *FROM,
-    "quiet",
-    max_users={
-        "help": "Users on either side, at most, in hash order (all).",
-        "panel": EVALUATION,
-    },
+    *LOG, "max_tokens", *PROTOCOL, "max_users", *PROFILE, "out", "estep", "behaviour_context",
+    "rounds", *FROM, "quiet",
+    max_users={"help": "Users on either side, at most, in hash order (all).", "panel": EVALUATION},
     out={"help": "Folder that gets ctr.json, and cells/ to go on from."},
-)
+)  # fmt: skip
 def ctr(ctx: typer.Context, out: Path, quiet: bool) -> None:
     """Measure what the IDs add to recommenders, against what anyone would try without an LM.
 
@@ -77,24 +65,12 @@ def _protocol(params: Mapping[str, Any]) -> CTRConfig:
 
 @app.command()
 @takes(
-    *LOG,
-    "max_tokens",
-    *PROFILE,
-    "seeds",
-    "rounds",
-    *FROM,
-    "max_users",
-    "out",
-    "quiet",
-    seeds={
-        "kind": int,
-        "help": "Runs per choice; two or more tell stability.",
-        "default": 2,
-        "panel": RUN,
-    },
+    *LOG, "max_tokens", *PROFILE, "seeds", "rounds", *FROM, "max_users", "out", "quiet",
+    seeds={"kind": int, "help": "Runs per choice; two or more tell stability.", "default": 2,
+           "panel": RUN},
     max_users={"kind": int, "help": "Users, in hash order.", "default": 600},
     out={"kind": Path | None, "help": "JSON file that gets the table.", "default": None},
-)
+)  # fmt: skip
 def tune(
     ctx: typer.Context,
     seeds: int,

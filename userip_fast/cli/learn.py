@@ -45,19 +45,9 @@ def demo(
 
 @app.command()
 @takes(
-    *LOG,
-    "stream",
-    *TOLD,
-    *PROFILE,
-    "verify",
-    "out",
-    *EM,
-    *FROM,
-    "max_users",
-    "probabilities",
-    "quiet",
-    out={"help": "Run folder: model/ bank/ metrics.json report.html ..."},
-)
+    *LOG, "stream", *TOLD, *PROFILE, "verify", "out", *EM, *FROM, "max_users", "probabilities",
+    "quiet", out={"help": "Run folder: model/ bank/ metrics.json report.html ..."},
+)  # fmt: skip
 def fit(
     ctx: typer.Context,
     out: Path,
@@ -105,17 +95,9 @@ def fit(
 
 @app.command()
 @takes(
-    *LOG,
-    "stream",
-    "device",
-    "verify",
-    "model",
-    "out",
-    "max_users",
-    "probabilities",
-    "quiet",
+    *LOG, "stream", "device", "verify", "model", "out", "max_users", "probabilities", "quiet",
     out={"help": "Bank folder."},
-)
+)  # fmt: skip
 def infer(
     ctx: typer.Context,
     model: Path,
@@ -178,15 +160,9 @@ def infer(
 
 @app.command()
 @takes(
-    *LOG,
-    "stream",
-    "device",
-    "model",
-    "out",
-    "max_users",
-    "quiet",
+    *LOG, "stream", "device", "model", "out", "max_users", "quiet",
     out={"help": "Parquet file that gets the profiles."},
-)
+)  # fmt: skip
 def profiles(
     ctx: typer.Context,
     model: Path,

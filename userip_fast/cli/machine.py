@@ -28,14 +28,9 @@ def describe_lm(
 
 @app.command()
 @takes(
-    "lm",
-    "quantization",
-    "device",
-    "verify",
-    "seed",
-    "set",
+    "lm", "quantization", "device", "verify", "seed", "set",
     seed={"kind": int, "help": "Of the random users.", "default": 0},
-)
+)  # fmt: skip
 def doctor(ctx: typer.Context, seed: int) -> None:
     """Check packing and masks on your own LM: the packed engine against the plain model."""
     settings = settings_of(ctx.params)
