@@ -50,7 +50,7 @@ from userip_fast.errors import (
 from userip_fast.files import atomic_dir, read_json, read_tensors, write_json, write_tensors
 from userip_fast.late import Late
 from userip_fast.learned import Learned
-from userip_fast.lm import FrozenLM, stored
+from userip_fast.lm import FrozenLM, open_lm, stored
 from userip_fast.lm.trace import Workload
 from userip_fast.model_table import EVENTS, ByTable
 from userip_fast.segments import Part, Segments
@@ -178,7 +178,7 @@ def load_model(
         def opened() -> FrozenLM:
             if late:
                 check_sums(root, files, needed, but=[EVENTS])
-            return _open_lm(root, about, source, how, Workload.of(config))
+            return _checked_lm(root, about, source, how, Workload.of(config))
 
         model_lm = _late_lm(root, about, source, opened) if late else opened()
     except (KeyError, TypeError) as e:
@@ -256,11 +256,11 @@ def _late_lm(root: Path, about: Mapping[str, Any], source: Path, opened: Any) ->
     )
 
 
-def _open_lm(
+def _checked_lm(
     root: Path, about: Mapping[str, Any], source: Path, config: LMConfig, work: Workload
 ) -> FrozenLM:
     """The LM at `source`, if it is the one that the manifest of the model in `root` is `about`."""
-    lm = FrozenLM.load(str(source), config, work)
+    lm = open_lm(str(source), config, work)
     lm.embedded = bool(about["embedded"])
     expected = str(about["fingerprint"])
     if not lm.is_known_as(expected):
