@@ -16,7 +16,7 @@ from userip_fast.lm import FrozenLM
 from userip_fast.lm.attention import NAME, register
 from userip_fast.lm.fuse import fuse
 from userip_fast.lm.nf4 import NF4Linear, swap_modules
-from userip_fast.lm.residency import layer_of, set_recompute, settle
+from userip_fast.lm.residency import layer_of, settle
 from userip_fast.nf4 import NESTED_BLOCKSIZE, NF4Weight, dynamic_map
 
 _ABSMAX, _SPREAD = 0.036, 0.004  # such that values have the standard deviation of Llama's, 0.02
@@ -103,15 +103,13 @@ def random_model(config: Any, device: str, dtype: torch.dtype, attention: str = 
 
 
 def random_lm(
-    config: Any, device: str, dtype: torch.dtype, residency: str = "resident",
-    recompute: bool = False,
-) -> FrozenLM:  # fmt: skip
+    config: Any, device: str, dtype: torch.dtype, residency: str = "resident"
+) -> FrozenLM:
     """As `FrozenLM.load` leaves one: settled in `residency`, element-wise parts fused."""
     model = random_model(config, device, dtype)
     if residency == "streamed":
         to_nf4(model)
     settle(model, residency, dtype)
     fuse(model, "auto" if device == "cuda" else "reference")
-    set_recompute(model, recompute)
     four_bit = "nf4-double" if residency == "streamed" else "none"
     return FrozenLM(model, NoTokenizer(), source="random", quantization=four_bit)

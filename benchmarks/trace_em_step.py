@@ -8,7 +8,7 @@ products, copies, casts, and waits for the device. Two and three layers of the a
 traced; their difference is a layer, the rest of two layers is what a step does once. Operators of
 ours say how many kernels they launch (`LAUNCHES`). Bytes are those of each operand and result once,
 as if nothing stayed in a cache; attention is listed apart, since its kernels read operands twice.
-In `streamed` the decoding of 4-bit weights is counted by the stream, in a step that follows another.
+In `streamed` decoded layers are counted by the stream, in a step that follows another.
 
 `least` is what a layer cannot do without while products and attention are kernels of their own that
 read and write bf16 (FP8 products: e4m3 with a scale a row): see `least`.
