@@ -56,7 +56,8 @@ gpu-check:
 GPU_TEST := USERIP_FAST_GPU_TESTS=1 HF_HUB_OFFLINE=1 PYTHONPATH=.
 gpu-test:
 	$(PYTHON) setup.py build_ext --inplace
-	$(GPU_TEST) $(PYTHON) -m pytest -q -m gpu -p no:cacheprovider
+	$(GPU_TEST) $(PYTHON) -m pytest -q -m gpu -p no:cacheprovider \
+	  $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
 	for tool in memcheck racecheck; do \
 	  $(GPU_TEST) PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
 	    --error-exitcode 86 $(PYTHON) -m pytest -q -x -m 'gpu and sanitizer' -p no:cacheprovider \
