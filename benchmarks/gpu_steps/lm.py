@@ -23,7 +23,7 @@ from userip_fast.config import EMConfig
 from userip_fast.em import Block, EMState, GradientEStep
 from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.readings import Readings, log_likelihoods
-from userip_fast.errors import UnavailableError
+from userip_fast.errors import UnavailableError, UnsupportedError
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
 from userip_fast.lm.engine import make_engine
 from userip_fast.lm.fp8 import MAX_NLL_SHIFT, Reading, quantize_rows, scaled_product
@@ -140,7 +140,7 @@ def em_small(setting: Setting, figures: Figures) -> None:
             graph: Any = make_engine("graph", lm, case.layout)
             found["graph_error"] = _agree(setting, graph, case)
             runs["graph"] = _em_steps(graph, case, setting.steps)
-        except (KeyError, UnavailableError) as e:
+        except (KeyError, UnavailableError, UnsupportedError) as e:
             found["graph"] = f"skipped: {e}"
         times = compare(runs, setting.device, seconds=setting.seconds)
         for name, t in times.items():
