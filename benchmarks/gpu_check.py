@@ -35,13 +35,13 @@ from gpu_steps.setting import REAL, STAND_IN, Setting
 STEPS = (
     Step("ceilings", 20, "GEMM, read, copy; FP8 products, fast and slow sums", ops.ceilings),
     Step("em_bf16", 60, "whole 7B, B = 300, T = 8192: EM steps, by kernel", lm.em_bf16),
-    Step("inference", 40, "the same: forward, posteriors, event table", lm.inference),
+    Step("inference", 60, "the same: forward, posteriors, event table", lm.inference),
     Step("em_fp8", 45, "the same in FP8", lm.em_fp8),
     Step("em_streamed", 40, "the same in streamed NF4, in 12 GB", lm.em_streamed),
-    Step("em_peers", 90, "PEFT of the same users, plain and with checkpoints, Liger, bitsandbytes",
+    Step("em_peers", 85, "PEFT of the same users, plain and with checkpoints, Liger, bitsandbytes",
          lm.em_peers, ("peft", "accelerate", "bitsandbytes", "liger-kernel")),
-    Step("attention", 75, "three real shapes: torch varlen, FlexAttention", ops.attention),
-    Step("em_small", 40, "a 0.5B model, small and large packs, as it is and by a graph",
+    Step("attention", 70, "three real shapes: torch varlen, FlexAttention", ops.attention),
+    Step("em_small", 30, "a 0.5B model, small and large packs, as it is and by a graph",
          lm.em_small),
     Step("tests", 60, "few codes and the engine", record.gpu_tests(
         ["tests/ops/test_assign_codes_triton.py", "tests/lm/test_engine_gpu.py"])),

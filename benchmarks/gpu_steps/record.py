@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -104,9 +105,9 @@ def _first_line(*command: str) -> str | None:
 
 def folder(device: str) -> Path:
     """Where results of this machine's device lie."""
-    import torch
-
-    name = torch.cuda.get_device_name() if device == "cuda" else "stand-in"
+    name = "stand-in"
+    if device == "cuda":  # not by torch, which would begin a context here
+        name = _first_line("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or device
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return ROOT / "benchmarks" / "results" / slug
 
@@ -302,15 +303,17 @@ def gpu_tests(files: Sequence[str]) -> Callable[[Any, Figures], None]:
         if setting.device == "cuda":
             env |= {"USERIP_FAST_GPU_TESTS": "1"}
             env.pop("TRITON_INTERPRET", None)
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        try:
-            output, _ = process.communicate()
-        finally:
-            process.kill()
-        lines = output.rstrip().splitlines()
-        figures["summary"] = lines[-1] if lines else ""
+        with tempfile.TemporaryFile("w+", errors="replace") as said:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=said, stderr=subprocess.STDOUT
+            )
+            try:
+                process.wait()
+            finally:
+                process.kill()
+                said.seek(0)
+                lines = said.read().rstrip().splitlines()
+                figures["summary"] = lines[-1] if lines else ""
         if process.returncode:
             raise Wrong("\n".join(lines[-30:]))
 
