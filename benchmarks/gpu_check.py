@@ -40,7 +40,8 @@ STEPS = (
     Step("em_streamed", 40, "the same in streamed NF4, in 12 GB", lm.em_streamed),
     Step("em_peers", 85, "PEFT of the same users, plain and with checkpoints, Liger, bitsandbytes",
          lm.em_peers, ("peft", "accelerate", "bitsandbytes", "liger-kernel")),
-    Step("attention", 70, "three real shapes: torch varlen, FlexAttention", ops.attention),
+    Step("attention", 70, "three real shapes: torch varlen, FlexAttention, flash-attn",
+         ops.attention, ("flash-attn",)),
     Step("em_small", 30, "a 0.5B model, small and large packs, as it is and by a graph",
          lm.em_small),
     Step("tests", 60, "few codes and the engine", record.gpu_tests(

@@ -60,6 +60,8 @@ def attention(setting: Setting, figures: Figures) -> None:
         for peer, make in {
             "torch varlen": lambda p=problem: p.whole_prompts("torch"),
             "torch varlen fwd": lambda p=problem: p.whole_prompts("torch", forward_only=True),
+            "flash-attn": lambda p=problem: p.whole_prompts("flash-attn"),
+            "flash-attn fwd": lambda p=problem: p.whole_prompts("flash-attn", forward_only=True),
             "our varlen route": lambda p=problem: p.ours("varlen"),
         }.items():
             _try(peer, make, runs, found)
