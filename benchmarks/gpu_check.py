@@ -97,7 +97,7 @@ def settled(setting: Setting, only: list[str], minutes: float, folder: str | Non
         stand_in = ["--stand-in"] if setting is STAND_IN else []
         return [*this, *stand_in, "--work-until", repr(until), "--only", *names]
 
-    record.supervise(steps, out, 60 * minutes, worker)
+    record.supervise(steps, out, 60 * minutes - 15, worker)  # the start of all, and a last line
     return out
 
 

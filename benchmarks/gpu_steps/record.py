@@ -227,6 +227,10 @@ def supervise(
     left = list(steps)
     with _stopping() as stopped:
         while left and not stopped:
+            if time.time() >= until:
+                for step in left:
+                    _write_lost(out, step, "skipped", "no time left")
+                return
             command = worker([step.name for step in left], until)
             process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
             try:
@@ -236,10 +240,13 @@ def supervise(
             done = finished(out)
             before, left = len(left), [step for step in left if step.name not in done]
             if left and (why is not None or len(left) == before) and not stopped:
-                step = left.pop(0)
-                why = why or "the process ended before it"
-                line = {"step": step.name, "status": "failed", "seconds": None}
-                write(out, line | {"budget_s": step.budget_s, "error": why})
+                _write_lost(out, left.pop(0), "failed", why or "the process ended before it")
+
+
+def _write_lost(out: Path, step: Step, status: str, why: str) -> None:
+    """The line of a step whose process cannot write it."""
+    line = {"step": step.name, "status": status, "seconds": None, "budget_s": step.budget_s}
+    write(out, line | {"error": why})
 
 
 def _follow(
