@@ -9,7 +9,9 @@ itself, so that the others find it in the cache. Then `fit` (EM on all users, ca
 report) and `infer` (everybody again, into another bank) run in a process of their own each.
 First they must find the tastes: normalised mutual information of codes and tastes over all users,
 or there is no number. `lm_tokens` are the rows that the LM read in an EM round. The last line is
-JSON; `ratios.peak_rss` is the largest log's peak over the smallest's.
+JSON; `ratios.peak_rss` is the largest log's peak over the smallest's, `ratios.peak_anonymous` the
+same without pages that are mapped from files (histories sorted on disk), which the system takes
+back when it needs them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -107,6 +110,7 @@ def step(what: str, folder: Path) -> dict[str, Any]:
     )
     out: dict[str, Any] = {"sort_s": time.perf_counter() - began}
     began = time.perf_counter()
+    anonymous = Anonymous()
     if what == "lm":
         from userip_fast.api import prepare
         from userip_fast.config import Config
@@ -120,9 +124,32 @@ def step(what: str, folder: Path) -> dict[str, Any]:
     else:
         uf.Model.load(folder / "run" / "model").infer(data, folder / "bank")
     out["seconds"] = time.perf_counter() - began
-    status = Path("/proc/self/status").read_text()
-    out["peak_rss_mib"] = int(status.split("VmHWM:")[1].split()[0]) // 1024
+    out["peak_rss_mib"], out["peak_anonymous_mib"] = status("VmHWM"), anonymous.peak()
     return out
+
+
+def status(name: str) -> int:
+    """MiB of this process, as Linux tells it."""
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) // 1024
+
+
+class Anonymous(threading.Thread):
+    """Looks twenty times a second at the memory that is no file's."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most, self.ended = 0, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.05):
+            self.most = max(self.most, status("RssAnon"))
+
+    def peak(self) -> int:
+        """MiB; ends it."""
+        self.ended.set()
+        self.join()
+        return max(self.most, status("RssAnon"))
 
 
 def nmi(bank: Path) -> float:
@@ -173,8 +200,11 @@ def main() -> None:
             result[str(users)] = here
     least, most = (result[str(n)] for n in (min(args.users), max(args.users)))
     result["ratios"] = {
-        "peak_rss": max(most[s]["peak_rss_mib"] for s in ("fit", "infer"))
-        / max(least[s]["peak_rss_mib"] for s in ("fit", "infer")),
+        **{
+            what: max(most[s][f"{what}_mib"] for s in ("fit", "infer"))
+            / max(least[s][f"{what}_mib"] for s in ("fit", "infer"))
+            for what in ("peak_rss", "peak_anonymous")
+        },
         "lm_tokens": most["fit"]["lm_tokens"] / least["fit"]["lm_tokens"],
     }
     print(json.dumps(result))

@@ -62,6 +62,16 @@ def fitted(tmp_path_factory):
         return uf.fit(read(), config=CONFIG, out=run), run
 
 
+def test_graphs_asked_for_on_a_gpu_are_not_asked_for_where_there_is_none(fitted, tmp_path):
+    loaded = uf.Model.load(fitted[1] / "model")
+    loaded.config = loaded.config.override({"em.engine": "graph"})
+    loaded.save(tmp_path / "model")
+    assert '"engine": "graph"' in (tmp_path / "model" / "config.json").read_text()
+    again = uf.Model.load(tmp_path / "model", device="cpu")
+    assert again.config.em.engine == "auto"
+    assert type(again.ready_trainer().engine).__name__ == "PackedEngine"
+
+
 def test_fit_writes_a_run_that_loads_and_infers_the_same_codes(fitted, tmp_path):
     model, run = fitted
     assert {p.name for p in run.iterdir()} - {"tensorboard"} == {

@@ -35,6 +35,7 @@ from userip_fast.files import lock_file, storage_errors, sweep_leftovers, write_
 from userip_fast.lm import FrozenLM
 from userip_fast.lm.embedded import SlotIds, embedded_lm, taught
 from userip_fast.lm.frozen import resolve_device
+from userip_fast.lm.graphs import check_device
 from userip_fast.lm.pretraining import PRETRAINING
 from userip_fast.lm.trace import Workload
 from userip_fast.model import (
@@ -306,7 +307,8 @@ def prepare(
     if data.num_users == 0:
         raise DataError("there is no user with behaviour to fit on")
     check_codebook_sizes(config.fields, data.num_users)
-    resolve_device(config.lm.device)  # before a minute of training
+    device = resolve_device(config.lm.device)  # before a minute of training
+    check_device(config.em.engine, device if lm is None else lm.device)
     fmt = BehaviourFormat.fit(config.told, data, config.em.seed)
     catalogue = Catalogue.from_interactions(data)
     if lm is None:

@@ -194,6 +194,21 @@ class BehaviourFormat:
         return made
 
 
+FEWEST_JUDGED = 50  # users, of whom some judge
+
+
+def judging(users: int, share: float) -> npt.NDArray[np.bool_]:
+    """[users] which of them, in hash order, judge instead of being learned from.
+
+    The embedded LM and EM ask the same: who chooses how the LM's word is weighed has to be new to
+    the LM as well. One of ten judges it, so that of larger shares it knows some.
+    """
+    if not share or users < FEWEST_JUDGED:
+        return np.zeros(users, np.bool_)
+    every = round(1 / share)
+    return np.asarray(np.arange(users) % every == every - 1)
+
+
 @dataclass(frozen=True)
 class Told:
     """Events of U users that the LM is told of, by kind: an item's text and how it went.

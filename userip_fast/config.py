@@ -162,7 +162,8 @@ class LMConfig:
     the same (`userip_fast/lm/bf16.py`)."""
     device: str = "auto"
     residency: Literal["auto", "resident", "streamed", "fp8"] = "auto"
-    """How the weights lie in memory; "auto" is resident where it fits, else streamed."""
+    """How the weights lie in memory; "auto" is resident where it fits, or FP8 where that is
+    faster on this device and the LM says the same, else streamed."""
     recompute: Literal["auto", "on", "off"] = "auto"
     """Recompute activations in backward; "auto" only where the step does not fit otherwise."""
     fused: Literal["auto", "off"] = "auto"
@@ -266,8 +267,9 @@ class EMConfig:
     at least); the most frequent texts are kept. The table of all is read once, at the end."""
     codeword_draws: int = 4_096
     """Posterior, event table: pairs that a gradient step draws among these, by weight; 0 is all."""
-    held_out: float = 0.2
-    """Posterior: share of them who judge each round instead of training (from 50 users on)."""
+    held_out: float = 0.1
+    """Posterior: share of them who judge each round instead of training (from 50 users on). The
+    embedded LM has not learned from a tenth of them, who are these; from more it has."""
     codeword_steps: int = 4
     """Posterior: gradient steps on the codewords per round."""
     codeword_lr: float = 0.1
@@ -293,7 +295,10 @@ class EMConfig:
     pack_tokens: int = 8_192
     """Rows of a pack, at most; on a GPU exactly so many, rounded down to a multiple of 128. Fewer
     where memory does not suffice, which the log says."""
-    engine: Literal["packed", "reference"] = "packed"
+    engine: Literal["auto", "packed", "graph", "reference"] = "auto"
+    """"packed", or the same replayed from CUDA graphs ("graph"), or whole padded prompts
+    ("reference"); "auto" is graph on a GPU for small packs of small LMs, up to 2 billion weights
+    times 8,192 rows, else packed."""
     seed: int = 0
     paper_epochs: int = 60
     paper_batch: int = 8

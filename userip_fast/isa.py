@@ -21,11 +21,9 @@ from typing import Any
 
 import torch
 
-from userip_fast import _extension
+from userip_fast import _extension, measured
 from userip_fast._version import __version__
-from userip_fast.errors import FormatError, StorageError, UserIPError
-from userip_fast.files import read_json, write_json
-from userip_fast.sums import cache_folder
+from userip_fast.errors import UserIPError
 
 logger = logging.getLogger("userip_fast.ops")
 
@@ -33,6 +31,7 @@ VARIABLE = "USERIP_FAST_ISA"
 SETS = ("baseline", "avx2", "avx512vl", "avx512")  # plainest first
 PRODUCTS = "products"  # of dense fp32 matrices: no set but a library, see ops/_products.py
 
+_QUESTION = "instruction_sets"
 _GAIN = 0.95  # a wider set must take at most so much of the plainer one's time
 _ROUNDS = 7
 
@@ -59,8 +58,6 @@ def settle() -> dict[str, str]:
 
 def choices(module: Any) -> dict[str, list[str]]:
     """{op: what it can use here, plainest first}; for products torch's two libraries."""
-    from userip_fast.ops._products import onednn
-
     sets = {op: list(sets) for op, sets in module.instruction_sets().items() if sets}
     return sets | {PRODUCTS: ["mkl"] if onednn() is None else ["mkl", "onednn"]}
 
@@ -86,6 +83,23 @@ def forced(usable: Mapping[str, list[str]]) -> dict[str, str]:
     return asked
 
 
+@cache
+def onednn() -> Any | None:
+    """torch's own binding of oneDNN's linear layer, None where this build has none.
+
+    It is not among torch's public functions, so it is tried before it is believed in.
+    """
+    library: Any = torch.backends.mkldnn
+    if not (library.is_available() and library.enabled):
+        return None
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    x = torch.tensor([[2.0, 3.0]])
+    try:
+        return None if linear is None or linear(x, x, None, "none", [], "").item() != 13 else linear
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
 def cpu_name() -> str:
     """The processor's model, as the system tells it."""
     try:
@@ -106,16 +120,12 @@ def _key() -> str:
     return f"{cpu_name()}; {build}"
 
 
-def _store() -> Path:
-    return cache_folder() / "instruction_sets.json"
-
-
 def _kept(usable: Mapping[str, list[str]]) -> dict[str, str]:
     """What was found for this processor and build, where it is still of use; else {}."""
+    found = measured.kept(_QUESTION, _key())
     try:
-        kept = read_json(_store())[_key()]
-        return {op: {s: s for s in sets}[kept[op]] for op, sets in usable.items()}
-    except (FormatError, KeyError, TypeError):
+        return {op: {s: s for s in sets}[found[op]] for op, sets in usable.items()}
+    except (KeyError, TypeError):
         return {}
 
 
@@ -131,15 +141,7 @@ def _measured_and_kept(module: Any, usable: Mapping[str, list[str]]) -> dict[str
     finally:
         module.set_thread_limit(limit)
         torch.set_num_threads(threads)
-    try:
-        known = read_json(_store())
-    except FormatError:
-        known = {}
-    try:
-        _store().parent.mkdir(parents=True, exist_ok=True)
-        write_json(_store(), {**(known if isinstance(known, dict) else {}), _key(): chosen})
-    except (OSError, StorageError) as e:
-        logger.info("instruction sets are not kept, the next process measures again: %s", e)
+    measured.keep(_QUESTION, _key(), chosen)
     return chosen
 
 
@@ -169,8 +171,6 @@ def measure(module: Any, usable: Mapping[str, list[str]]) -> dict[str, str]:
 
 def _calls(module: Any) -> dict[str, Callable[[str], object]]:
     """For each op a call of some 0.2 ms, with a set's name, on numbers that do not matter."""
-    from userip_fast.ops._products import onednn
-
     x = torch.linspace(-1, 1, 256 * 512).view(256, 512)
     y, out = x.clone(), torch.empty(256, 512)
     ids = torch.arange(256) % 64

@@ -695,6 +695,8 @@ class Model:
             check_sums(root, files, needed, but=[_EVENTS, *[_LM] * late])
             with _of_file(root / "config.json"):
                 config = Config.from_dict(read_json(root / "config.json"))
+            if config.em.engine == "graph":  # was asked for where it was fitted
+                config = config.override({"em.engine": "auto"})
             codebooks = load_codebooks(root / "codebooks.safetensors", len(config.fields))
             started = read_tensors(root / "start.safetensors")
             start = started["start"]
@@ -919,7 +921,8 @@ def make_trainer(config: Config, lm: FrozenLM, show: bool) -> Trainer:
     if lm.plan is not None:
         tokens = min(config.em.pack_tokens, lm.plan.pack_tokens)
         config = replace(config, em=replace(config.em, pack_tokens=tokens))
-    return Trainer(make_engine(config.em.engine, lm, layout), config, show)
+    made = make_engine(config.em.engine, lm, layout, config.em.pack_tokens)
+    return Trainer(made, config, show)
 
 
 def check_probabilities(config: Config, wanted: bool) -> None:

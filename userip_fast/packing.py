@@ -240,6 +240,8 @@ class Pack:
         last are slack. loss_rows: [R] int64, rows whose output predicts a loss token. target: [R]
         int64; loss_weight: [R] float32. cu_rows: [U + 1] int64 offsets of users into the loss rows.
         sequence_user: [C] int64, ascending; a user with a long history has several sequences.
+        distinct: Where several loss tokens are asked of one row: the rows [Q] int64, each once, and
+        which of them is each token's [R] int64. `cu_rows` then counts other sums than users'.
     """
 
     users: Int64
@@ -253,6 +255,7 @@ class Pack:
     cu_rows: Tensor
     max_seqlen: int
     sequence_user: Tensor
+    distinct: tuple[Tensor, Tensor] | None = None
 
     @property
     def num_users(self) -> int:

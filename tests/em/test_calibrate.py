@@ -1,5 +1,6 @@
 """What judges choose: how far counts are trusted beside the LM, and how much an event says."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,13 +11,16 @@ from test_lifts import FIT, choices, lm  # noqa: F401
 from test_resume import read
 
 import userip_fast as uf
-from userip_fast.behaviour import Told
+from userip_fast.api import prepare
+from userip_fast.behaviour import Told, judging
 from userip_fast.config import EMConfig
 from userip_fast.em import trainer
 from userip_fast.em.calibrate import calibrate
 from userip_fast.em.counted import Counted, expected
+from userip_fast.em.crowd import Crowd
 from userip_fast.em.lifts import Calibration, Usual
 from userip_fast.errors import FormatError
+from userip_fast.lm import lessons
 from userip_fast.lm.foldin import FoldIn
 
 K = 2
@@ -135,6 +139,23 @@ def test_an_lm_that_tells_nothing_leaves_what_codes_began_at(words):
     assert float((flat[:, 0] - flat[:, 1]).abs().max()) < 1e-3
 
 
+def test_who_judges_is_counted_in_the_end():
+    """Of an item that only judges of one taste chose, counts tell that taste."""
+    world = World(1500, 40, 30)
+    judging = np.arange(len(world.kinds)) % 5 == 0
+    world.kinds[world.kinds == 0] = 1
+    world.kinds[judging & (world.taste == 1), 0] = 0
+    numbers = np.bincount(world.kinds.ravel(), minlength=30)
+    world.counts = {(text, ""): int(n) for text, n in zip(world.texts, numbers)}
+    world.events = torch.from_numpy(numbers).double()
+    lifts = torch.from_numpy(world.p) - torch.from_numpy(world.p).exp().mean(1, keepdim=True).log()
+    lifts[0] = 0
+    how, _ = world.calibrate(lifts / 2, torch.zeros(1, 2), judging=judging)
+    assert how.counted is not None
+    told = how.counted.log_of(world.texts[:1])[0]
+    assert told[1] - told[0] > 1
+
+
 def test_who_judges_is_not_among_the_groups(lm, monkeypatch):  # noqa: F811
     """Codewords begin at groups of the training users alone: a judge tells of everybody unseen."""
     told = []
@@ -151,7 +172,7 @@ def test_who_judges_is_not_among_the_groups(lm, monkeypatch):  # noqa: F811
     data = read(60)
     source = uf.fit(data, lm, config=FIT).source(data)
     everybody = source.told(lm.tokenizer, 0, source.num_users)
-    trains = np.flatnonzero(np.arange(source.num_users) % round(1 / EMConfig().held_out) != 0)
+    trains = np.flatnonzero(~judging(source.num_users, EMConfig().held_out))
     (some,) = told
 
     def events(told, users):
@@ -241,3 +262,26 @@ def test_a_model_keeps_what_was_counted(lm, tmp_path, rated, monkeypatch):  # no
     (tmp_path / "model" / "counted.parquet").unlink()
     with pytest.raises(FormatError):
         uf.Model.load(tmp_path / "model")
+
+
+def test_who_judges_is_new_to_the_lm(monkeypatch, tmp_path):
+    """The embedded LM has not learned from EM's judges: what it knows by heart would look true."""
+    seen = []
+    of = lessons.Data.of
+
+    def spy(*told):
+        seen.append(of(*told))
+        return seen[-1]
+
+    monkeypatch.setattr(lessons.Data, "of", spy)
+    monkeypatch.setenv("USERIP_FAST_CACHE", str(tmp_path))
+    data, brief = choices(100), replace(FIT.lm, embedded_tokens=2_000)
+    model, source = prepare(data, replace(FIT, lm=brief))
+    crowd = Crowd(source, source.num_users, model.ready_trainer().engine, FIT.em, FIT.fields)
+    (data,) = seen
+    assert crowd.judged == 10
+    batches = lessons.Batches(data, model.layout, np.random.default_rng(0))
+    batches._shuffle()
+    learned = data.user[np.concatenate(batches.queue)]
+    assert not crowd.judging[learned].any()
+    assert len(np.unique(learned)) > 80

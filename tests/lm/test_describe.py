@@ -8,12 +8,12 @@ from typer.testing import CliRunner
 from userip_fast.cli import app
 from userip_fast.config import LMConfig
 from userip_fast.errors import UnsupportedError
-from userip_fast.lm import describe
+from userip_fast.lm import describe, gates
 
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
-    monkeypatch.setattr(describe, "_SECONDS", 0.0)
+    monkeypatch.setattr(gates, "_SECONDS", 0.0)
 
 
 def facts(name, folder, **settings):

@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from userip_fast.config import EMConfig, LMConfig
 from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.steps import Block, EMState
 from userip_fast.errors import UnsupportedError
-from userip_fast.lm import FrozenLM, PackedEngine, fp8, residency
+from userip_fast.lm import FrozenLM, PackedEngine, fp8, gates, residency
 from userip_fast.lm.fp8 import FP8Linear, quantize_rows
 from userip_fast.lm.nf4 import quantize_linears
 from userip_fast.lm.residency import StreamedLinear, layer_of, set_recompute, settle, stream_layers
@@ -329,6 +330,103 @@ def test_fp8_is_loaded_through_its_gate(tmp_path, monkeypatch, caplog):
         FrozenLM.load(folder, LMConfig(path=folder, residency="fp8"))
 
 
+@pytest.fixture
+def unasked(monkeypatch, tmp_path):
+    """A fused LM whose device is said to take FP8 in `times` of the time, one after the other."""
+    monkeypatch.setenv("USERIP_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fp8, "_why_not_unasked", lambda lm, work: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(fp8, "MIN_COSINE", 0.5)  # as above
+    monkeypatch.setattr(fp8, "MAX_NLL_SHIFT", 0.5)
+    monkeypatch.setattr(fp8, "MIN_SAME_CODES", 0.2)
+    folder = str(tiny.save("llama", tmp_path / "lm"))
+    timed = []
+
+    def load(*times):
+        left = iter(times)
+
+        def seconds(lm, work):
+            timed.append(sum(isinstance(m, FP8Linear) for m in lm.model.modules()))
+            assert work.pack_tokens == lm.plan.pack_tokens
+            return next(left)
+
+        monkeypatch.setattr(gates, "step_seconds", seconds)
+        return FrozenLM.load(folder, LMConfig(path=folder))
+
+    return load, timed
+
+
+def linears(lm):
+    return Counter(type(m).__name__ for n, m in lm.model.named_modules() if n.endswith("_proj"))
+
+
+def test_auto_takes_fp8_where_it_was_faster_and_the_gate_holds(unasked, caplog):
+    load, timed = unasked
+    with caplog.at_level(logging.INFO, logger="userip_fast.lm"):
+        lm = load(1.0, 0.6)
+    assert timed == [0, 14]  # one step in either form
+    assert linears(lm) == {"FP8Linear": 14}
+    assert lm.fp8_report.passed
+    assert lm.fp8_report.time == 0.6
+    assert lm.plan.residency == "fp8"
+    assert "0.60 of the time" in str(lm.plan)
+    assert "FP8 products; in FP8 NLL shift" in caplog.text
+    again = load()  # the time is kept, the gate is not
+    assert timed == [0, 14]
+    assert linears(again) == {"FP8Linear": 14}
+    nll, gradient = read(again)
+    assert bool(torch.isfinite(nll).all())
+    assert gradient.abs().sum() > 0
+
+
+def test_auto_leaves_fp8_where_it_was_slower(unasked):
+    load, timed = unasked
+    want = read(load(1.0, 0.95))
+    lm = load()  # known: not tried again
+    assert len(timed) == 2
+    assert lm.fp8_report is None
+    assert linears(lm) == {"Linear": 14}
+    assert lm.plan.residency == "resident"
+    for a, b in zip(read(lm), want, strict=True):
+        assert torch.equal(a, b)  # the dense weights came back to the bit
+
+
+def test_auto_leaves_fp8_where_the_gate_does_not_hold(unasked, monkeypatch):
+    monkeypatch.setattr(fp8, "MIN_COSINE", 1.0)
+    load, _ = unasked
+    lm = load(1.0, 0.5)
+    assert not lm.fp8_report.passed
+    assert linears(lm) == {"Linear": 14}
+    assert lm.plan.residency == "resident"
+    monkeypatch.setattr(fp8, "try_out", lambda *_: pytest.fail("tried"))
+    folder = lm.folder
+    FrozenLM.load(str(folder), LMConfig(path=str(folder), residency="resident"))
+    FrozenLM.load(str(folder), LMConfig(path=str(folder), memory_gib=2.0))
+
+
+def test_fp8_is_not_tried_where_it_cannot_be(monkeypatch):
+    model = deep(1, width=32)
+    residency.make_resident(model, torch.float32)
+    lm = SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.bfloat16, model=model, plan=None,
+        architecture=SimpleNamespace(step=lambda recompute, work: 1000),
+    )  # fmt: skip
+    monkeypatch.setattr(fp8, "free_bytes", lambda device: 10**9)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert fp8._why_not_unasked(lm, None) is None
+    for change, why in (
+        ({"device": torch.device("cpu")}, "bfloat16 on a GPU"),
+        ({"dtype": torch.float32}, "bfloat16 on a GPU"),
+        ({"model": nn.Sequential()}, "no linear"),
+    ):
+        other = SimpleNamespace(**{**vars(lm), **change})
+        assert why in fp8._why_not_unasked(other, None)
+    monkeypatch.setattr(fp8, "free_bytes", lambda device: 1000)
+    assert "are free" in fp8._why_not_unasked(lm, None)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert "disagree" in fp8._why_not_unasked(lm, None)
+
+
 def test_fp8_refuses_sizes_that_tensor_cores_do_not_take():
     model = deep(1, width=24)
     residency.make_resident(model, torch.float32)
@@ -339,5 +437,5 @@ def test_fp8_refuses_sizes_that_tensor_cores_do_not_take():
 def test_gate_fails_for_each_reason():
     good = fp8.GateReport(0.001, 0.999, 0.99, 1.0)
     assert good.passed
-    for bad in ({"nll_shift": 0.02}, {"cosine": 0.98}, {"same_codes": 0.9}):
+    for bad in ({"nll_shift": 0.02}, {"cosine": 0.98}, {"same_codes": 0.9}, {"time": 0.95}):
         assert not fp8.GateReport(**{**vars(good), **bad}).passed

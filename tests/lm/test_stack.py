@@ -1,6 +1,7 @@
 """Layers as halves: what the modules say, in both directions, in every residency."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -192,6 +193,7 @@ def test_events_that_share_rows_read_them_from_a_stack_too():
         "target": torch.cat([pack.target, pack.target[:3]]),
         "loss_weight": torch.cat([pack.loss_weight, pack.loss_weight[:3]]),
         "cu_rows": torch.cat([pack.cu_rows, pack.cu_rows[-1:] + 3]),
+        "distinct": torch.unique(rows, return_inverse=True),
     }.items():
         object.__setattr__(twice, name, value)
     for whole in ("reference", "off"):
@@ -204,3 +206,5 @@ def test_events_that_share_rows_read_them_from_a_stack_too():
             want = nll.detach(), gradient
     torch.testing.assert_close(nll.detach(), want[0])
     torch.testing.assert_close(gradient, want[1], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="9 users and 10 sums must say which rows are distinct"):
+        engine.nll(replace(twice, distinct=None), theta)

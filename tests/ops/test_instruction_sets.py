@@ -9,7 +9,7 @@ import torch
 from userip_fast import _extension, isa, ops
 from userip_fast.errors import UserIPError
 from userip_fast.nf4 import NF4Weight
-from userip_fast.ops._products import frozen_linear, onednn, product
+from userip_fast.ops._products import frozen_linear, product
 
 pytestmark = pytest.mark.skipif(
     _extension.why_not() is not None, reason=f"compiled extension: {_extension.why_not()}"
@@ -135,7 +135,7 @@ def test_without_a_folder_to_keep_it_in_it_is_measured_each_time(
     monkeypatch.setenv("USERIP_FAST_CACHE", str(tmp_path / "file" / "cache"))
     if all(len(sets) < 2 for sets in isa.choices(module).values()):
         pytest.skip("there is nothing to choose")
-    with caplog.at_level(logging.INFO, "userip_fast.ops"):
+    with caplog.at_level(logging.INFO, "userip_fast"):
         assert isa.settle.__wrapped__()
     assert "not kept" in caplog.text
 
@@ -159,7 +159,7 @@ def test_one_variable_overrides(module, monkeypatch):
 
 @pytest.mark.parametrize("library", ["mkl", "onednn"])
 def test_products_of_either_library(monkeypatch, library):
-    if library == "onednn" and onednn() is None:
+    if library == "onednn" and isa.onednn() is None:
         pytest.skip("this torch is built without oneDNN")
     monkeypatch.setattr(isa, "settle", lambda: {isa.PRODUCTS: library})
     torch.manual_seed(0)

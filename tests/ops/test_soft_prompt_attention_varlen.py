@@ -1,7 +1,10 @@
 """The merged route with a plain segment attention in the place of flash kernels."""
 
+import logging
 import math
+import sys
 import types
+from importlib import metadata
 from itertools import pairwise
 
 import pytest
@@ -92,6 +95,129 @@ def test_refusals_say_why():
         options = (case.options[x] for x in ("num_fields", "scale", "window", "softcap"))
         with pytest.raises(UnsupportedError, match=reason):
             varlen.forward(*case.tensors, case.pack, *options, 0, KERNELS, PlainSegments())
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """A stand-in of flash-attn 2.7's interface, argument by argument."""
+    plain, calls = PlainSegments(), []
+
+    def bounds(cu_q, cu_k, max_q, max_k, causal):
+        for cu, longest in ((cu_q, max_q), (cu_k, max_k)):
+            assert cu.dtype == torch.int32
+            assert int(cu.diff().max()) <= longest
+        return types.SimpleNamespace(cu_q=cu_q, cu_k=cu_k, causal=causal)
+
+    def forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+        return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None,
+    ):  # fmt: skip
+        assert (dropout_p, window_size_left, window_size_right, softcap) == (0.0, -1, -1, 0.0)
+        calls.append("forward")
+        at = bounds(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
+        out, lse = plain.forward(q, k, v, at, softmax_scale)
+        return out, lse, torch.empty(0), torch.empty(2)
+
+    def backward(
+        d_out, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+        softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        assert (dropout_p, window_size_left, window_size_right, softcap) == (0.0, -1, -1, 0.0)
+        assert deterministic
+        assert alibi_slopes is None
+        calls.append("backward")
+        at = bounds(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
+        for into, grad in zip(
+            (dq, dk, dv), plain.backward(d_out, q, k, v, out, softmax_lse, at, softmax_scale),
+            strict=True,
+        ):  # fmt: skip
+            into.copy_(grad)
+        return torch.empty(0)
+
+    interface = types.ModuleType("flash_attn.flash_attn_interface")
+    interface._flash_attn_varlen_forward = forward
+    interface._flash_attn_varlen_backward = backward
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_interface = interface
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
+    return calls
+
+
+def test_flash_attn_is_called_as_it_wants_to_be(flash_attn):
+    case = make_case([5, 1, 9], heads=4, kv_heads=2, slack=3, virtual=2, dtype=torch.float64)
+    d_out = torch.randn_like(case.tensors[0])
+    extra = (case.options["num_fields"], case.options["scale"], 0, 0.0, 0, KERNELS)
+    out, lse = varlen.forward(*case.tensors, case.pack, *extra, varlen.FlashAttn())
+    grads = varlen.backward(*(d_out, *case.tensors), case.pack, out, lse, *extra,
+                            varlen.FlashAttn())  # fmt: skip
+    oracle = gradients(dense_attention, case, d_out)
+    for got, want in zip((out, *grads), oracle, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    assert flash_attn == ["forward"] * 2 + ["backward"] * 2
+
+
+def test_the_faster_library_is_measured_once_and_kept(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("USERIP_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    q, k = torch.empty(4, 8, 64), torch.empty(4, 2, 64)
+    timed = []
+
+    def time_of(torchs, theirs):
+        varlen._fastest.cache_clear()
+
+        def time(flash, *form):
+            timed.append(form)
+            return theirs if isinstance(flash, varlen.FlashAttn) else torchs
+
+        monkeypatch.setattr(varlen, "_time", time)
+        return type(varlen.flash_for(q, k))
+
+    def version(name, versions={"flash-attn": "2.8"}):  # noqa: B006
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    try:
+        monkeypatch.setattr(varlen.metadata, "version", lambda name: version(name, {}))
+        assert time_of(1.0, 0.1) is varlen.TorchFlash  # it is not there
+        assert not timed
+        monkeypatch.setattr(varlen.metadata, "version", version)
+        with caplog.at_level(logging.INFO, "userip_fast"):
+            assert time_of(1.0, 0.5) is varlen.FlashAttn
+        assert "varlen attention by flash-attn" in caplog.text
+        assert timed == [(q.device, q.dtype, 8, 2, 64)] * 2
+        assert time_of(0.1, 9.0) is varlen.FlashAttn  # kept for the next process
+        assert len(timed) == 2
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another card")
+        assert time_of(1.0, 0.97) is varlen.TorchFlash
+        assert time_of(1.0, 0.1) is varlen.TorchFlash
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a third card")
+        assert time_of(1.0, float("inf")) is varlen.TorchFlash  # it cannot run
+    finally:
+        varlen._fastest.cache_clear()
+
+
+def test_what_cannot_run_is_the_slowest():
+    class Fails:
+        def forward(self, *args):
+            raise RuntimeError("no kernel image is available")
+
+    assert varlen._time(Fails(), torch.device("cpu"), torch.float32, 2, 1, 8) == math.inf
+
+
+@pytest.mark.gpu
+def test_the_library_chosen_on_a_device_runs(tmp_path, monkeypatch):
+    """flash-attn where it is installed, and torch's kernels, by the clock."""
+    monkeypatch.setenv("USERIP_FAST_CACHE", str(tmp_path))
+    q = torch.empty(1, 8, 64, dtype=torch.bfloat16, device="cuda")
+    varlen._fastest.cache_clear()
+    flash = varlen.flash_for(q, q[:, :2])
+    form = (q.device, q.dtype, 8, 2, 64)
+    assert varlen._time(flash, *form) < math.inf
+    varlen._fastest.cache_clear()
 
 
 @pytest.mark.gpu

@@ -1,11 +1,13 @@
 """How an event table is to be read once its codebooks are there: what counting adds to it, and how
 much an event of a long history says.
 
-Both are chosen by users whom M-steps, counts and the groups that codewords begin at never saw.
+Both are chosen by users whom the embedded LM, M-steps, counts and the groups that codewords begin
+at never saw; then these are counted too.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -25,11 +27,11 @@ from userip_fast.ops import profile_posterior
 from userip_fast.packing import Int64
 from userip_fast.prefetch import Prefetch
 
-TABLE_RECIPE = 4
+TABLE_RECIPE = 5
 """Changes with what a fit makes of the same data, LM and settings."""
 CHUNK = 4_096  # users whose sums are added before they join the others': part of the result
-_HALF_EVENTS = (math.inf, 100.0, 30.0, 10.0, 3.0)
-_PRIORS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
+_HALF_EVENTS = (math.inf, 100.0, 30.0, 10.0, 3.0, 1.0)
+_PRIORS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 _EARLY = (2, 5, 15)  # events of judges that are told to predict as many more
 _JUDGES = 8_192  # at most
 
@@ -51,7 +53,8 @@ def calibrate(
     began at: an LM that was told nothing tells no users apart, and counts then are all there is.
 
     Args:
-        judging: [U] which of the source's first users judge; the others are counted.
+        judging: [U] which of the source's first users judge; the others are counted first, and
+            once these have chosen, so are they.
         table: Of their kinds of event, not calibrated: lifts, or likelihoods.
         counts: How often each kind occurred.
         usual: Reactions to items, where events tell of them and are told by lifts.
@@ -69,41 +72,73 @@ def calibrate(
             how = replace(how, log_norm=log_norm(own, events))
         return how, how.values(lifts, texts, fmt.feedback_weight)
 
+    def factors(n: Tensor, prior: float) -> Counted:
+        return Counted.of(texts, n, expected(n, values, events, fmt), len(table.words), prior)
+
     plain, values = read(Calibration(neutral, usual=usual))
-    ways = [(values, table.grid.log_prior)]
-    if counted and groups is not None:
-        ways.append(groups)
+    ways = [_Way("codes", values, table.grid.log_prior)]
+    if groups is not None:
+        ways.append(_Way("groups", *groups, shares=True))
     judges = _Judges()
-    observed = [torch.zeros(values.shape, dtype=torch.float64) for _ in ways]
-    shares = [torch.zeros(values.shape[1], dtype=torch.float64) for _ in ways]
-    for first, told in chunks(source, table.engine.lm.tokenizer, len(judging)):
-        rows, offsets = table.rows_told(told), told.offsets
-        judge = judging[first : first + len(offsets) - 1]
-        judges.add(rows, offsets, judge)
-        user = torch.from_numpy(np.repeat(np.arange(len(judge)), np.diff(offsets)))
-        kinds, ends = torch.from_numpy(rows), torch.from_numpy(offsets)
-        for (own, log_prior), n, share in zip(ways, observed, shares):
-            if counted:
-                log_resp, _ = profile_posterior(own, kinds, ends, log_prior)
-                resp = log_resp.double().exp() * torch.from_numpy(~judge)[:, None]
-                add_by_kind(n, kinds, user, resp)
-                share += torch.from_numpy(resp.numpy().sum(0))  # in order of users
-    found = _Best(judges)
-    found.consider(plain, values, table.grid.log_prior, "the LM alone")
+    tokenizer = table.engine.lm.tokenizer
+    for first, told in chunks(source, tokenizer, len(judging)):
+        rows, judge = table.rows_told(told), judging[first : first + len(told.offsets) - 1]
+        judges.add(rows, told.offsets, judge)
+        for way in ways if counted else ():
+            way.count(rows, told.offsets, ~judge)
+    best = _Best(judges)
+    best.consider(plain, values, table.grid.log_prior, "the LM alone")
+    choice: tuple[_Way, float] | None = None
     if counted and judges.count:
-        usuals = table.grid.log_prior, _log_mean(shares[-1])
-        for name, n, log_prior in zip(("codes", "groups"), observed, usuals):
-            usually = expected(n, values, events, fmt)
-            for prior in _PRIORS:
-                factors = Counted.of(texts, n, usually, len(table.words), prior)
-                how, own = read(replace(plain, counted=factors))
-                found.consider(how, own, log_prior, f"counts of {name} above {prior:g}")
+        for way, prior in itertools.product(ways, _PRIORS):
+            how, own = read(replace(plain, counted=factors(way.events, prior)))
+            if best.consider(how, own, way.usual, f"counts of {way.name} above {prior:g}"):
+                choice = way, prior
     logger.info(
         "judges choose %s; each of n events counts 1 / (1 + n / %g)",
-        found.name,
-        found.how.half_events,
+        best.name,
+        best.how.half_events,
     )
-    return found.how, found.log_prior
+    if choice is None:
+        return best.how, best.log_prior
+    # What they chose by not being counted, they join.
+    way, prior = choice
+    for first, told in chunks(source, tokenizer, len(judging)):
+        judge = judging[first : first + len(told.offsets) - 1]
+        way.count(table.rows_told(told), told.offsets, judge)
+    return read(replace(best.how, counted=factors(way.events, prior)))[0], way.usual
+
+
+class _Way:
+    """A way to tell whose events are whose, and what was counted by it.
+
+    Args:
+        values, log_prior: log p(kind | code) [E, Z] and [Z] of an E-step.
+        shares: Whether codes are as usual as they are found to be, or as `log_prior` says.
+
+    Attributes:
+        events: [E, Z] fp64, by kind and code.
+        users: [Z] fp64.
+    """
+
+    def __init__(self, name: str, values: Tensor, log_prior: Tensor, shares: bool = False) -> None:
+        self.name, self.values, self.log_prior, self.shares = name, values, log_prior, shares
+        self.events = torch.zeros(values.shape, dtype=torch.float64)
+        self.users = torch.zeros(len(log_prior), dtype=torch.float64)
+
+    def count(self, rows: Int64, offsets: Int64, whose: npt.NDArray[np.bool_]) -> None:
+        """Adds the events of those users, of all whose events are `rows`."""
+        kinds, ends = torch.from_numpy(rows), torch.from_numpy(offsets)
+        log_resp, _ = profile_posterior(self.values, kinds, ends, self.log_prior)
+        resp = log_resp.double().exp() * torch.from_numpy(whose)[:, None]
+        user = torch.from_numpy(np.repeat(np.arange(len(whose)), np.diff(offsets)))
+        add_by_kind(self.events, kinds, user, resp)
+        self.users += torch.from_numpy(resp.numpy().sum(0))  # in order of users
+
+    @property
+    def usual(self) -> Tensor:
+        """[Z] log prior of the codes that were counted."""
+        return _log_mean(self.users) if self.shares else self.log_prior
 
 
 class _Best:
@@ -113,12 +148,14 @@ class _Best:
         self.judges, self.most, self.name = judges, -math.inf, ""
         self.how, self.log_prior = PLAIN, torch.zeros(0)
 
-    def consider(self, how: Calibration, values: Tensor, log_prior: Tensor, name: str) -> None:
-        """One way to read the table, each with all `half_events`."""
+    def consider(self, how: Calibration, values: Tensor, log_prior: Tensor, name: str) -> bool:
+        """One way to read the table, each with all `half_events`; whether it is the best so far."""
+        before = self.most
         for half in _HALF_EVENTS:
             option = replace(how, half_events=half)
             if (worth := self.judges.told(option, values, log_prior)) > self.most:
                 self.most, self.name, self.how, self.log_prior = worth, name, option, log_prior
+        return self.most > before
 
 
 def _log_mean(resp: Tensor) -> Tensor:

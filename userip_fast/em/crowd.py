@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from userip_fast.behaviour import Source, Told
+from userip_fast.behaviour import Source, Told, judging
 from userip_fast.codebook import Codebook, UsageStats
 from userip_fast.config import EMConfig
 from userip_fast.em.calibrate import add_by_kind, chunks
@@ -42,7 +42,6 @@ from userip_fast.ops import profile_posterior
 from userip_fast.packing import Int64, iter_packs
 from userip_fast.prompts import ProfileField
 
-_FEWEST_USERS = 50  # below that all of them train
 logger = logging.getLogger("userip_fast.em")
 
 APART_USERS = 1_024  # read whole, if not told how many
@@ -117,7 +116,7 @@ class Apart:
 
     def __init__(self, users: Block, engine: Engine, config: EMConfig) -> None:
         self.engine, self.config = engine, config
-        self.judging = _judging(len(users.hashes), config.held_out)
+        self.judging = judging(len(users.hashes), config.held_out)
         self.some = users.select(np.flatnonzero(~self.judging))
         self.judges = users.select(np.flatnonzero(self.judging))
         self.trained, self.judged = len(self.some.hashes), len(self.judges.hashes)
@@ -208,7 +207,7 @@ class Crowd:
     ) -> None:
         self.source, self.engine, self.config, self.neutral = source, engine, config, neutral
         tokenizer, layout = engine.lm.tokenizer, engine.layout
-        self.judging = _judging(users, config.held_out)
+        self.judging = judging(users, config.held_out)
         self.judged = int(self.judging.sum())
         self.trained = users - self.judged
         self.lm_tokens = 0
@@ -370,10 +369,3 @@ def _frequent(counts: Counter[Kind], texts: int) -> set[str]:
     for (text, _), count in counts.items():
         mass[text] += count
     return set(sorted(mass, key=lambda text: (-mass[text], text))[:texts])
-
-
-def _judging(count: int, held_out: float) -> npt.NDArray[np.bool_]:
-    """[count] which users, in hash order, judge instead of training."""
-    if not held_out or count < _FEWEST_USERS:
-        return np.zeros(count, np.bool_)
-    return np.asarray(np.arange(count) % round(1 / held_out) == 0)

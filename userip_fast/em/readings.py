@@ -90,6 +90,7 @@ class Readings:
         order = np.argsort(self.reading, kind="stable")
         first = np.searchsorted(self.reading[order], np.arange(self.num_readings + 1))
         asked = np.diff(self.offsets)
+        size = self.behaviour.pack_rows(engine.layout.num_soft)  # a reading is one sequence
         done = 0
         for start in range(0, len(reading), _PAIRS):
             for pack in iter_packs(
@@ -105,18 +106,21 @@ class Readings:
                 place = np.repeat(np.arange(pack.num_users), count)
                 kind = order[ragged_arange(first[pack.users], count)]
                 loss = ragged_arange(self.offsets[kind], asked[kind])
-                begin = pack.cu_seqlens.cpu().numpy().astype(np.int64) + engine.layout.num_soft
+                begin = np.cumsum(size[pack.users]) - size[pack.users] + engine.layout.num_soft
                 ends = np.concatenate([[0], np.cumsum(asked[kind])])
 
                 def to(x: npt.NDArray[np.generic]) -> Tensor:
                     return torch.from_numpy(x).to(engine.lm.device)
 
+                rows = np.repeat(begin[place], asked[kind]) + self.row[loss]
+                distinct, which = np.unique(rows, return_inverse=True)
                 asking = replace(
                     pack,
-                    loss_rows=to(np.repeat(begin[place], asked[kind]) + self.row[loss]),
+                    loss_rows=to(rows),
                     target=to(self.target[loss]),
                     loss_weight=to(self.weight[loss]),
                     cu_rows=to(ends),
+                    distinct=(to(distinct), to(which)),
                 )
                 yield asking, here, place, kind
 

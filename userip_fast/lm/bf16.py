@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from userip_fast.packing import Behaviour, make_pack
-from userip_fast.prompts import ProfileField, PromptTemplate
+from userip_fast.packing import make_pack
 
 if TYPE_CHECKING:
     from userip_fast.lm.frozen import FrozenLM
@@ -127,28 +126,18 @@ def _read(lm: FrozenLM) -> tuple[Tensor, float]:
     A soft row is the mean embedding of one of Z vocabularies, of which every user has one.
     """
     from userip_fast.lm.engine import PackedEngine
+    from userip_fast.lm.gates import sample_layout, sample_users
 
-    template = PromptTemplate((ProfileField("sample", "The user likes", 1, _CODES),))
-    layout = template.layout(lm.tokenizer)
+    layout = sample_layout(lm, _CODES)
     random = np.random.default_rng(0)
     words = random.integers(len(lm.tokenizer), size=(_CODES, 6))
     drawn = random.integers(6, size=(_USERS, _TOKENS))
     ids = words[np.arange(_USERS)[:, None] % _CODES, drawn].astype(np.int32)
-    ids = np.repeat(ids, _CODES, 0)  # under every code
-    weight = np.ones(ids.shape, np.float32)
-    weight[:, 0] = 0.0
-    behaviour = Behaviour(
-        ids.ravel(),
-        np.full(ids.size, layout.num_fields, np.int32),
-        np.tile(layout.behaviour_start + np.arange(_TOKENS, dtype=np.int32), len(ids)),
-        weight.ravel(),
-        np.arange(0, ids.size + 1, _TOKENS),
-        np.ones(len(ids), np.int64),
-    )
+    behaviour = sample_users(np.repeat(ids, _CODES, 0), layout)  # under every code
     soft = lm.embed(torch.from_numpy(words)).float().mean(1)  # [Z, D]
     rows = soft.repeat(_USERS, 1).unsqueeze(1)
     engine = PackedEngine(lm, layout)
-    pack = make_pack(behaviour, np.arange(len(ids)), layout, lm.device)
+    pack = make_pack(behaviour, np.arange(behaviour.num_users), layout, lm.device)
     begin = time.process_time()
     nll = engine.nll(pack, rows).view(_USERS, _CODES)
     return nll, time.process_time() - begin

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from userip_fast.lm import gguf, stored
 from userip_fast.lm.engine import PackedEngine
 from userip_fast.lm.frozen import FrozenLM, resolve_device
 from userip_fast.lm.fuse import is_fused
+from userip_fast.lm.gates import step_seconds
 from userip_fast.lm.memory import size_text
 from userip_fast.lm.residency import layer_of
 from userip_fast.lm.stored import told
@@ -23,7 +23,6 @@ from userip_fast.lm.trace import Workload, sample_pack
 Fact = tuple[str, str]
 
 _TIMED = Workload(pack_tokens=1024, user_tokens=128)
-_SECONDS = 3.0
 
 
 def describe(path: str, config: LMConfig) -> Iterator[Fact]:
@@ -127,34 +126,9 @@ def _kept(lm: FrozenLM) -> str:
 
 def _speed(lm: FrozenLM) -> str:
     """Rows a second of a short pack, with the gradient and without."""
-    layout, pack = sample_pack(_TIMED, lm.device)
-    engine = PackedEngine(lm, layout, probe=False)
-    shape = pack.num_users, layout.num_soft, lm.hidden_size
-    theta = torch.zeros(shape, device=lm.device, requires_grad=True)
-
-    def step() -> None:
-        torch.autograd.grad(engine.nll(pack, theta).sum(), theta)
-
-    def score() -> None:
-        with torch.no_grad():
-            engine.nll(pack, theta)
-
-    rows = pack.num_tokens
-    a, b = (rows / _seconds(run, lm.device) for run in (step, score))
+    rows = _TIMED.pack_tokens
+    a, b = (rows / step_seconds(lm, _TIMED, gradient=gradient) for gradient in (True, False))
     return (
         f"about {a:,.0f} tokens/s with the gradient, {b:,.0f} without (packs of {rows} rows, users "
         f"of {_TIMED.user_tokens})"
     )
-
-
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Of one call, the fastest of as many as fit into a few seconds."""
-    times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < 2 or (len(times) < 10 and time.perf_counter() - began < _SECONDS):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)

@@ -47,9 +47,22 @@ class Engine(Protocol):
         ...
 
 
-def make_engine(name: str, lm: FrozenLM, layout: Layout) -> PackedEngine | ReferenceEngine:
-    """The engine called `name` ("packed" or "reference")."""
-    return {"packed": PackedEngine, "reference": ReferenceEngine}[name](lm, layout)
+def make_engine(
+    name: str, lm: FrozenLM, layout: Layout, tokens: int = 8192
+) -> PackedEngine | ReferenceEngine:
+    """The engine called `name`, for packs of at most `tokens` rows.
+
+    "packed", "graph", "reference"; "auto" is "graph" where that pays, and "packed".
+
+    Raises:
+        UnavailableError: "graph", and the LM is not on a GPU.
+    """
+    from userip_fast.lm import graphs
+
+    graphs.check_device(name, lm.device)
+    if name == "graph" or (name == "auto" and graphs.pays(lm, tokens)):
+        return graphs.GraphEngine(lm, layout, tokens=tokens, asked=name == "graph")
+    return ReferenceEngine(lm, layout) if name == "reference" else PackedEngine(lm, layout)
 
 
 def check_positions(lm: FrozenLM, layout: Layout, tokens: int) -> None:
@@ -109,17 +122,18 @@ class PackedEngine:
 
     def nll(self, pack: Pack, soft_rows: Tensor) -> Tensor:
         """See `Engine.nll`."""
-        rows: Tensor | None = pack.loss_rows
+        if pack.distinct is None and len(pack.cu_rows) - 1 != pack.num_users:
+            raise ValueError(
+                f"a pack of {pack.num_users} users and {len(pack.cu_rows) - 1} sums must say which "
+                "rows are distinct (Pack.distinct)"
+            )
+        rows: Tensor | None
+        rows, which = pack.distinct or (pack.loss_rows, None)
         if self.stack is not None:
-            again = None
-            if len(pack.cu_rows) - 1 != pack.num_users:  # several may ask of one row
-                rows, again = torch.unique(pack.loss_rows, return_inverse=True)
             hidden = self._hidden(pack, soft_rows, rows)
-            return self.loss(hidden if again is None else hidden[again], pack)
+            return self.loss(hidden if which is None else hidden[which], pack)
         if self.last_layer is None or not 0 < len(pack.loss_rows) <= _FEW * pack.num_tokens:
             rows = None
-        elif len(pack.cu_rows) - 1 != pack.num_users:  # several may ask of one row
-            rows = torch.unique(pack.loss_rows)
         return self.loss(self.hidden_states(pack, soft_rows, rows)[pack.loss_rows], pack)
 
     def loss(self, hidden: Tensor, pack: Pack) -> Tensor:
@@ -151,7 +165,11 @@ class PackedEngine:
             pack.plan,
             scale=self.lm.embedding_scale,
         )
-        context = PackContext(
+        return self._forward(x, pack.position, self.context(pack), rows)
+
+    def context(self, pack: Pack) -> PackContext:
+        """What attention has to know of a pack."""
+        return PackContext(
             pack.segment,
             pack.position,
             pack.cu_seqlens,
@@ -163,7 +181,6 @@ class PackedEngine:
             near=self.lm.near,
             impl=self.impl,
         )
-        return self._forward(x, pack.position, context, rows)
 
     def _forward(
         self, x: Tensor, position: Tensor, context: PackContext, rows: Tensor | None = None
@@ -212,7 +229,7 @@ class PackedEngine:
         x, whole = self._two_users()
         with lm.attention("eager"):
             alone = lm.body(inputs_embeds=x[None, 5:], use_cache=False)
-        if not _near(whole[5:], alone.last_hidden_state[0]):
+        if not is_near(whole[5:], alone.last_hidden_state[0]):
             raise UnsupportedError(
                 f"{type(lm.model).__name__} reads packed users in another way than a user alone; "
                 "use em.engine=reference"
@@ -236,7 +253,7 @@ class PackedEngine:
         except Exception as e:  # of a library's code, on fewer rows than it was told of
             logger.debug("the last layer is run on all rows: %s", e)
             return False
-        return _near(picked[rows], whole[rows])
+        return is_near(picked[rows], whole[rows])
 
     @torch.no_grad()
     def _agrees(self, stack: Stack) -> bool:
@@ -246,7 +263,7 @@ class PackedEngine:
         self.stack = stack
         (_, whole), (_, picked) = self._two_users(), self._two_users(rows)
         self.stack = None
-        if _near(whole, want) and _near(picked, want[rows]):
+        if is_near(whole, want) and is_near(picked, want[rows]):
             return True
         name = type(self.lm.model).__name__
         logger.info("%s is not what its layers look like: it runs module by module", name)
@@ -345,7 +362,8 @@ class ReferenceEngine:
         return narrow
 
 
-def _near(got: Tensor, want: Tensor) -> bool:
+def is_near(got: Tensor, want: Tensor) -> bool:
+    """Whether two readings differ by no more than roundings do."""
     limit = torch.finfo(want.dtype).eps ** 0.5 * float(want.abs().max())
     return bool((got - want).abs().max() <= limit)
 

@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ class FrozenLM:
         embedding_rms: Root mean square of an entry of an embedded token; the unit of `em.lr`.
         folder: What `load` read, a folder or a GGUF file; None for a model handed over as it is.
         plan: How `load` decided to keep and run it; None for a model handed over as it is.
-        fp8_report: What the FP8 gate found, in that residency.
+        fp8_report: What the FP8 gate found, where FP8 was asked for or tried.
         bf16_report: What a trial of bf16 products found, where there was one.
     """
 
@@ -248,10 +249,20 @@ class FrozenLM:
         set_recompute(self.model, recompute)
         if fused:
             logger.info("fused element-wise parts of %s", dict(fuse(self.model)) or "no module")
-            if config.dtype == "auto" and config.memory_gib is None:  # half as much again
-                from userip_fast.lm.bf16 import try_out
+            if config.memory_gib is None:  # trials hold more than the plan says
+                self._try_lossy(config, work)
 
-                self.bf16_report = try_out(self)
+    def _try_lossy(self, config: LMConfig, work: Workload) -> None:
+        """Products that round more, unasked, where they pass."""
+        from userip_fast.lm import bf16, fp8
+
+        if config.dtype == "auto":
+            self.bf16_report = bf16.try_out(self)
+        plan = self.plan
+        if config.residency == "auto" and plan is not None and plan.residency == "resident":
+            report = self.fp8_report = fp8.try_out(self, work.of_size(plan.pack_tokens))
+            if report is not None and report.passed:
+                self.plan = replace(plan, residency="fp8", reason=f"{plan.reason}; FP8: {report}")
 
     def _make_plan(self, config: LMConfig, work: Workload, four_bit: bool, fused: bool) -> None:
         self.architecture = Architecture(

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from userip_fast.behaviour import Told, judging
 from userip_fast.lm.foldin import fold_in, kind_vectors
 from userip_fast.packing import Behaviour, Int64
 from userip_fast.prompts import Layout
 
-if TYPE_CHECKING:
-    from userip_fast.behaviour import Told
-
 STEP_TOKENS = 2048
 _PROMPT_TOKENS = 48  # of independent events asked for in one prompt: many users in each step
 _UNTOLD = 0.15  # share of soft rows that tell nothing
-_JUDGE, _FEWEST_USERS = 10, 50  # every so manieth user judges, of so many at least
+_JUDGE = 0.1  # share of users, of whom EM takes its judges
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,7 @@ class Data:
         prompts = _prompts(behaviour, layout, event)
         user = np.searchsorted(behaviour.offsets, prompts[:-1], side="right") - 1
         users = behaviour.num_users
-        judges = np.arange(users) % _JUDGE == _JUDGE - 1
-        if users < _FEWEST_USERS or words is not None:
-            judges[:] = False
+        judges = judging(users, 0.0 if words is not None else _JUDGE)
         owner = np.repeat(np.arange(users), np.diff(told.offsets))
         learned = ~judges[owner]
         vectors = kind_vectors(owner[learned], told.kinds[learned], len(told.texts), seed)

@@ -68,8 +68,8 @@ def choose(
         architecture: The LM.
         budget: Bytes that weights and step may take together.
         work: What is wanted.
-        residency: "auto", or a mode to keep to. "auto" never takes "fp8", which is lossy and as
-            large as "resident".
+        residency: "auto", or a mode to keep to. "auto" plans no "fp8", which is lossy and
+            as large as "resident"; a load may try it in its place (`userip_fast.lm.fp8`).
         recompute: "auto", "on" or "off".
 
     Raises:

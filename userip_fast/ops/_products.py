@@ -7,7 +7,6 @@ order, so results differ by rounding between the two, as they do between process
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,23 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from userip_fast import isa
-
-
-@cache
-def onednn() -> Any | None:
-    """torch's own binding of oneDNN's linear layer, None where this build has none.
-
-    It is not among torch's public functions, so it is tried before it is believed in.
-    """
-    library: Any = torch.backends.mkldnn
-    if not (library.is_available() and library.enabled):
-        return None
-    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    x = torch.tensor([[2.0, 3.0]])
-    try:
-        return None if linear is None or linear(x, x, None, "none", [], "").item() != 13 else linear
-    except (RuntimeError, TypeError, ValueError):
-        return None
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""soft_prompt_attention from torch's flash kernels: two calls merged by their log-sum-exp.
+"""soft_prompt_attention from public flash kernels: two calls merged by their log-sum-exp.
 
 Behaviour rows attend to two segments, each of which a public kernel can do: all rows to the prefix,
 and the pack to itself, causal per user. With lse = logaddexp(lse_a, lse_b),
@@ -11,16 +11,27 @@ field, which no public kernel masks; they are few, so they run as a pack of thei
 taken out of the large backward calls by d_out = 0 and lse = inf.
 
 Costs host syncs (how many rows are used, and which are soft), so it is never chosen by "auto".
+The kernels are torch's, or those of flash-attn (extra `flash`) where it is installed and was faster
+on this device, which is measured once for each form of heads (`userip_fast.measured`).
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+from importlib import metadata
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from userip_fast import measured
 from userip_fast.errors import UnsupportedError
+
+logger = logging.getLogger("userip_fast.ops")
+
+_GAIN = 0.95  # flash-attn must take at most so much of torch's time
+_SEQUENCES, _ROWS = 16, 512  # of the sample that is timed
 
 
 class SegmentAttention(Protocol):
@@ -79,6 +90,100 @@ class TorchFlash:
         return torch.ops.aten._flash_attention_backward(
             d_out, q, k, v, out, lse, *bounds[:4], 0.0, bounds.causal, *no_dropout, scale=scale
         )
+
+
+class FlashAttn:
+    """The kernels of the package flash-attn, 2.7 or later; gradients are the same each time."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bounds: _Bounds, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        from flash_attn import flash_attn_interface as flash
+
+        out, lse, *_ = flash._flash_attn_varlen_forward(
+            q, k, v, *bounds[:4], dropout_p=0.0, softmax_scale=scale, causal=bounds.causal
+        )
+        return out, lse
+
+    def backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        bounds: _Bounds,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from flash_attn import flash_attn_interface as flash
+
+        grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        flash._flash_attn_varlen_backward(
+            d_out, q, k, v, out, lse, *grads, *bounds[:4], dropout_p=0.0, softmax_scale=scale,
+            causal=bounds.causal, window_size_left=-1, window_size_right=-1, softcap=0.0,
+            alibi_slopes=None, deterministic=True,
+        )  # fmt: skip
+        return grads
+
+
+_LIBRARIES: dict[str, Any] = {"torch": TorchFlash, "flash-attn": FlashAttn}
+
+
+def flash_for(q: Tensor, k: Tensor) -> SegmentAttention:
+    """The faster of the libraries that are there, for heads of this form."""
+    name = _fastest(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2])
+    flash: SegmentAttention = _LIBRARIES[name]()
+    return flash
+
+
+@functools.cache
+def _fastest(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int
+) -> str:  # fmt: skip
+    try:
+        version = metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
+        return "torch"
+    key = (
+        f"{torch.cuda.get_device_name(device)}; torch {torch.__version__}, flash-attn {version}; "
+        f"{dtype}, {heads} and {kv_heads} heads of {dim}"
+    )
+    name = measured.kept("attention_libraries", key)
+    if name not in _LIBRARIES:
+        taken = {n: _time(make(), device, dtype, heads, kv_heads, dim)
+                 for n, make in _LIBRARIES.items()}  # fmt: skip
+        name = "flash-attn" if taken["flash-attn"] <= _GAIN * taken["torch"] else "torch"
+        measured.keep("attention_libraries", key, name)
+        logger.info("varlen attention by %s: %s ms for %s", name, taken, key)
+    return str(name)
+
+
+def _time(
+    flash: SegmentAttention, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int,
+    dim: int,
+) -> float:  # fmt: skip
+    """Milliseconds of forward and backward of some sequences, the best of five; infinite where it
+    cannot run."""
+    rows = _SEQUENCES * _ROWS
+    q, k, v = (torch.randn(rows, h, dim, dtype=dtype, device=device)
+               for h in (heads, kv_heads, kv_heads))  # fmt: skip
+    cu = torch.arange(0, rows + 1, _ROWS, dtype=torch.int32, device=device)
+    bounds = _Bounds(cu, cu, _ROWS, _ROWS, True)
+    best = float("inf")
+    try:
+        for _ in range(6):  # the first loads kernels
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            out, lse = flash.forward(q, k, v, bounds, dim**-0.5)
+            flash.backward(out, q, k, v, out, lse, bounds, dim**-0.5)
+            end.record()
+            end.synchronize()
+            best = min(best, begin.elapsed_time(end))
+    except Exception as e:  # a build for another device or another torch
+        logger.info("%s cannot run here: %s", type(flash).__name__, e)
+        return float("inf")
+    return best
 
 
 class _Layout(NamedTuple):

@@ -64,12 +64,15 @@ def differentiable(step: Any, setup_context: Any, backward: Any) -> Callable[...
         setup_context, backward: As for `register_autograd`, which is called with them.
     """
     step.op.register_autograd(backward, setup_context=setup_context)
-    members = {"forward": step.__wrapped__, "setup_context": setup_context, "backward": backward}
-    direct: Any = type(
-        step.__name__,
-        (torch.autograd.Function,),
-        {name: staticmethod(function) for name, function in members.items()},
-    )
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        out = step.__wrapped__(*args)
+        setup_context(ctx, args, out)
+        return out
+
+    # A `setup_context` of its own would have torch bind the arguments to their names in each call.
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    direct: Any = type(step.__name__, (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
         return step.op(*args) if watched(args[0]) else direct.apply(*args)

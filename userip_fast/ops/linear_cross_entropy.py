@@ -60,7 +60,12 @@ def linear_cross_entropy_reference(
             if softcap > 0.0:
                 logits.mul_(slope)
             d_hidden[part] = logits.mul_(scale).to(weight.dtype) @ weight
-    return torch.segment_reduce(token_nll, "sum", offsets=cu_rows), d_hidden
+    return _sums(token_nll, cu_rows), d_hidden
+
+
+def _sums(token_nll: Tensor, cu_rows: Tensor) -> Tensor:
+    # `unsafe`: a look at the offsets would wait for the device, and end a graph's capture.
+    return torch.segment_reduce(token_nll, "sum", offsets=cu_rows, unsafe=True)
 
 
 def _chunked(
@@ -122,7 +127,7 @@ def _chunked(
                 block = slice(v, v + columns)
                 gradient.addmm_(logits[:, block], weight[block].to(dtype), alpha=scale)
             d_hidden[part] = gradient
-    return torch.segment_reduce(token_nll, "sum", offsets=cu_rows), d_hidden
+    return _sums(token_nll, cu_rows), d_hidden
 
 
 def scratch_bytes(device_type: str, hidden: Tensor, weight: Tensor, *, need_grad: bool) -> int:

@@ -232,7 +232,7 @@ def attention_forward(
         from userip_fast.kernels import soft_prompt_attention as kernels
         from userip_fast.ops import _soft_prompt_attention_varlen as varlen
 
-        extra = (max_seqlen, kernels, varlen.TorchFlash())
+        extra = (max_seqlen, kernels, varlen.flash_for(q, k))
         return varlen.forward(q, k, v, prefix_k, prefix_v, pack[:5], *settings[:4], *extra)
     assert impl == "reference", impl
     return soft_prompt_attention_reference(q, k, v, prefix_k, prefix_v, *pack, *settings)
@@ -285,7 +285,7 @@ def attention_backward(
         from userip_fast.kernels import soft_prompt_attention as kernels
         from userip_fast.ops import _soft_prompt_attention_varlen as varlen
 
-        extra = (max_seqlen, kernels, varlen.TorchFlash())
+        extra = (max_seqlen, kernels, varlen.flash_for(q, k))
         return varlen.backward(
             d_out, q, k, v, prefix_k, prefix_v, pack[:5], out, lse, *settings[:4], *extra
         )
