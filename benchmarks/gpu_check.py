@@ -44,8 +44,9 @@ STEPS = (
          ops.attention, ("flash-attn",)),
     Step("em_small", 30, "a 0.5B model, small and large packs, as it is and by a graph",
          lm.em_small),
-    Step("tests", 60, "few codes and the engine", record.gpu_tests(
-        ["tests/ops/test_assign_codes_triton.py", "tests/lm/test_engine_gpu.py"])),
+    Step("tests", 60, "few codes, the engine, graphs", record.gpu_tests([
+        "tests/ops/test_assign_codes_triton.py", "tests/lm/test_engine_gpu.py",
+        "tests/lm/test_graphs.py"])),
     Step("assign_codes", 50, "K = 16 and 64, D = 256 and 4096", ops.assign_codes,
          ("flash-kmeans",)),
     Step("profile_posterior", 20, "two million users, against read bandwidth",
