@@ -32,10 +32,10 @@ from userip_fast.em.table import has_table
 from userip_fast.errors import ConfigError, DataError, StorageError
 from userip_fast.explain import explain
 from userip_fast.files import lock_file, storage_errors, sweep_leftovers, write_json
-from userip_fast.lm import FrozenLM
+from userip_fast.lm import FrozenLM, open_lm
 from userip_fast.lm.embedded import SlotIds, embedded_lm, taught
-from userip_fast.lm.frozen import resolve_device
 from userip_fast.lm.graphs import check_device
+from userip_fast.lm.load import resolve_device
 from userip_fast.lm.pretraining import PRETRAINING
 from userip_fast.lm.trace import Workload
 from userip_fast.model import (
@@ -337,7 +337,7 @@ def load_lm(
 
     template, key, seed = PromptTemplate(config.fields), source.content_key(), config.em.seed
     if config.lm.path != "default":
-        lm = FrozenLM.load(config.lm.path, config.lm, Workload.of(config))
+        lm = open_lm(config.lm.path, config.lm, Workload.of(config))
         tokens, starts = config.lm.taught_tokens, config.em.start in ("auto", "told")
         if tokens and starts and has_table(config) and source.format.by_lifts:
             lm.foldin = taught(
@@ -357,7 +357,7 @@ def load_lm(
     how = config.lm
     if how.quantization == "auto":
         how = replace(how, quantization="none")
-    lm = FrozenLM.load(str(folder), how, Workload.of(config))
+    lm = open_lm(str(folder), how, Workload.of(config))
     lm.embedded = True
     return lm
 

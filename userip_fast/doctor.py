@@ -20,7 +20,7 @@ from userip_fast.api import prepare
 from userip_fast.config import Config
 from userip_fast.data import read_interactions
 from userip_fast.demo.world import make_world
-from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
+from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine, open_lm
 from userip_fast.lm.engine import Engine, check_positions
 from userip_fast.lm.fuse import unfuse
 from userip_fast.lm.residency import make_resident
@@ -56,7 +56,7 @@ class Check:
 def load(config: Config) -> FrozenLM:
     """The LM that `config.lm` names; "default" is briefly trained on a planted world."""
     if config.lm.path != "default":
-        return FrozenLM.load(config.lm.path, config.lm)
+        return open_lm(config.lm.path, config.lm)
     world = make_world(256, seed=0)
     data = read_interactions(world.interactions, world.items, time="time")
     brief = replace(config.lm, embedded_tokens=min(config.lm.embedded_tokens, 50_000))

@@ -70,7 +70,7 @@ from userip_fast.files import (
     write_tensors,
 )
 from userip_fast.late import Late
-from userip_fast.lm import FrozenLM, make_engine, stored
+from userip_fast.lm import FrozenLM, make_engine, open_lm, stored
 from userip_fast.lm.engine import Engine, check_positions
 from userip_fast.lm.trace import Workload
 from userip_fast.packing import Int64
@@ -778,7 +778,7 @@ def _open_lm(
     root: Path, about: Mapping[str, Any], source: Path, config: LMConfig, work: Workload
 ) -> FrozenLM:
     """The LM at `source`, if it is the one that the manifest of the model in `root` is `about`."""
-    lm = FrozenLM.load(str(source), config, work)
+    lm = open_lm(str(source), config, work)
     lm.embedded = bool(about["embedded"])
     expected = str(about["fingerprint"])
     if not lm.is_known_as(expected):

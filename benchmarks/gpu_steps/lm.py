@@ -26,9 +26,10 @@ from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.readings import Readings, log_likelihoods
 from userip_fast.errors import UnavailableError, UnsupportedError
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
-from userip_fast.lm.engine import make_engine
-from userip_fast.lm.fp8 import MAX_NLL_SHIFT, Reading, quantize_rows, scaled_product
-from userip_fast.lm.fp8 import compare as compare_readings
+from userip_fast.lm.engines import make_engine
+from userip_fast.lm.fp8 import quantize_rows, scaled_product
+from userip_fast.lm.fp8_gate import MAX_NLL_SHIFT, Reading
+from userip_fast.lm.fp8_gate import compare as compare_readings
 from userip_fast.lm.fuse import unfuse
 from userip_fast.lm.residency import set_recompute, settle
 from userip_fast.packing import Behaviour, make_pack

@@ -43,7 +43,7 @@ from userip_fast.errors import UserIPError
 from userip_fast.explain import explain
 from userip_fast.files import read_tensors, sha256_file, write_tensors
 from userip_fast.flags import settings_of
-from userip_fast.lm import FrozenLM
+from userip_fast.lm import open_lm
 from userip_fast.report import report_run
 from userip_fast.shards import merge_shards, parse_shard
 from userip_fast.sums import MANIFEST, folder_sums, sealed
@@ -220,7 +220,7 @@ def read_log() -> uf.Interactions:
 
 def made_model(folder: Path, config: Config = CONFIG) -> uf.Model:
     """A fitted model with its LM in the folder `folder/model`."""
-    lm = FrozenLM.load(str(tiny.save("llama", folder / "lm")), LMConfig(device="cpu"))
+    lm = open_lm(str(tiny.save("llama", folder / "lm")), LMConfig(device="cpu"))
     lm.embedded = True
     model = uf.fit(read_log(), lm, config=config)
     model.save(folder / "model")
@@ -300,7 +300,7 @@ def lm_folder(folder: Path) -> Job:
             elif path.suffix == ".safetensors":
                 tensors = changed_tensors(read_tensors(path), draw)
                 write_tensors(path, tensors, {"format": "pt"})
-            FrozenLM.load(str(root), LMConfig(device="cpu"))
+            open_lm(str(root), LMConfig(device="cpu"))
         finally:
             path.write_bytes(whole[path])
 

@@ -23,7 +23,7 @@ from userip_fast.config import LMConfig
 from userip_fast.errors import ConfigError, DataError, FormatError, UnsupportedError
 from userip_fast.explain import explain
 from userip_fast.files import sha256_file
-from userip_fast.lm import FrozenLM
+from userip_fast.lm import open_lm
 from userip_fast.shards import merge_shards
 from userip_fast.sums import folder_sums, sealed
 
@@ -85,13 +85,13 @@ def test_a_tokenizer_with_ids_that_are_text_is_refused_by_name(tmp_path):
     about["added_tokens"] = "x"
     structured.dump(about, root / "tokenizer.json")
     with pytest.raises(UnsupportedError, match="LM '"):
-        FrozenLM.load(str(root), LMConfig(device="cpu"))
-    whole = FrozenLM.load(str(tiny.save("llama", tmp_path / "whole")), LMConfig(device="cpu"))
+        open_lm(str(root), LMConfig(device="cpu"))
+    whole = open_lm(str(tiny.save("llama", tmp_path / "whole")), LMConfig(device="cpu"))
     with (
         mock.patch("userip_fast.lm.stored.fingerprint", side_effect=TypeError("'>' of str")),
         pytest.raises(UnsupportedError, match="cannot be used: TypeError"),
     ):
-        FrozenLM.load(whole.source, LMConfig(device="cpu"))
+        open_lm(whole.source, LMConfig(device="cpu"))
 
 
 def lists(values: list[int], lengths: list[int], kind: pa.DataType) -> pa.Array:

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from userip_fast import _extension
-from userip_fast.lm import FrozenLM, bf16
+from userip_fast.lm import FrozenLM, bf16, bf16_gate
 from userip_fast.lm.fuse import fuse
 
 pytestmark = pytest.mark.skipif(
@@ -16,9 +16,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def lm(monkeypatch) -> FrozenLM:
     """A small fused LM, on a processor that is said to have the instructions."""
-    monkeypatch.setattr(bf16, "has_instructions", lambda: True)
-    monkeypatch.setattr(bf16, "_WORTH", 1)
-    monkeypatch.setattr(bf16, "MAX_TIME", float("inf"))
+    monkeypatch.setattr(bf16_gate, "has_instructions", lambda: True)
+    monkeypatch.setattr(bf16_gate, "_WORTH", 1)
+    monkeypatch.setattr(bf16_gate, "MAX_TIME", float("inf"))
     lm = tiny.frozen("llama")
     fuse(lm.model)
     return lm
@@ -44,10 +44,10 @@ def test_bf16_without_a_gradient_and_fp32_with_one(lm):
 
 def test_a_trial_keeps_what_passes(lm, caplog):
     with caplog.at_level("INFO", "userip_fast.lm"):
-        report = bf16.try_out(lm)
+        report = bf16_gate.try_out(lm)
     assert report is not None
     assert 0 < report.nll_shift < 0.01
-    kept = getattr(bf16.fused_linears(lm.model)[0], bf16.ATTRIBUTE) is not None
+    kept = getattr(bf16_gate.fused_linears(lm.model)[0], bf16.ATTRIBUTE) is not None
     assert kept == report.passed
     assert str(report) in caplog.text
 
@@ -56,16 +56,16 @@ def test_a_trial_keeps_what_passes(lm, caplog):
     ("limit", "value"), [("MAX_NLL_SHIFT", -1.0), ("MIN_SAME_CODES", 1.1), ("MAX_TIME", 0.0)]
 )
 def test_a_trial_drops_what_does_not(lm, monkeypatch, limit, value):
-    monkeypatch.setattr(bf16, limit, value)
-    report = bf16.try_out(lm)
+    monkeypatch.setattr(bf16_gate, limit, value)
+    report = bf16_gate.try_out(lm)
     assert report is not None
     assert not report.passed
-    assert getattr(bf16.fused_linears(lm.model)[0], bf16.ATTRIBUTE) is None
+    assert getattr(bf16_gate.fused_linears(lm.model)[0], bf16.ATTRIBUTE) is None
 
 
 def test_small_models_and_plain_processors_are_left_alone(lm, monkeypatch):
-    monkeypatch.setattr(bf16, "has_instructions", lambda: False)
-    assert bf16.try_out(lm) is None
-    monkeypatch.setattr(bf16, "has_instructions", lambda: True)
-    monkeypatch.setattr(bf16, "_WORTH", 1 << 24)
-    assert bf16.try_out(lm) is None
+    monkeypatch.setattr(bf16_gate, "has_instructions", lambda: False)
+    assert bf16_gate.try_out(lm) is None
+    monkeypatch.setattr(bf16_gate, "has_instructions", lambda: True)
+    monkeypatch.setattr(bf16_gate, "_WORTH", 1 << 24)
+    assert bf16_gate.try_out(lm) is None

@@ -154,7 +154,7 @@ def test_slack_rows_and_users_leave_no_trace():
 
 
 def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):
-    from userip_fast.lm.frozen import resolve_device
+    from userip_fast.lm.load import resolve_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_device("auto") == torch.device("cuda")

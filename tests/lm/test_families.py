@@ -23,7 +23,7 @@ from families import ATTENTION, EXACT, NOT_HERE, OTHER, REFUSED, Family
 
 from userip_fast.config import LMConfig
 from userip_fast.errors import UnsupportedError
-from userip_fast.lm import FrozenLM, PackedEngine
+from userip_fast.lm import FrozenLM, PackedEngine, open_lm
 from userip_fast.packing import make_pack
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -68,7 +68,7 @@ def load(family: Family, folder: Path, quantization: str = "none") -> FrozenLM:
             if THIS:
                 raise
             pytest.skip(f"transformers {tf.__version__} cannot make it ({type(e).__name__})")
-    return FrozenLM.load(str(folder), LMConfig(quantization=quantization))
+    return open_lm(str(folder), LMConfig(quantization=quantization))
 
 
 @pytest.mark.parametrize("name", EXACT)

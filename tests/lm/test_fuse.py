@@ -11,7 +11,7 @@ from torch import nn
 
 from userip_fast import _extension
 from userip_fast.config import LMConfig
-from userip_fast.lm import FrozenLM
+from userip_fast.lm import open_lm
 from userip_fast.lm.fuse import fuse, unfuse
 from userip_fast.lm.trace import Architecture
 from userip_fast.testing import assert_close_to_oracle, peak_bytes
@@ -100,9 +100,9 @@ def test_a_fused_step_takes_less_memory_as_predicted():
 def test_load_fuses_unless_told_not_to(tmp_path, caplog):
     folder = str(tiny.save("llama", tmp_path))
     with caplog.at_level(logging.INFO, logger="userip_fast.lm"):
-        lm = FrozenLM.load(folder, LMConfig(path=folder))
+        lm = open_lm(folder, LMConfig(path=folder))
     assert "fused element-wise parts of" in caplog.text
     assert "'LlamaRMSNorm': 5" in caplog.text
     assert "forward" in lm.model.model.norm.__dict__
-    plain = FrozenLM.load(folder, LMConfig(path=folder, fused="off"))
+    plain = open_lm(folder, LMConfig(path=folder, fused="off"))
     assert "forward" not in plain.model.model.norm.__dict__

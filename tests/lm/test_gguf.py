@@ -11,7 +11,7 @@ import torch
 from userip_fast.config import LMConfig
 from userip_fast.doctor import diagnose
 from userip_fast.errors import UnavailableError, UnsupportedError
-from userip_fast.lm import FrozenLM, PackedEngine, gguf
+from userip_fast.lm import PackedEngine, gguf, open_lm
 from userip_fast.lm.stored import keep_tokenizer, kept_tokenizer
 from userip_fast.packing import make_pack
 
@@ -83,27 +83,27 @@ def read(lm):
 @pytest.mark.parametrize("quantization", ["auto", "none", "nf4-double"])
 def test_file_and_folder_read_as_the_model_they_were_written_from(file, quantization, tmp_path):
     config = LMConfig(quantization=quantization)
-    lm = FrozenLM.load(str(file), config)
+    lm = open_lm(str(file), config)
     assert lm.quantization == ("none" if quantization == "auto" else quantization)
     assert lm.folder == file
     tiny.save("llama", tmp_path)
     same = LMConfig(quantization=lm.quantization)
-    for got, want in zip(read(lm), read(FrozenLM.load(str(tmp_path), same)), strict=True):
+    for got, want in zip(read(lm), read(open_lm(str(tmp_path), same)), strict=True):
         assert torch.equal(got, want)
-    again = FrozenLM.load(str(file.parent), config)
+    again = open_lm(str(file.parent), config)
     assert again.fingerprint == lm.fingerprint
     assert lm.is_known_as(again.fingerprint)
     assert [c for c in diagnose(lm, users=2) if not c.passed] == []
 
 
 def test_its_tokenizer_is_kept_and_other_bytes_are_another_lm(file, tmp_path):
-    lm = FrozenLM.load(str(file), LMConfig())
+    lm = open_lm(str(file), LMConfig())
     keep_tokenizer(lm.tokenizer, tmp_path / "tokenizer")
     texts = ["; red rod: liked", " Caf\u00e9 \u4e2d"]
     assert kept_tokenizer(tmp_path / "tokenizer")(texts) == lm.tokenizer(texts)
     other = tiny.model("llama")
     other.model.norm.weight.data[3] += 1e-3
-    other = FrozenLM.load(str(write_gguf(other, tmp_path / "other.gguf")), LMConfig())
+    other = open_lm(str(write_gguf(other, tmp_path / "other.gguf")), LMConfig())
     assert other.fingerprint != lm.fingerprint
 
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_read_is_told(file, tmp_path, monkeypatch):
     with pytest.raises(UnsupportedError, match=r"part of a GGUF file.*llama-gguf-split --merge"):
         gguf.file_of(str(part))
     with pytest.raises(UnsupportedError, match=r"a\.gguf' cannot be loaded") as found:
-        FrozenLM.load(str(tmp_path / "a.gguf"), LMConfig())
+        open_lm(str(tmp_path / "a.gguf"), LMConfig())
     assert "\n" not in str(found.value)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnavailableError, match="pip install gguf"):

@@ -17,16 +17,17 @@ from torch import nn
 from userip_fast.config import LMConfig
 from userip_fast.doctor import diagnose
 from userip_fast.errors import UnavailableError, UnsupportedError
-from userip_fast.lm import FrozenLM, memory
+from userip_fast.lm import FrozenLM, limits, memory, open_lm
 from userip_fast.lm.frozen import _positions
-from userip_fast.lm.memory import Plan, budget_bytes, choose, free_bytes
+from userip_fast.lm.limits import free_bytes
+from userip_fast.lm.memory import Plan, budget_bytes, choose
 from userip_fast.lm.nf4 import is_linear4bit
 from userip_fast.lm.residency import make_resident
 from userip_fast.lm.trace import Architecture, Workload
 
 
 def load(folder, **kwargs):
-    return FrozenLM.load(str(folder), LMConfig(**{"quantization": "none", **kwargs}))
+    return open_lm(str(folder), LMConfig(**{"quantization": "none", **kwargs}))
 
 
 def refused(folder, message, kind=UnsupportedError, **kwargs):
@@ -176,7 +177,7 @@ def test_other_quantisations_are_called_by_their_name(
 
 
 def test_without_bitsandbytes_the_form_is_told(folder, monkeypatch):
-    monkeypatch.setattr("userip_fast.lm.frozen.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("userip_fast.lm.load.importlib.util.find_spec", lambda name: None)
     for about, name in (
         ({"load_in_8bit": True}, "int8"),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"),
@@ -328,7 +329,7 @@ def test_limits_of_cgroups_of_both_versions_and_above_are_seen(tmp_path, members
             ("memory.stat", "file 1\ninactive_file 100\ntotal_inactive_file 100\n"),
         ):  # fmt: skip
             (file.parent / other).write_text(value)
-    assert list(memory._cgroups_free(tmp_path / "self", tmp_path / "mount")) == free
+    assert list(limits._cgroups_free(tmp_path / "self", tmp_path / "mount")) == free
     assert 0 < free_bytes(torch.device("cpu")) < 2**60
 
 

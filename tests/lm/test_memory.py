@@ -13,8 +13,9 @@ from userip_fast.config import EMConfig, LMConfig
 from userip_fast.em.steps import Block, EMState, Profiles
 from userip_fast.em.trainer import _run_anew
 from userip_fast.errors import ConfigError, OutOfMemoryError
-from userip_fast.lm import FrozenLM, PackedEngine, attention, memory, memory_table
-from userip_fast.lm.memory import GIB, Plan, choose, is_out_of_memory
+from userip_fast.lm import FrozenLM, PackedEngine, attention, memory, memory_table, open_lm
+from userip_fast.lm.limits import GIB, is_out_of_memory
+from userip_fast.lm.memory import Plan, choose
 from userip_fast.lm.residency import set_recompute
 from userip_fast.lm.trace import Architecture, Workload
 from userip_fast.packing import Behaviour, make_pack
@@ -160,12 +161,12 @@ def test_load_says_what_was_chosen(tmp_path, caplog):
     folder = str(tiny.save("llama", tmp_path))
     small = LMConfig(path=folder, memory_gib=8e-3)
     with caplog.at_level(logging.INFO, logger="userip_fast.lm"):
-        lm = FrozenLM.load(folder, small, Workload(4096, 64, block_users=64))
+        lm = open_lm(folder, small, Workload(4096, 64, block_users=64))
     assert "lm.residency=" in caplog.text
     assert f"packs of at most {lm.plan.pack_tokens} rows" in caplog.text
     assert (lm.plan.pack_tokens, lm.plan.recompute) == (1024, False)
     with pytest.raises(ConfigError, match=r"not fit into 0.00 MiB"):
-        FrozenLM.load(folder, LMConfig(path=folder, memory_gib=1e-6))
+        open_lm(folder, LMConfig(path=folder, memory_gib=1e-6))
 
 
 def test_an_allocation_that_fails_is_known_for_what_it_is():
@@ -215,7 +216,7 @@ def test_out_of_memory_goes_on_with_the_largest_pack_that_fits(monkeypatch, capl
 def test_table_of_a_model_and_its_measurement(tmp_path):
     folder = str(tiny.save("llama", tmp_path))
     work = Workload(user_tokens=32, block_users=8)
-    lm = FrozenLM.load(folder, LMConfig(path=folder), work)
+    lm = open_lm(folder, LMConfig(path=folder), work)
     rows = memory_table.table(lm.architecture, [256, 512], work).splitlines()
     assert rows[0].endswith("| T = 256 | T = 512 |")
     assert [r.split(" |")[0] for r in rows[2:]] == [

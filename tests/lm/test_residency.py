@@ -22,10 +22,11 @@ from userip_fast.config import EMConfig, LMConfig
 from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.steps import Block, EMState
 from userip_fast.errors import UnsupportedError
-from userip_fast.lm import FrozenLM, PackedEngine, fp8, gates, residency
+from userip_fast.lm import PackedEngine, fp8, fp8_gate, open_lm, residency
 from userip_fast.lm.fp8 import FP8Linear, quantize_rows
+from userip_fast.lm.layers import layer_of
 from userip_fast.lm.nf4 import quantize_linears
-from userip_fast.lm.residency import StreamedLinear, layer_of, set_recompute, settle, stream_layers
+from userip_fast.lm.residency import StreamedLinear, set_recompute, settle, stream_layers
 from userip_fast.packing import make_pack
 
 
@@ -50,7 +51,7 @@ def read(lm, text_weight=0.5):
 
 def digest_of_a_load(folder, quantization):
     """Of the NLL and gradient that a load of `folder` gives."""
-    lm = FrozenLM.load(folder, LMConfig(quantization=quantization, device="cpu"))
+    lm = open_lm(folder, LMConfig(quantization=quantization, device="cpu"))
     nll, grad = read(lm)
     assert torch.isfinite(nll).all()
     assert grad.abs().max() > 0
@@ -312,11 +313,13 @@ def test_fp8_linear_is_near_the_dense_one_both_ways():
 
 def test_fp8_is_loaded_through_its_gate(tmp_path, monkeypatch, caplog):
     folder = str(tiny.save("llama", tmp_path))
-    monkeypatch.setattr(fp8, "MIN_COSINE", 0.5)  # weights four times the usual size amplify errors
-    monkeypatch.setattr(fp8, "MAX_NLL_SHIFT", 0.5)
-    monkeypatch.setattr(fp8, "MIN_SAME_CODES", 0.2)
+    monkeypatch.setattr(
+        fp8_gate, "MIN_COSINE", 0.5
+    )  # weights four times the usual size amplify errors
+    monkeypatch.setattr(fp8_gate, "MAX_NLL_SHIFT", 0.5)
+    monkeypatch.setattr(fp8_gate, "MIN_SAME_CODES", 0.2)
     with caplog.at_level(logging.INFO, logger="userip_fast.lm"):
-        lm = FrozenLM.load(folder, LMConfig(path=folder, residency="fp8"))
+        lm = open_lm(folder, LMConfig(path=folder, residency="fp8"))
     assert sum(isinstance(m, FP8Linear) for m in lm.model.modules()) == 14
     report = lm.fp8_report
     assert 0.5 < report.lowest_cosine <= report.cosine < 1
@@ -325,20 +328,20 @@ def test_fp8_is_loaded_through_its_gate(tmp_path, monkeypatch, caplog):
     nll, gradient = read(lm)
     assert bool(torch.isfinite(nll).all())
     assert gradient.abs().sum() > 0
-    monkeypatch.setattr(fp8, "MIN_COSINE", 1.0)
+    monkeypatch.setattr(fp8_gate, "MIN_COSINE", 1.0)
     with pytest.raises(UnsupportedError, match=r"changes what this LM says too much: NLL shift"):
-        FrozenLM.load(folder, LMConfig(path=folder, residency="fp8"))
+        open_lm(folder, LMConfig(path=folder, residency="fp8"))
 
 
 @pytest.fixture
 def unasked(monkeypatch, tmp_path):
     """A fused LM whose device is said to take FP8 in `times` of the time, one after the other."""
     monkeypatch.setenv("USERIP_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fp8, "_why_not_unasked", lambda lm, work: None)
+    monkeypatch.setattr(fp8_gate, "_why_not_unasked", lambda lm, work: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(fp8, "MIN_COSINE", 0.5)  # as above
-    monkeypatch.setattr(fp8, "MAX_NLL_SHIFT", 0.5)
-    monkeypatch.setattr(fp8, "MIN_SAME_CODES", 0.2)
+    monkeypatch.setattr(fp8_gate, "MIN_COSINE", 0.5)  # as above
+    monkeypatch.setattr(fp8_gate, "MAX_NLL_SHIFT", 0.5)
+    monkeypatch.setattr(fp8_gate, "MIN_SAME_CODES", 0.2)
     folder = str(tiny.save("llama", tmp_path / "lm"))
     timed = []
 
@@ -350,8 +353,8 @@ def unasked(monkeypatch, tmp_path):
             assert work.pack_tokens == lm.plan.pack_tokens
             return next(left)
 
-        monkeypatch.setattr(gates, "step_seconds", seconds)
-        return FrozenLM.load(folder, LMConfig(path=folder))
+        monkeypatch.setattr(fp8_gate, "step_seconds", seconds)
+        return open_lm(folder, LMConfig(path=folder))
 
     return load, timed
 
@@ -392,16 +395,16 @@ def test_auto_leaves_fp8_where_it_was_slower(unasked):
 
 
 def test_auto_leaves_fp8_where_the_gate_does_not_hold(unasked, monkeypatch):
-    monkeypatch.setattr(fp8, "MIN_COSINE", 1.0)
+    monkeypatch.setattr(fp8_gate, "MIN_COSINE", 1.0)
     load, _ = unasked
     lm = load(1.0, 0.5)
     assert not lm.fp8_report.passed
     assert linears(lm) == {"Linear": 14}
     assert lm.plan.residency == "resident"
-    monkeypatch.setattr(fp8, "try_out", lambda *_: pytest.fail("tried"))
+    monkeypatch.setattr(fp8_gate, "try_out", lambda *_: pytest.fail("tried"))
     folder = lm.folder
-    FrozenLM.load(str(folder), LMConfig(path=str(folder), residency="resident"))
-    FrozenLM.load(str(folder), LMConfig(path=str(folder), memory_gib=2.0))
+    open_lm(str(folder), LMConfig(path=str(folder), residency="resident"))
+    open_lm(str(folder), LMConfig(path=str(folder), memory_gib=2.0))
 
 
 def test_fp8_is_not_tried_where_it_cannot_be(monkeypatch):
@@ -411,20 +414,20 @@ def test_fp8_is_not_tried_where_it_cannot_be(monkeypatch):
         device=torch.device("cuda"), dtype=torch.bfloat16, model=model, plan=None,
         architecture=SimpleNamespace(step=lambda recompute, work: 1000),
     )  # fmt: skip
-    monkeypatch.setattr(fp8, "free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(fp8_gate, "free_bytes", lambda device: 10**9)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert fp8._why_not_unasked(lm, None) is None
+    assert fp8_gate._why_not_unasked(lm, None) is None
     for change, why in (
         ({"device": torch.device("cpu")}, "bfloat16 on a GPU"),
         ({"dtype": torch.float32}, "bfloat16 on a GPU"),
         ({"model": nn.Sequential()}, "no linear"),
     ):
         other = SimpleNamespace(**{**vars(lm), **change})
-        assert why in fp8._why_not_unasked(other, None)
-    monkeypatch.setattr(fp8, "free_bytes", lambda device: 1000)
-    assert "are free" in fp8._why_not_unasked(lm, None)
+        assert why in fp8_gate._why_not_unasked(other, None)
+    monkeypatch.setattr(fp8_gate, "free_bytes", lambda device: 1000)
+    assert "are free" in fp8_gate._why_not_unasked(lm, None)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert "disagree" in fp8._why_not_unasked(lm, None)
+    assert "disagree" in fp8_gate._why_not_unasked(lm, None)
 
 
 def test_fp8_refuses_sizes_that_tensor_cores_do_not_take():
@@ -435,7 +438,7 @@ def test_fp8_refuses_sizes_that_tensor_cores_do_not_take():
 
 
 def test_gate_fails_for_each_reason():
-    good = fp8.GateReport(0.001, 0.999, 0.99, 1.0)
+    good = fp8_gate.GateReport(0.001, 0.999, 0.99, 1.0)
     assert good.passed
     for bad in ({"nll_shift": 0.02}, {"cosine": 0.98}, {"same_codes": 0.9}, {"time": 0.95}):
-        assert not fp8.GateReport(**{**vars(good), **bad}).passed
+        assert not fp8_gate.GateReport(**{**vars(good), **bad}).passed

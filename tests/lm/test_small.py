@@ -10,7 +10,7 @@ import torch
 
 import userip_fast as uf
 from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
-from userip_fast.lm import FrozenLM, PackedEngine, gguf
+from userip_fast.lm import PackedEngine, gguf, open_lm
 from userip_fast.packing import build_behaviour, make_pack
 from userip_fast.prompts import ProfileField, PromptTemplate, tokenize_events
 from userip_fast.text_tokens import text_tokenizer
@@ -27,7 +27,7 @@ TEXTS = ["The Dark Knight (2008) (Action, Crime)", "Am\u00e9lie (2001) (Comedy)"
 
 @pytest.fixture(scope="module")
 def lm():
-    return FrozenLM.load("small", LMConfig(path="small"))
+    return open_lm("small", LMConfig(path="small"))
 
 
 def test_it_says_what_llama_cpp_says(lm):

@@ -20,7 +20,7 @@ from userip_fast.behaviour import BehaviourFormat, BehaviourSource
 from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
 from userip_fast.data import Catalogue
 from userip_fast.errors import FormatError, MismatchError
-from userip_fast.lm import FrozenLM, embedded, stored
+from userip_fast.lm import embedded, open_lm, stored
 from userip_fast.sums import cache_folder, kept_sum, sealed
 
 LM = LMConfig(embedded_hidden=16, embedded_heads=2, embedded_layers=1, embedded_tokens=4_000,
@@ -213,14 +213,14 @@ def save(folder, kind="safetensors"):
 
 
 def load(folder, **kwargs):
-    return FrozenLM.load(str(folder), LMConfig(quantization="none", **kwargs))
+    return open_lm(str(folder), LMConfig(quantization="none", **kwargs))
 
 
 def test_the_fingerprint_does_not_depend_on_how_the_lm_is_kept(tmp_path):
     folder = save(tmp_path / "lm")
     one = load(folder).fingerprint
     assert one == load(folder, dtype="bfloat16").fingerprint
-    assert one == FrozenLM.load(str(folder), LMConfig(quantization="nf4")).fingerprint
+    assert one == open_lm(str(folder), LMConfig(quantization="nf4")).fingerprint
     shutil.copytree(folder, tmp_path / "other")
     assert one == load(tmp_path / "other").fingerprint
     about = json.loads((folder / "config.json").read_text())

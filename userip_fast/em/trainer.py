@@ -49,7 +49,8 @@ from userip_fast.em.table import EventTable, Kind, has_table, survey
 from userip_fast.errors import FormatError
 from userip_fast.interrupts import deferred_interrupts
 from userip_fast.lm.engine import Engine
-from userip_fast.lm.memory import is_out_of_memory, smaller_pack
+from userip_fast.lm.limits import is_out_of_memory
+from userip_fast.lm.memory import smaller_pack
 from userip_fast.prefetch import Prefetch
 from userip_fast.progress import Progress, progress
 

@@ -12,11 +12,12 @@ import torch
 from userip_fast.config import LMConfig
 from userip_fast.lm import gguf, stored
 from userip_fast.lm.engine import PackedEngine
-from userip_fast.lm.frozen import FrozenLM, resolve_device
+from userip_fast.lm.frozen import FrozenLM
 from userip_fast.lm.fuse import is_fused
 from userip_fast.lm.gates import step_seconds
-from userip_fast.lm.memory import size_text
-from userip_fast.lm.residency import layer_of
+from userip_fast.lm.layers import layer_of
+from userip_fast.lm.limits import size_text
+from userip_fast.lm.load import open_lm, resolve_device
 from userip_fast.lm.stored import told
 from userip_fast.lm.trace import Workload, sample_pack
 
@@ -49,7 +50,7 @@ def describe(path: str, config: LMConfig) -> Iterator[Fact]:
     method = f"by {stored.entry(packed, 'quant_method', '?')}" if packed else "dense"
     yield "stored", method if file is None else "in GGUF's own form, dequantised on loading"
     yield "device", _device(config)
-    lm = FrozenLM.load(path, config)
+    lm = open_lm(path, config)
     yield "files", _files(lm.folder)
     yield from _of_model(lm)
     PackedEngine(lm, sample_pack(_TIMED, lm.device)[0])  # which refuses what it cannot run

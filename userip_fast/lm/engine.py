@@ -47,24 +47,6 @@ class Engine(Protocol):
         ...
 
 
-def make_engine(
-    name: str, lm: FrozenLM, layout: Layout, tokens: int = 8192
-) -> PackedEngine | ReferenceEngine:
-    """The engine called `name`, for packs of at most `tokens` rows.
-
-    "packed", "graph", "reference"; "auto" is "graph" where that pays, and "packed".
-
-    Raises:
-        UnavailableError: "graph", and the LM is not on a GPU.
-    """
-    from userip_fast.lm import graphs
-
-    graphs.check_device(name, lm.device)
-    if name == "graph" or (name == "auto" and graphs.pays(lm, tokens)):
-        return graphs.GraphEngine(lm, layout, tokens=tokens, asked=name == "graph")
-    return ReferenceEngine(lm, layout) if name == "reference" else PackedEngine(lm, layout)
-
-
 def check_positions(lm: FrozenLM, layout: Layout, tokens: int) -> None:
     """Raises MismatchError when prompt and `tokens` of behaviour exceed the LM's context."""
     room = lm.max_positions - layout.behaviour_start

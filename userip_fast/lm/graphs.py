@@ -22,7 +22,7 @@ from torch import Tensor
 from userip_fast.errors import UnavailableError, UnsupportedError
 from userip_fast.lm.engine import PackedEngine, is_near
 from userip_fast.lm.frozen import FrozenLM
-from userip_fast.lm.memory import free_bytes
+from userip_fast.lm.limits import free_bytes
 from userip_fast.lm.padding import PackSizes, fill
 from userip_fast.lm.residency import StreamedLinear
 from userip_fast.lm.stored import first_line

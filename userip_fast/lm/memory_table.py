@@ -19,7 +19,9 @@ from userip_fast.config import LMConfig
 from userip_fast.errors import ConfigError
 from userip_fast.lm.engine import PackedEngine
 from userip_fast.lm.frozen import FrozenLM
-from userip_fast.lm.memory import GIB, choose, size_text
+from userip_fast.lm.limits import GIB, size_text
+from userip_fast.lm.load import open_lm
+from userip_fast.lm.memory import choose
 from userip_fast.lm.trace import Architecture, Workload, sample_pack
 from userip_fast.testing import peak_bytes
 
@@ -97,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     work = Workload(user_tokens=args.user_tokens)
     if args.measure:
-        lm = FrozenLM.load(args.lm, LMConfig(path=args.lm, device=args.device), work)
+        lm = open_lm(args.lm, LMConfig(path=args.lm, device=args.device), work)
         print(f"{args.lm} on {lm.device}, {lm.dtype}: {lm.plan}\n")
         print(measure(lm, args.packs, work))
         return

@@ -13,7 +13,6 @@ takes is decided in `userip_fast.lm.memory`.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 
 from userip_fast.errors import UnsupportedError
 from userip_fast.lm import attention
+from userip_fast.lm.fp8 import convert_linears
+from userip_fast.lm.layers import layer_of
 from userip_fast.lm.nf4 import NF4Linear, is_linear4bit, replace_linear4bit
 from userip_fast.nf4 import NF4Weight
 from userip_fast.ops.nf4_dequantize import nf4_dequantize, nf4_dequantize_into
@@ -45,8 +46,6 @@ def settle(model: nn.Module, mode: str, dtype: torch.dtype) -> None:
         return
     make_resident(model, dtype)
     if mode == "fp8":
-        from userip_fast.lm.fp8 import convert_linears
-
         convert_linears(model)
 
 
@@ -118,12 +117,6 @@ def _int8_weight(module: Any) -> Tensor:
     largest = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
     dense: Tensor = module.weight.data.float() * (largest.float() / 127)[:, None]
     return dense
-
-
-def layer_of(name: str) -> str:
-    """The layer that a module belongs to, by its name: up to its first index, else itself."""
-    found = re.match(r"(.*?\.\d+)(\.|$)", name)
-    return found[1] if found else name
 
 
 def stream_layers(model: nn.Module, dtype: torch.dtype) -> LayerStream:

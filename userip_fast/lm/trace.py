@@ -26,9 +26,11 @@ from torch.utils._pytree import tree_leaves
 
 from userip_fast.config import Config
 from userip_fast.lm import attention
+from userip_fast.lm.engine import PackedEngine
 from userip_fast.lm.fuse import fuse
+from userip_fast.lm.layers import layer_of
 from userip_fast.lm.masks import body
-from userip_fast.lm.residency import layer_of, set_recompute, settle
+from userip_fast.lm.residency import set_recompute, settle
 from userip_fast.ops._dispatch import unannounced
 from userip_fast.ops.linear_cross_entropy import scratch_bytes as head_scratch
 from userip_fast.packing import Behaviour, Pack, make_pack
@@ -199,8 +201,6 @@ class Architecture:
     ) -> Iterator[tuple[Callable[[], Tensor], Tensor]]:
         """A step of one of `models` to be run inside it: the users' NLL as a function, and what it
         is differentiated by."""
-        from userip_fast.lm.engine import PackedEngine
-
         impl = "cpu" if self.device_type == "cpu" else "triton"
         layout, pack = sample_pack(work, torch.device("meta"))
         lm: Any = _MetaLM(model)
