@@ -30,11 +30,11 @@ def describe(path: str, config: LMConfig) -> Iterator[Fact]:
     """Names and values, in the order they become known.
 
     Args:
-        path: As for `FrozenLM.load`.
+        path: As for `open_lm`.
         config: How it is to be loaded.
 
     Raises:
-        UserIPError: As `FrozenLM.load` and `PackedEngine`; what the files say has come before.
+        UserIPError: As `open_lm` and `PackedEngine`; what the files say has come before.
     """
     from transformers import AutoConfig
 

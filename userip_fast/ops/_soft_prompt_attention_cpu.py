@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from userip_fast.ops.soft_prompt_attention import user_bounds, visible
+from userip_fast.ops._soft_prompt_attention_reference import user_bounds, visible
 
 _BLOCK_BYTES = 2 << 20  # scores of one block over all heads
 _MAX_PADDING = 1.25  # longest over shortest user of a block
