@@ -38,6 +38,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from _random_lm import NoTokenizer
 from _timing import add_arguments, apply_arguments, ceilings, compare, machine, peak_mib, run_script
 
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
@@ -50,13 +51,6 @@ from userip_fast.prompts import Layout
 
 TABLE, USERS, NAME_TOKENS = 20_000, 32, 16
 CASES = {"b50_j8": (8, 50), "b100_j2": (2, 100)}  # fields, mean tokens of behaviour
-
-
-class NoTokenizer:
-    """Stands in for a tokenizer: the case is made of token ids."""
-
-    def get_vocab(self) -> dict[str, int]:
-        return {}
 
 
 @dataclass
@@ -73,7 +67,11 @@ class Case:
 
     @property
     def soft_shape(self) -> tuple[int, int, int]:
-        return USERS, self.layout.num_soft, self.lm.hidden_size
+        return self.num_users, self.layout.num_soft, self.lm.hidden_size
+
+    @property
+    def num_users(self) -> int:
+        return self.pack.num_users
 
 
 def make_lm(device: str, quick: bool) -> FrozenLM:
@@ -122,13 +120,20 @@ def on_bitsandbytes(lm: FrozenLM) -> Any | None:
     return model.to(lm.device).requires_grad_(False)
 
 
-def make_case(lm: FrozenLM, fields: int, mean: int) -> Case:
-    """Lengths from 0.3 to 3 times the mean, longer ones rarer; NAME_TOKENS a field after BOS."""
+def make_case(lm: FrozenLM, fields: int, mean: int, rows: int | None = None) -> Case:
+    """Lengths from 0.3 to 3 times the mean, longer ones rarer; NAME_TOKENS a field after BOS.
+
+    Args:
+        rows: Of the pack, as many users as fit into it, in the place of USERS.
+    """
     random = np.random.default_rng(0)
     low, high = int(0.3 * mean), 3 * mean
     drawn = low + random.exponential(mean - low, TABLE)
     lengths = np.clip(drawn, low, high).astype(np.int64)
-    batch = np.sort(random.choice(TABLE, USERS, replace=False))
+    batch = random.choice(TABLE, USERS if rows is None else TABLE, replace=False)
+    if rows is not None:
+        batch = batch[np.cumsum(lengths[batch] + fields) <= rows]
+    batch, users = np.sort(batch), len(batch)
     vocabulary = lm.token_embedding.shape[0]
     at, ids, segment, position, soft = 1, [0], [-1], [0], []
     for j in range(fields):
@@ -149,9 +154,9 @@ def make_case(lm: FrozenLM, fields: int, mean: int) -> Case:
         position=(layout.behaviour_start + within).astype(np.int32),
         weight=(within > 0).astype(np.float32),
         offsets=offsets,
-        events=np.ones(USERS, np.int64),
+        events=np.ones(users, np.int64),
     )
-    pack = make_pack(behaviour, np.arange(USERS), layout, lm.device,
+    pack = make_pack(behaviour, np.arange(users), layout, lm.device,
                      pad_to=128 if lm.device.type == "cuda" else 1)  # fmt: skip
     return Case(lm, layout, behaviour, int(lengths.max()), pack,
                 torch.from_numpy(batch).to(lm.device), fields)  # fmt: skip
@@ -165,7 +170,7 @@ class Rows:
         shape = (TABLE * case.layout.num_soft, dim)
         self.theta = torch.zeros(shape, device=case.lm.device)
         # Moments live for the users of a block only; the table is what the public way holds too.
-        self.m = torch.zeros(USERS * case.layout.num_soft, dim, device=case.lm.device)
+        self.m = torch.zeros(case.num_users * case.layout.num_soft, dim, device=case.lm.device)
         self.v = torch.zeros_like(self.m)
         self.step = torch.zeros(len(self.m), dtype=torch.int32, device=case.lm.device)
         soft = torch.arange(case.layout.num_soft, device=case.lm.device)
@@ -241,7 +246,8 @@ def padded(
     lengths = case.behaviour.lengths
     longest = case.longest_text if to_data_set else int(lengths.max())
     store: Any = Dense(case) if dense else Rows(case)
-    groups = [range(USERS)] if width else [range(u, u + 1) for u in range(USERS)]
+    users = case.num_users
+    groups = [range(users)] if width else [range(u, u + 1) for u in range(users)]
     batches = []
     for group in groups:
         columns = longest if width else int(lengths[group[0]])
@@ -306,9 +312,9 @@ def peft(case: Case, model: Any) -> Callable[[], Any] | None:
     tuned = get_peft_model(model, config).to(case.lm.device)
     optimiser = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=0.01)
     lengths = case.behaviour.lengths
-    ids = torch.zeros(USERS, int(lengths.max()), dtype=torch.int64)
+    ids = torch.zeros(case.num_users, int(lengths.max()), dtype=torch.int64)
     keep = torch.zeros_like(ids)
-    for u in range(USERS):
+    for u in range(case.num_users):
         span = slice(int(case.behaviour.offsets[u]), int(case.behaviour.offsets[u + 1]))
         ids[u, : lengths[u]] = torch.from_numpy(case.behaviour.ids[span].astype(np.int64))
         keep[u, : lengths[u]] = 1

@@ -170,7 +170,9 @@ class Problem:
 
         return run
 
-    def flex(self) -> tuple[Callable[[], Result], Callable[[], Any]]:
+    def flex(
+        self, compiled: bool = True, forward_only: bool = False
+    ) -> tuple[Callable[[], Result], Callable[[], Any]]:
         """FlexAttention over [prefix | pack], compiled; and the building of its block mask."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -185,11 +187,13 @@ class Problem:
             return seen & ((c < p) | ((user_c[c] == user_r[r]) & (c <= r + p)))
 
         rows = self.q.shape[0]
-        build = torch.compile(
-            lambda: create_block_mask(mask, None, None, rows, p + rows, device=self.device)
-        )
-        block_mask, attend = build(), torch.compile(flex_attention)
-        leaves = [x.clone().requires_grad_() for x in (self.q, self.k, self.v)]
+
+        def made() -> Any:
+            return create_block_mask(mask, None, None, rows, p + rows, device=self.device)
+
+        build = torch.compile(made) if compiled else made
+        block_mask, attend = build(), torch.compile(flex_attention) if compiled else flex_attention
+        leaves = [x.clone().requires_grad_(not forward_only) for x in (self.q, self.k, self.v)]
 
         def run() -> Result:
             q, k, v = leaves
@@ -201,6 +205,8 @@ class Problem:
                 enable_gqa=q.shape[1] != k.shape[1],
             )
             out = out.squeeze(0).transpose(0, 1)
+            if forward_only:
+                return (out,)
             return out.detach(), *torch.autograd.grad(out, leaves, self.d_out)
 
         return run, build

@@ -8,6 +8,10 @@ products, copies, casts, and waits for the device. Two and three layers of the a
 traced; their difference is a layer, the rest of two layers is what a step does once. Operators of
 ours say how many kernels they launch (`LAUNCHES`). Bytes are those of each operand and result once,
 as if nothing stayed in a cache; attention is listed apart, since its kernels read operands twice.
+In `streamed` decoded layers are counted by the stream, in a step that follows another.
+
+`least` is what a layer cannot do without while products and attention are kernels of their own that
+read and write bf16 (FP8 products: e4m3 with a scale a row): see `least`.
 
 `--write` commits the table as `benchmarks/results/trace_em_step.json`; `--check` compares with it
 and fails where anything rose. The last line is the JSON.
@@ -22,17 +26,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import _random_lm
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from userip_fast.lm.residency import LayerStream, StreamedLinear
 from userip_fast.lm.trace import Architecture, Workload
 from userip_fast.ops.linear_cross_entropy import _CHUNK_BYTES
 
 COMMITTED = Path(__file__).with_name("results") / "trace_em_step.json"
 WORK = Workload(pack_tokens=8192, user_tokens=302, soft_rows=2, prefix_rows=32)
-MODES = ("bf16", "fp8")
+MODES = ("bf16", "fp8", "streamed")
 # Kernels of our operators where they are not one; a pack's three work lists are added to a step.
 LAUNCHES = {
     "packed_attention_backward": 2,
@@ -54,20 +60,8 @@ _WAIT = {"_local_scalar_dense", "nonzero", "item"}
 
 def shapes() -> dict[str, Any]:
     """The architectures that are traced, by their published configurations."""
-    from transformers import LlamaConfig, Qwen3Config
-
-    return {
-        "llama-2-7b": LlamaConfig(),
-        "qwen3-0.6b": Qwen3Config(
-            hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, head_dim=128,
-            num_attention_heads=16, num_key_value_heads=8, vocab_size=151936,
-            tie_word_embeddings=True,
-        ),
-        "llama-3-70b": LlamaConfig(
-            hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, vocab_size=128256,
-            num_attention_heads=64, num_key_value_heads=8, rope_theta=500000.0,
-        ),
-    }  # fmt: skip
+    known = _random_lm.shapes()
+    return {name: known[name] for name in ("llama-2-7b", "qwen3-0.6b", "llama-3-70b")}
 
 
 @dataclass
@@ -170,8 +164,11 @@ def _bytes(x: Tensor) -> int:
 def trace(config: Any, mode: str, work: Workload = WORK) -> dict[str, Any]:
     """A layer's and a step's counts: {"layer": {"forward", "backward", "both"}, "step": ...}."""
     architecture = Architecture(config, torch.bfloat16, "cuda", four_bit=False, fused=True)
-    if mode == "fp8":
-        architecture.settle("fp8")
+    if mode == "streamed":
+        for model in architecture.models:
+            _random_lm.to_nf4(model)
+    if mode != "bf16":
+        architecture.settle(mode)
     passes = [_passes(architecture, model, work) for model in architecture.models]
     two, three = passes
     layer = {way: three[way].plus(two[way], -1) for way in two}
@@ -179,18 +176,66 @@ def trace(config: Any, mode: str, work: Workload = WORK) -> dict[str, Any]:
     for counts in (layer, step):
         counts["both"] = counts["forward"].plus(counts["backward"])
     return {
-        "layer": {way: x.as_dict() for way, x in layer.items()},
+        "layer": {**{way: x.as_dict() for way, x in layer.items()}, "least": least(config, mode)},
         "step": {way: x.as_dict() for way, x in step.items()},
     }
 
 
 def _passes(architecture: Architecture, model: Any, work: Workload) -> dict[str, Traffic]:
-    with architecture.step_on_meta(model, work) as (nll, theta), Counting() as counting:
-        loss = nll().sum()
-        forward, counting.now = counting.now, Traffic()
-        forward.launches += WORK_LISTS
-        torch.autograd.grad(loss, theta)
+    stream = next((m.stream for m in model.modules() if isinstance(m, StreamedLinear)), None)
+    with architecture.step_on_meta(model, work) as (nll, theta):
+        torch.autograd.grad(nll().sum(), theta)  # a stream holds what the step before left in it
+        with Counting() as counting:
+            decoded = 0 if stream is None else stream.decoded
+            loss = nll().sum()
+            forward, counting.now = counting.now, Traffic()
+            forward.launches += WORK_LISTS
+            decoded = _count_decoding(forward, stream, decoded)
+            torch.autograd.grad(loss, theta)
+            _count_decoding(counting.now, stream, decoded)
     return {"forward": forward, "backward": counting.now}
+
+
+def _count_decoding(now: Traffic, stream: LayerStream | None, before: int) -> int:
+    """Adds the layers that were decoded since there were `before` of them; how many there are."""
+    if stream is None:
+        return before
+    weights, layers = stream.layers[0], stream.decoded - before
+    now.launches += layers * len(weights)
+    now.bytes += layers * sum(w.nbytes + w.numel * stream.dtype.itemsize for w in weights)
+    if layers:
+        now.operators["nf4_dequantize_into"] += layers * len(weights)
+    return stream.decoded
+
+
+def least(config: Any, mode: str, work: Workload = WORK) -> dict[str, int]:
+    """Launches and bytes that a layer cannot do without, both ways, beside products and attention.
+
+    Products take q, k, v together and gate and up together, and are kernels of their own, as is
+    attention forward and its two backward; attention turns and norms heads while it loads them. All
+    else reads once what it needs and writes once what the products and backward passes read.
+    """
+    t = work.pack_tokens
+    d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or d // heads
+    rows_o, rows_kv = heads * dim, config.num_key_value_heads * dim
+    # Norms: x, residual -> sum, y; backward: dy, sum, d_sum -> dx. Gated: gate, up -> product;
+    # backward: d, gate, up -> d_gate, d_up. Two norms a layer, two bytes a value.
+    launches, values = 8 + 3 + 2 * 2 + 2, 2 * (4 + 4) * d + (3 + 5) * f
+    if mode != "fp8":
+        found = {"launches": launches, "bytes": 2 * t * values}
+    else:
+        # y, the product and d_gate, d_up come out in one byte; dx in both, for who adds it and for
+        # the product. A scale is of a row of all heads, so attention's output and the gradient of
+        # q, k and v take a cast each.
+        narrow = 2 * d + f + 2 * f
+        casts = 3 * (rows_o + rows_o + 2 * rows_kv)
+        found = {"launches": launches + 2, "bytes": t * (2 * values - narrow + 2 * d + casts)}
+    if mode == "streamed":  # a layer's 4-bit weights are read, and written dense, once either way
+        weights = d * (2 * rows_o + 2 * rows_kv) + 3 * d * f
+        found["launches"] += 2
+        found["bytes"] += 2 * int(weights * (2 + 0.5 + (1 + 4 / 256) / 64))
+    return found
 
 
 def rises(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
@@ -211,18 +256,20 @@ def rises(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
 def table(found: dict[str, Any]) -> str:
     """Per layer, both ways."""
     lines = [
-        "| shape | mode | launches (GEMM) | GB beside GEMM and attention | attention GB "
-        "| casts, GB | copies, GB | waits |",
+        "| shape | mode | launches (GEMM), least | GB beside GEMM and attention, least "
+        "| attention GB | casts, GB | copies, GB | waits of a step |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, modes in found.items():
         for mode, of in modes.items():
-            x = of["layer"]["both"]
+            x, floor = of["layer"]["both"], of["layer"]["least"]
             lines.append(
-                f"| {name} | {mode} | {x['launches']} ({x['gemm_launches']}) "
-                f"| {x['bytes'] / 1e9:.2f} | {x['attention_bytes'] / 1e9:.2f} "
+                f"| {name} | {mode} | {x['launches']} ({x['gemm_launches']}), {floor['launches']} "
+                f"| {x['bytes'] / 1e9:.2f}, {floor['bytes'] / 1e9:.2f} "
+                f"| {x['attention_bytes'] / 1e9:.2f} "
                 f"| {x['casts']}, {x['cast_bytes'] / 1e9:.2f} "
-                f"| {x['copies']}, {x['copy_bytes'] / 1e9:.2f} | {x['waits']} |"
+                f"| {x['copies']}, {x['copy_bytes'] / 1e9:.2f} "
+                f"| {of['step']['both']['waits']} |"
             )
     return "\n".join(lines)
 

@@ -17,7 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers in the tests folder: `import tiny`
 
-# Must be set before triton is imported. Tests marked `gpu` run without it (`make gpu-check`).
+# Must be set before triton is imported. Tests marked `gpu` run without it (`make gpu-test`).
 if os.environ.get("USERIP_FAST_GPU_TESTS") != "1":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,7 +28,7 @@ import torch
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ.get("USERIP_FAST_GPU_TESTS") == "1":
         return
-    skip = pytest.mark.skip(reason="needs a CUDA device: run `make gpu-check` on one")
+    skip = pytest.mark.skip(reason="needs a CUDA device: run `make gpu-test` on one")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)

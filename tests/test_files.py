@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 
-from userip_fast.api import open_run
 from userip_fast.errors import FormatError, StorageError, UnavailableError
 from userip_fast.files import (
     atomic_dir,
@@ -28,6 +27,7 @@ from userip_fast.files import (
     write_json,
     write_tensors,
 )
+from userip_fast.run_folder import open_run
 
 
 def mode(path):

@@ -6,6 +6,7 @@ import tiny
 import torch
 
 from userip_fast.errors import ConfigError, UnsupportedError
+from userip_fast.fields import TEMPLATES, ProfileField
 from userip_fast.packing import (
     SLACK,
     PackStream,
@@ -14,7 +15,7 @@ from userip_fast.packing import (
     make_pack,
     ragged_arange,
 )
-from userip_fast.prompts import TEMPLATES, ProfileField, PromptTemplate, tokenize_events
+from userip_fast.prompts import PromptTemplate, tokenize_events
 
 
 def test_layout_interleaves_names_and_soft_rows():

@@ -16,7 +16,7 @@ import tiny
 import userip_fast as uf
 from userip_fast import behaviour_stream, shards
 from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
-from userip_fast.data import stream
+from userip_fast.data import sorting
 from userip_fast.em.distributed import Processes
 from userip_fast.errors import ConfigError, DataError, MismatchError
 from userip_fast.files import read_tensors
@@ -29,7 +29,7 @@ EM = EMConfig(estep="gradient", steps=2, rounds=3, lr=0.2, block_users=7, codebo
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch):
-    monkeypatch.setattr(stream, "_PART_ROWS", 50)
+    monkeypatch.setattr(sorting, "_PART_ROWS", 50)
 
 
 @pytest.fixture(scope="module")

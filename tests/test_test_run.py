@@ -75,7 +75,7 @@ def test_what_a_test_leaves_changed_is_named(tmp_path: Path, change: str, named:
         ("needs redis-server (apt-get install redis-server)", "Redis"),
         ("all but these passed: {'Redis': 'no Redis client'}", "Redis"),
         ("needs Ray: pip install 'ray[data]'", "Ray"),
-        ("needs a CUDA device: run `make gpu-check` on one", "GPU"),
+        ("needs a CUDA device: run `make gpu-test` on one", "GPU"),
         ("no `shared` folder with data sets beside this checkout", "data sets beside the checkout"),
         ("could not import 'lightgbm': No module named 'lightgbm'", "lightgbm"),
         ("of another kind", "of another kind"),

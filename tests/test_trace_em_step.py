@@ -21,16 +21,29 @@ def test_nothing_rose_and_the_aims_are_met(script, capsys):
     assert script.main(["--check"]) == 0, capsys.readouterr().out
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(found) == set(script.shapes())
-    bf16, fp8 = (found["llama-2-7b"][m]["layer"]["both"] for m in ("bf16", "fp8"))
+    bf16, fp8, streamed = (found["llama-2-7b"][m]["layer"]["both"] for m in script.MODES)
     assert bf16["bytes"] <= 3.2e9
     assert bf16["launches"] <= 30
     assert bf16["operators"]["mm"] == 8
     # Of eight FP8 operands four are cast on their own, in one launch each; four come as e4m3.
     assert fp8["operators"]["cast_rows"] == fp8["casts"] == 4
     assert fp8["cast_bytes"] <= 1.6e9
+    # A layer is decoded once each way, but for the two that the turn finds in the buffers.
+    assert streamed["operators"]["nf4_dequantize_into"] == 2 * 7
+    both = found["llama-2-7b"]["streamed"]["step"]["both"]
+    assert both["operators"]["nf4_dequantize_into"] == 2 * 7 * (32 - 2)
     for modes in found.values():
         for of in modes.values():
-            assert of["layer"]["both"]["copies"] == of["step"]["both"]["waits"] == 0
+            layer = of["layer"]
+            assert layer["both"]["copies"] == of["step"]["both"]["waits"] == 0
+            assert layer["least"]["launches"] < layer["both"]["launches"]
+            assert 0.7 < layer["least"]["bytes"] / layer["both"]["bytes"] < 1
+
+
+def test_the_least_is_what_a_review_counted_by_hand(script):
+    """Llama-2-7B, T = 8192: 16 T D + 8 T F values of two bytes; about 17 launches a layer."""
+    least = script.least(script.shapes()["llama-2-7b"], "bf16")
+    assert least == {"launches": 17, "bytes": 2 * 8192 * (16 * 4096 + 8 * 11008)}
 
 
 def test_a_rise_is_named(script):

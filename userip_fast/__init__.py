@@ -29,7 +29,7 @@ _PUBLIC = {
     "InteractionStream": "userip_fast.data",
     "Interactions": "userip_fast.data",
     "Model": "userip_fast.model",
-    "ProfileField": "userip_fast.prompts",
+    "ProfileField": "userip_fast.fields",
     "PromptTemplate": "userip_fast.prompts",
     "UserIPError": "userip_fast.errors",
     "CTRConfig": "userip_fast.ctr",

@@ -2,100 +2,52 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import shlex
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from userip_fast import threads
 from userip_fast._version import __version__
-from userip_fast.bank import BankWriter, FeatureBank
+from userip_fast.bank import FeatureBank
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource, Told
-from userip_fast.behaviour_stream import StreamSource
+from userip_fast.behaviour_stream import StreamSource, behaviour_source, truncated_users
 from userip_fast.config import Config
-from userip_fast.data import Catalogue, Interactions, InteractionStream
+from userip_fast.data import Catalogue, Data, Interactions, InteractionStream
 from userip_fast.em.distributed import Processes, start_processes
 from userip_fast.em.mstep import check_codebook_sizes
-from userip_fast.em.steps import profiles_total
 from userip_fast.em.table import has_table
-from userip_fast.errors import ConfigError, DataError, StorageError
+from userip_fast.em.trainer import FitResult
+from userip_fast.errors import ConfigError, DataError
 from userip_fast.explain import explain
-from userip_fast.files import lock_file, storage_errors, sweep_leftovers, write_json
+from userip_fast.fields import ProfileField
+from userip_fast.files import write_json
+from userip_fast.learned import check_probabilities, make_trainer
 from userip_fast.lm import FrozenLM, open_lm
 from userip_fast.lm.embedded import SlotIds, embedded_lm, taught
 from userip_fast.lm.graphs import check_device
 from userip_fast.lm.load import resolve_device
 from userip_fast.lm.pretraining import PRETRAINING
 from userip_fast.lm.trace import Workload
-from userip_fast.model import (
-    Data,
-    Model,
-    OldCodebooks,
-    behaviour_source,
-    check_probabilities,
-    make_trainer,
-    orders_like,
-    read_codebooks,
-    truncated_users,
-)
-from userip_fast.names import ItemCounts, Traits, code_cards, named_share
+from userip_fast.model import Model
+from userip_fast.model_files import orders_like, read_codebooks
+from userip_fast.names import CodeCard, ItemCounts, Traits, code_cards, named_share
 from userip_fast.packing import Behaviour
-from userip_fast.prompts import Layout, ProfileField, PromptTemplate
-from userip_fast.reach import Reach
+from userip_fast.prompts import Layout, PromptTemplate
 from userip_fast.report import report_run
+from userip_fast.run_folder import JsonLines, Run, command_line, open_run
 from userip_fast.scalars import Scalars
-
-logger = logging.getLogger("userip_fast")
+from userip_fast.tally import Tally
 
 _LM_USERS = 100_000  # of a stream, those whose behaviour the embedded LM is trained on
 _EXPLAINED_USERS = 4096  # among whom the report finds examples; `userip explain` takes all
 _BANK_BLOCK = 1 << 18  # users handed to the bank's writer at once
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder's paths."""
-
-    root: Path
-
-    @property
-    def model(self) -> Path:
-        return self.root / "model"
-
-    @property
-    def bank(self) -> Path:
-        return self.root / "bank"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.json"
-
-    @property
-    def log(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def scalars(self) -> Path:
-        return self.root / "tensorboard"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.html"
 
 
 def fit(
@@ -121,8 +73,7 @@ def fit(
         fields: Profile fields; None takes the config's.
         config: Settings, or a nested mapping of them; None for the defaults.
         out: Run folder that gets `model/ bank/ checkpoints/ metrics.json metrics.jsonl
-        report.html`.
-            Model and bank appear whole, at the end; None writes nothing.
+            report.html`. Model and bank appear whole, at the end; None writes nothing.
         max_users: Only the first so many users in hash order.
         resume: Goes on after the last checkpoint of `out`.
         probabilities: Whether the bank keeps each code's probability given the behaviour.
@@ -138,162 +89,75 @@ def fit(
         UnavailableError: Another process is writing `out`.
     """
     loaded = lm if isinstance(lm, FrozenLM) else None
-    config = _config(config, loaded.source if loaded else lm, fields)
+    config = _asked(config, loaded.source if loaded else lm, fields, data)
     check_probabilities(config, probabilities)
     if like is not None and config.em.recipe == "paper":
         raise ConfigError("like: the published recipe trains codes and users at once; fit without")
     if resume and out is None:
         raise ConfigError("resume=True needs `out`, the run folder to go on in")
-    if data.read_as is not None:  # what is saved tells how to read other users' logs alike
-        config = replace(config, data=replace(config.data, **asdict(data.read_as)))
     if max_users is not None:
         data = data.head_users(max_users)
     old = None if like is None else read_codebooks(os.fspath(like))
     processes = start_processes()
     threads.settle()
     with open_run(out, writes=processes.rank == 0) as run:
-        return _fit(data, loaded, config, run, processes, resume, probabilities, old, show)
-
-
-def _fit(
-    data: Data,
-    loaded: FrozenLM | None,
-    config: Config,
-    run: Run | None,
-    processes: Processes,
-    resume: bool,
-    probabilities: bool,
-    old: OldCodebooks | None,
-    show: bool,
-) -> Model:
-    """The work of `fit`, in a run folder that is ours alone."""
-    writes = processes.rank == 0
-    started = time.monotonic()
-    records: list[dict[str, Any]] = []
-    scalars_folder, lines = (run.scalars, run.log) if run and writes else (None, None)
-    with Scalars(scalars_folder) as scalars:
-        with processes.first_alone():  # it fills the cache of embedded LMs
-            model, source = prepare(data, config, lm=loaded, show=show and writes)
-        if model.lm.embedded:
-            scalars.training(PRETRAINING, Path(model.lm.source))
-        trainer = model.trainer
-        assert trainer is not None
-        trainer.processes = processes
-        with _JsonLines(lines) as jsonl:
-
-            def log(record: dict[str, Any]) -> None:
-                records.append(record)
-                jsonl.write(record)
-                scalars.round(record)
-
-            result = trainer.fit(
-                source, log=log, checkpoints=run.checkpoints if run else None, resume=resume
-            )
-    model.codebooks = result.codebooks
-    model.start, model.head = result.start, result.head
-    model.calibration = result.calibration
-    model.keep_table(result.table)
-    if old is not None:
-        orders = orders_like(old, model)
-        model.codebooks = [b.reordered(order) for b, order in zip(model.codebooks, orders)]
-        model.head = trainer.head = model.head and model.head.reordered(orders)
-        model.calibration = trainer.calibration = model.calibration.reordered(orders)
-    traits = Traits.of(data.items, data.item_text, data.item_counts())
-    sizes = [f.codebook_size for f in config.fields]
-    counts = ItemCounts(sizes, data.num_items, traits, model.format.words)
-    found, sure = [], [torch.zeros(0, len(config.fields))]
-    totals, told = np.zeros(4), Reach()
-    done = trainer.own_users(source)[0]
-    kept = trainer.infer_cache(run.checkpoints, model.start) if run else None
-    table = model.event_table() if model.has_table else None
-    for profiles in trainer.infer(source, model.codebooks, model.start, cache=kept, table=table):
-        assert profiles.code_ids is not None
-        users = len(profiles.nll)
-        counts.add(profiles.code_ids.numpy(), source.events_of(done, done + users))
-        found.append(profiles.code_ids)
-        if probabilities and (own := profiles.probabilities()) is not None:
-            sure.append(own)
-        told += source.reach(model.lm.tokenizer, done, done + users)
-        done += users
-        totals += profiles_total(profiles)
-    code_ids = trainer.gather_codes(found)
-    sureness = trainer.gather_users(torch.cat(sure)) if probabilities else None
-    _, nll, weight, cost = trainer.add_up(totals).tolist()
-    told = Reach(*trainer.add_up(np.array(astuple(told))).tolist())
-    counts.merge(processes)
-    cards = code_cards(model.lm, config.fields, model.codebooks, counts, data.item_text)
-    model.cards = {name: [card.to_dict() for card in own] for name, own in cards.items()}
-    usage = {
-        f.name: book.usage(z.long())
-        for f, book, z in zip(config.fields, model.codebooks, code_ids.T)
-    }
-    if run and writes:
-        model.save(run.model)
-        with BankWriter(
-            run.bank,
-            fields=model.bank_fields(),
-            model_fingerprint=model.fingerprint,
-            metadata={"lm": model.lm.source, "config": config.to_dict()},
-        ) as writer:
-            for a in range(0, source.num_users, _BANK_BLOCK):
-                b = min(a + _BANK_BLOCK, source.num_users)
-                p = None if sureness is None else sureness[a:b].numpy()
-                writer.append(source.keys_of(a, b), code_ids[a:b].numpy(), p)
-        seconds = time.monotonic() - started
-        metrics = {
-            "run": {
-                "userip_fast": __version__,
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "command": _command(),
-            },
-            "data": {
-                "users": source.num_users,
-                "items": data.num_items,
-                "events": data.num_events,
-                "rated": data.rated,
-                "time_ordered": data.ordered,
-                "dropped": data.report.to_dict(),
-                "told": asdict(told),
-            },
-            "lm": {
-                "source": "embedded" if model.lm.embedded else model.lm.source,
-                "fingerprint": model.lm.fingerprint,
-                "quantization": model.lm.quantization,
-                "dtype": str(model.lm.dtype).removeprefix("torch."),
-                "device": str(model.lm.device),
-                "hidden_size": model.lm.hidden_size,
-            },
-            "fit": {
-                "seconds": seconds,
-                "users_per_second": source.num_users / seconds,
-                "nll_per_weight": nll / max(weight, 1e-12),
-                "forward_equivalents": cost / source.num_users,
-                "rounds": len(records),
-                "input_wait_share": trainer.waited_s / max(trainer.swept_s, 1e-9),
-                "processes": processes.world,
-            },
-            "fields": {
-                name: {
-                    "codes": len(u.counts),
-                    "perplexity": u.perplexity,
-                    "dead": u.dead,
-                    "named": named_share(cards[name]),
-                    "counts": u.counts.tolist(),
-                }
-                for name, u in usage.items()
-            },
-            **({"amortised": asdict(result.head_report)} if result.head_report else {}),
-            "model_fingerprint": model.fingerprint,
-            "seed": config.em.seed,
-        }
-        write_json(run.metrics, metrics)
-        if isinstance(data, Interactions):
-            bank = FeatureBank.open(run.bank)
-            explain(model, data.head_users(_EXPLAINED_USERS), bank=bank, out=run.root, show=False)
-        report_run(run.root)
-        trainer.forget(run.checkpoints)
-    processes.barrier()
+        job = _Job(data, config, run, processes, resume, probabilities, show)
+        with Scalars(run.scalars if run and job.writes else None) as scalars:
+            with processes.first_alone():  # it fills the cache of embedded LMs
+                model, source = prepare(data, config, lm=loaded, show=job.shows)
+            learning = _learn(model, source, job, scalars)
+        if old is not None:
+            model.renumber(orders_like(old, model))
+        everyone = _infer_everyone(model, source, job)
+        model.cards = {n: [card.to_dict() for card in own] for n, own in everyone.cards.items()}
+        if run and job.writes:
+            model.save(run.model)
+            _write_bank(model, source, everyone, run.bank)
+            write_json(run.metrics, _metrics(model, source, job, learning, everyone))
+            _write_report(model, job, run)
+            model.ready_trainer().forget(run.checkpoints)
+        processes.barrier()
     return model
+
+
+def _asked(
+    config: Config | Mapping[str, Any] | None,
+    lm: str | FrozenLM | None,
+    fields: Sequence[ProfileField] | None,
+    data: Data,
+) -> Config:
+    """The settings of a fit, from all that tells of them."""
+    if config is None:
+        config = Config()
+    elif not isinstance(config, Config):
+        config = Config.from_dict(config)
+    if lm is not None:
+        config = replace(config, lm=replace(config.lm, path=str(lm)))
+    if fields is not None:
+        config = replace(config, fields=tuple(fields))
+    if data.read_as is not None:  # what is saved tells how to read other users' logs alike
+        config = replace(config, data=replace(config.data, **asdict(data.read_as)))
+    return config
+
+
+class _Job:
+    """What a fit is asked for, and where it runs."""
+
+    def __init__(
+        self,
+        data: Data,
+        config: Config,
+        run: Run | None,
+        processes: Processes,
+        resume: bool,
+        probabilities: bool,
+        show: bool,
+    ) -> None:
+        self.data, self.config, self.run, self.processes = data, config, run, processes
+        self.resume, self.probabilities = resume, probabilities
+        self.writes = processes.rank == 0
+        self.shows = show and self.writes
+        self.began = time.monotonic()
 
 
 def prepare(
@@ -316,7 +180,7 @@ def prepare(
         lm = load_lm(BehaviourSource(fmt.events(some, catalogue), fmt), config, show=show)
     trainer = make_trainer(config, lm, show)
     source = behaviour_source(data, fmt, catalogue, lm.tokenizer, config.data.on_bad)
-    return Model(config, fmt, lm, [], _tensor(np.zeros((0, 0))), catalogue, {}, trainer), source
+    return Model(config, fmt, lm, [], torch.zeros(0, 0), catalogue, {}, trainer), source
 
 
 def load_lm(
@@ -362,91 +226,153 @@ def load_lm(
     return lm
 
 
-def _command() -> str | None:
-    """The command line, where `userip` is what runs."""
-    program = Path(sys.argv[0])
-    if program.name == "userip" or program.parts[-2:] == ("userip_fast", "__main__.py"):
-        return shlex.join(["userip", *sys.argv[1:]])
-    return None
+@dataclass(frozen=True)
+class _Learning:
+    """What EM found, and a record of each of its rounds."""
+
+    found: FitResult
+    records: list[dict[str, Any]]
 
 
-def _tensor(x: Any) -> Any:
-    return torch.from_numpy(np.ascontiguousarray(x))
+def _learn(
+    model: Model, source: BehaviourSource | StreamSource, job: _Job, scalars: Scalars
+) -> _Learning:
+    """Codebooks by EM, with the event table where that serves; the model goes on with them."""
+    if model.lm.embedded:
+        scalars.training(PRETRAINING, Path(model.lm.source))
+    trainer, run = model.ready_trainer(job.shows), job.run
+    trainer.processes = job.processes
+    records: list[dict[str, Any]] = []
+    with JsonLines(run.log if run and job.writes else None) as lines:
+
+        def log(record: dict[str, Any]) -> None:
+            records.append(record)
+            lines.write(record)
+            scalars.round(record)
+
+        checkpoints = run.checkpoints if run else None
+        found = trainer.fit(source, log=log, checkpoints=checkpoints, resume=job.resume)
+    model.take(found)
+    return _Learning(found, records)
 
 
-def _config(
-    config: Config | Mapping[str, Any] | None,
-    lm: str | FrozenLM | None,
-    fields: Sequence[ProfileField] | None,
-) -> Config:
-    if config is None:
-        config = Config()
-    elif not isinstance(config, Config):
-        config = Config.from_dict(config)
-    if lm is not None:
-        config = replace(config, lm=replace(config.lm, path=str(lm)))
-    if fields is not None:
-        config = replace(config, fields=tuple(fields))
-    return config
+@dataclass(frozen=True)
+class _Everyone:
+    """The training users by the finished codebooks.
+
+    Attributes:
+        codes: [U, J] in hash order.
+        sure: [U, J] probabilities of the codes, where the bank is to keep them.
+        tally: Over all of them.
+        cards: What each code stands for.
+    """
+
+    codes: Tensor
+    sure: Tensor | None
+    tally: Tally
+    cards: dict[str, list[CodeCard]]
 
 
-@contextmanager
-def open_run(out: str | os.PathLike[str] | None, writes: bool) -> Iterator[Run | None]:
-    """The run folder, locked by the one process that writes it."""
-    if out is None:
-        yield None
-        return
-    root = Path(out)
-    if root.exists() and not root.is_dir():
-        raise ConfigError(f"out={str(root)!r} is a file; name a folder for the run")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f"out={str(root)!r} cannot be made: {e}") from e
-    if not os.access(root, os.W_OK):
-        raise ConfigError(f"out={str(root)!r} cannot be written to")
-    run = Run(root)
-    if not writes:
-        yield run
-        return
-    refusal = (
-        f"out={str(root)!r}: another process is writing this run; wait for it to end, or name "
-        "another folder"
-    )
-    with lock_file(root / "LOCK", 0.0, refusal):
-        try:
-            with storage_errors(root):
-                for folder in (root, run.checkpoints, *run.checkpoints.glob("blocks/*")):
-                    sweep_leftovers(folder)
-            yield run
-        finally:
-            (root / "LOCK").unlink(missing_ok=True)
+def _infer_everyone(model: Model, source: BehaviourSource | StreamSource, job: _Job) -> _Everyone:
+    data, fields = job.data, job.config.fields
+    traits = Traits.of(data.items, data.item_text, data.item_counts())
+    sizes = [f.codebook_size for f in fields]
+    counts = ItemCounts(sizes, data.num_items, traits, model.format.words)
+    trainer = model.ready_trainer(job.shows)
+    tally = Tally(trainer.own_users(source)[0])
+    cache = trainer.infer_cache(job.run.checkpoints, model.start) if job.run else None
+    codes, sure = [], [torch.zeros(0, len(fields))]
+    for profiles in model.infer_blocks(source, cache=cache, show=job.shows):
+        assert profiles.code_ids is not None
+        users = tally.add(profiles, source, model.lm.tokenizer)
+        counts.add(profiles.code_ids.numpy(), source.events_of(*users))
+        codes.append(profiles.code_ids)
+        if job.probabilities and (own := profiles.probabilities()) is not None:
+            sure.append(own)
+    all_codes = trainer.gather_codes(codes)
+    all_sure = trainer.gather_users(torch.cat(sure)) if job.probabilities else None
+    tally = tally.over_processes(trainer)
+    counts.merge(job.processes)
+    cards = code_cards(model.lm, fields, model.codebooks, counts, data.item_text)
+    return _Everyone(all_codes, all_sure, tally, cards)
 
 
-class _JsonLines:
-    """metrics.jsonl: one record a line, flushed as it comes; begun anew by every run."""
+def _write_bank(
+    model: Model, source: BehaviourSource | StreamSource, everyone: _Everyone, path: Path
+) -> None:
+    with model.bank_writer(path) as writer:
+        for a in range(0, source.num_users, _BANK_BLOCK):
+            b = min(a + _BANK_BLOCK, source.num_users)
+            p = None if everyone.sure is None else everyone.sure[a:b].numpy()
+            writer.append(source.keys_of(a, b), everyone.codes[a:b].numpy(), p)
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.file: TextIO | None = None
 
-    def __enter__(self) -> _JsonLines:
-        if self.path:
-            with storage_errors(self.path):
-                self.file = self.path.open("w", encoding="utf-8")
-        return self
+def _metrics(
+    model: Model,
+    source: BehaviourSource | StreamSource,
+    job: _Job,
+    learning: _Learning,
+    everyone: _Everyone,
+) -> dict[str, Any]:
+    """What metrics.json holds."""
+    data, lm, trainer = job.data, model.lm, model.ready_trainer()
+    seconds = time.monotonic() - job.began
+    usage = {
+        f.name: book.usage(z.long())
+        for f, book, z in zip(job.config.fields, model.codebooks, everyone.codes.T)
+    }
+    head = learning.found.head_report
+    return {
+        "run": {
+            "userip_fast": __version__,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command_line(),
+        },
+        "data": {
+            "users": source.num_users,
+            "items": data.num_items,
+            "events": data.num_events,
+            "rated": data.rated,
+            "time_ordered": data.ordered,
+            "dropped": data.report.to_dict(),
+            "told": asdict(everyone.tally.told),
+        },
+        "lm": {
+            "source": "embedded" if lm.embedded else lm.source,
+            "fingerprint": lm.fingerprint,
+            "quantization": lm.quantization,
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "device": str(lm.device),
+            "hidden_size": lm.hidden_size,
+        },
+        "fit": {
+            "seconds": seconds,
+            "users_per_second": source.num_users / seconds,
+            "nll_per_weight": everyone.tally.nll_per_weight,
+            "forward_equivalents": everyone.tally.forward_equivalents,
+            "rounds": len(learning.records),
+            "input_wait_share": trainer.waited_s / max(trainer.swept_s, 1e-9),
+            "processes": job.processes.world,
+        },
+        "fields": {
+            name: {
+                "codes": len(u.counts),
+                "perplexity": u.perplexity,
+                "dead": u.dead,
+                "named": named_share(everyone.cards[name]),
+                "counts": u.counts.tolist(),
+            }
+            for name, u in usage.items()
+        },
+        **({"amortised": asdict(head)} if head else {}),
+        "model_fingerprint": model.fingerprint,
+        "seed": job.config.em.seed,
+    }
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        if self.file and self.path:
-            with storage_errors(self.path):
-                self.file.write(json.dumps(record) + "\n")
-                self.file.flush()
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if self.file and self.path:
-            try:
-                with storage_errors(self.path):
-                    self.file.close()
-            except StorageError:
-                if kind is None:  # else the disk's failing has been told
-                    raise
+def _write_report(model: Model, job: _Job, run: Run) -> None:
+    """report.html, with users who stand for the codes where histories are in memory."""
+    if isinstance(job.data, Interactions):
+        bank, some = FeatureBank.open(run.bank), job.data.head_users(_EXPLAINED_USERS)
+        explain(model, some, bank=bank, out=run.root, show=False)
+    report_run(run.root)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from userip_fast.config import DataConfig, build
+from userip_fast.config import DataConfig
 from userip_fast.data import Catalogue, Events, FeedbackScale, Interactions, Negatives, make_events
 from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError, shown
 from userip_fast.keys import hash_keys
@@ -20,6 +20,7 @@ from userip_fast.packing import Behaviour, Int64, build_behaviour, ragged_arange
 from userip_fast.profiles import NEGATIVE_WORDS
 from userip_fast.prompts import Layout, TokenTable, tokenize_events
 from userip_fast.reach import Reach
+from userip_fast.settings import build
 from userip_fast.text_tokens import text_tokenizer
 
 if TYPE_CHECKING:

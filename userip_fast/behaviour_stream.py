@@ -1,8 +1,9 @@
-"""`StreamSource`: behaviour of users whose histories lie on disk, built block by block."""
+"""Behaviour of users whose histories lie on disk, built block by block; or of whatever there is."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +12,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from userip_fast.behaviour import BehaviourFormat, BehaviourSource, Told
-from userip_fast.data import Catalogue, Events, InteractionStream
+from userip_fast.data import Catalogue, Data, Events, InteractionStream
+from userip_fast.errors import DataError
 from userip_fast.keys import hash_keys
 from userip_fast.packing import Behaviour, Int64
 from userip_fast.profiles import NEGATIVE_WORDS
 from userip_fast.prompts import Layout, TokenTable, tokenize_events
 from userip_fast.reach import Reach
 
+logger = logging.getLogger("userip_fast")
+
 _SURVEY_USERS = 1 << 16
+_TOLD_USERS = 1 << 12  # of a stream, those who are looked at before the rest is read
 
 
 class EventTokens:
@@ -164,3 +169,56 @@ class StreamSource:
         ]
         self._recent.clear()
         return np.concatenate(found)
+
+
+def behaviour_source(
+    data: Data, fmt: BehaviourFormat, catalogue: Catalogue, tokenizer: Any, on_bad: str
+) -> BehaviourSource | StreamSource:
+    """Behaviour of the users of `data`, those whose history truncates to nothing refused or
+    dropped. What of the others does not reach the LM is told in the log.
+
+    Raises:
+        DataError: Such users exist and `on_bad` is "error", or nobody is left.
+    """
+    if isinstance(data, InteractionStream):
+        stream = StreamSource(data, fmt, catalogue, tokenizer)
+        names = [data.users(u, u + 1).user_keys[0].as_py() for u in stream.empty[:10].tolist()]
+        _check_truncated(len(stream.empty), names, data.num_users, fmt, on_bad)
+        some = min(_TOLD_USERS, stream.num_users)
+        who = "users" if some == stream.num_users else f"of the first {some:,} users"
+        stream.reach(tokenizer, 0, some).warn(*fmt.limits[:2], who)
+        return stream
+    source = BehaviourSource(fmt.events(data, catalogue), fmt)
+    empty = truncated_users(source, tokenizer, on_bad)
+    if len(empty):
+        keep = np.setdiff1d(np.arange(data.num_users), empty)
+        source = BehaviourSource(fmt.events(data.select_users(keep), catalogue), fmt)
+    source.reach(tokenizer, 0, source.num_users).warn(*fmt.limits[:2])
+    return source
+
+
+def truncated_users(source: BehaviourSource, tokenizer: Any, on_bad: str) -> Int64:
+    """Users whose history truncates to nothing; DataError as `behaviour_source` says."""
+    empty = source.empty_users(tokenizer)
+    names = [source.events.user_keys[int(u)].as_py() for u in empty[:10]]
+    _check_truncated(len(empty), names, source.num_users, source.format, on_bad)
+    return empty
+
+
+def _check_truncated(
+    count: int, names: list[Any], users: int, fmt: BehaviourFormat, on_bad: str
+) -> None:
+    if count:
+        name = "chunk_tokens" if fmt.chunk_tokens < fmt.max_tokens else "max_tokens"
+        limit = f"data.{name}={fmt.chunk_tokens}"
+        why = (
+            f"{count} users have a history that truncates to nothing: their latest event "
+            f"alone has more than {limit} tokens; first users: {names}"
+        )
+        if on_bad == "error":
+            raise DataError(
+                f"{why}; raise data.{name}, shorten the text, or skip them (on_bad=skip)"
+            )
+        if count == users:
+            raise DataError(f"{why}; nobody is left")
+        logger.warning("%s; skipped", why)

@@ -20,13 +20,14 @@ from userip_fast.api import prepare
 from userip_fast.config import Config
 from userip_fast.data import read_interactions
 from userip_fast.demo.world import make_world
+from userip_fast.fields import ProfileField
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine, open_lm
 from userip_fast.lm.engine import Engine, check_positions
 from userip_fast.lm.fuse import unfuse
 from userip_fast.lm.residency import make_resident
 from userip_fast.lm.stored import told
 from userip_fast.packing import Behaviour, build_behaviour, make_pack
-from userip_fast.prompts import Layout, ProfileField, PromptTemplate, TokenTable
+from userip_fast.prompts import Layout, PromptTemplate, TokenTable
 
 FIELDS = (
     ProfileField("hobby", "The user's hobby is", 1),

@@ -29,16 +29,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from userip_fast.api import Run, fit
+from userip_fast.api import fit
 from userip_fast.config import Config
-from userip_fast.data import Interactions, InteractionStream, TextTemplate, read_interactions
+from userip_fast.data import Data, Interactions, InteractionStream, TextTemplate, read_interactions
 from userip_fast.data.arrow import to_numpy
+from userip_fast.data.filelist import TableLike, is_path
+from userip_fast.data.memory import as_arrow
 from userip_fast.data.read import DEFAULT_TEXT
-from userip_fast.data.sources import TableLike, as_arrow, is_path, read_source
+from userip_fast.data.sources import read_source
 from userip_fast.errors import ConfigError, DataError, UnavailableError
+from userip_fast.fields import TEMPLATES, ProfileField
 from userip_fast.lm import FrozenLM
-from userip_fast.model import Data, Model
-from userip_fast.prompts import TEMPLATES, ProfileField
+from userip_fast.model import Model
+from userip_fast.run_folder import Run
 
 try:
     from scipy.sparse import coo_array
@@ -196,10 +199,7 @@ class UserProfiler(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     def _infer(self, data: Data) -> _Found:
         model = self.model_
-        table = model.event_table() if model.has_table else None
-        source = model.source(data, self.on_bad)
-        trainer = model.ready_trainer(self.show)
-        found = list(trainer.infer(source, model.codebooks, model.start, table=table))
+        found = list(model.infer_blocks(model.source(data, self.on_bad), show=self.show))
         codes = np.concatenate([p.code_ids.numpy() for p in found])  # type: ignore[union-attr]
         if any(p.log_resp is None for p in found):
             return codes, None

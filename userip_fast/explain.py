@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 from userip_fast.bank import FeatureBank
 from userip_fast.behaviour import BehaviourSource
 from userip_fast.data import Events, Interactions
-from userip_fast.data.sources import TableLike, read_source
+from userip_fast.data.filelist import TableLike
+from userip_fast.data.sources import read_source
 from userip_fast.errors import DataError, MismatchError
 from userip_fast.files import write_json
 from userip_fast.model import Model

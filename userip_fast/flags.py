@@ -1,4 +1,4 @@
-"""From flags to settings: one table, and the forms that `--set`, `--field` and `--loss` take."""
+"""From flags to settings: the forms that `--set`, `--field` and `--loss` take."""
 
 from __future__ import annotations
 
@@ -6,50 +6,29 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from userip_fast.config import Config, parse_yaml
+from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
 from userip_fast.errors import ConfigError, shown
-from userip_fast.prompts import TEMPLATES, ProfileField
+from userip_fast.fields import TEMPLATES, ProfileField
+from userip_fast.settings import flags_of, parse_yaml
 
-FLAGS: Mapping[str, str] = {
-    "user": "data.user",
-    "item": "data.item",
-    "rating": "data.rating",
-    "time": "data.time",
-    "text": "data.text",
-    "filter": "data.filter",
-    "sep": "data.sep",
-    "encoding": "data.encoding",
-    "header": "data.header",
-    "items_header": "data.items_header",
-    "on_bad": "data.on_bad",
-    "min_history": "data.min_history",
-    "behaviour": "data.behaviour",
-    "separator": "data.separator",
-    "behaviour_context": "data.behaviour_context",
-    "max_tokens": "data.max_tokens",
-    "negatives": "data.negatives",
-    "loss": "data.loss",
-    "lm": "lm.path",
-    "quantization": "lm.quantization",
-    "device": "lm.device",
-    "verify": "lm.verify",
-    "recipe": "em.recipe",
-    "estep": "em.estep",
-    "rounds": "em.rounds",
-    "steps": "em.steps",
-    "seed": "em.seed",
+FORM = ("sep", "encoding", "header", "items_header")
+"""Flags that say how text files are written."""
+
+SETTINGS = {
+    flag.name: (f"{section}.{flag.setting}", flag)
+    for section, cls in (("data", DataConfig), ("lm", LMConfig), ("em", EMConfig))
+    for flag in flags_of(cls)
 }
+FLAGS: Mapping[str, str] = {flag: setting for flag, (setting, _) in SETTINGS.items()}
 """Flag -> setting; `--set` reaches every other setting by its dotted name."""
 
-FORM_OF_FILES: Mapping[str, Any] = dict.fromkeys(
-    ("data.sep", "data.encoding", "data.header", "data.items_header")
-)
+FORM_OF_FILES: Mapping[str, Any] = {FLAGS[name]: None for name in FORM}
 """What the files that a model was fitted on say nothing of in others."""
 
 
-def settings_of(params: Mapping[str, Any], default: Config | None = None) -> Config:
-    """`default` (`Config()`) or --config, then flags, then --set."""
-    base = Config.load(params["config"]) if params.get("config") else default or Config()
+def settings_of(params: Mapping[str, Any]) -> Config:
+    """The defaults or --config, then flags, then --set."""
+    base = Config.load(params["config"]) if params.get("config") else Config()
     values = flag_values(params)
     if loss := values.get("data.loss"):
         values["data.loss"] = loss.split(",") if "," in loss else loss

@@ -79,9 +79,8 @@ class OnHub(
     def _from_pretrained(
         cls, *, model_id: str, lm: str | None = None, device: str | None = None, **fetch: Any
     ) -> OnHub:
-        from userip_fast.model import Model
-
-        return cls(Model.load(_folder(model_id, fetch), lm=lm, device=device))
+        load = fetch.pop("load")  # `Model.load`
+        return cls(load(_folder(model_id, fetch), lm=lm, device=device))
 
 
 def _folder(model_id: str, fetch: Mapping[str, Any]) -> Path:

@@ -27,10 +27,10 @@ from userip_fast.codebook import Codebook
 from userip_fast.data import Events
 from userip_fast.data.attributes import item_attributes
 from userip_fast.em.distributed import Processes
+from userip_fast.fields import ProfileField
 from userip_fast.keys import hash_keys, seeded
 from userip_fast.lm.frozen import FrozenLM
 from userip_fast.packing import Int64
-from userip_fast.prompts import ProfileField
 
 _FOLDS = 5  # of either half
 _T = 2.776  # 97.5 % of Student's t with a degree of freedom less than folds

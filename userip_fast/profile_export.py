@@ -77,10 +77,9 @@ def _blocks(
     on_bad: str | None,
     show: bool,
 ) -> Iterator[pa.Table]:
-    source, trainer = model.source(data, on_bad), model.ready_trainer(show)
-    table = model.event_table() if model.has_table else None
+    source = model.source(data, on_bad)
     done = 0
-    for found in trainer.infer(source, model.codebooks, model.start, table=table):
+    for found in model.infer_blocks(source, show=show):
         assert found.code_ids is not None
         assert found.log_resp is not None
         users = len(found.nll)

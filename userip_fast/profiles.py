@@ -59,6 +59,19 @@ class Profile:
         self.events = self.skipped = 0
         self._columns = all_codes(sizes) if columns is None else columns
 
+    def extend(self, items: Sequence[Any], reactions: Sequence[Any] | None = None) -> Profile:
+        """Adds events in turn, as `add` does each; returns itself.
+
+        Raises:
+            DataError: There are not as many reactions as items, or as `add`.
+        """
+        told = [None] * len(items) if reactions is None else reactions
+        if len(items) != len(told):
+            raise DataError(f"a user has {len(items)} items and {len(told)} reactions")
+        for item, reaction in zip(items, told):
+            self.add(item, reaction)
+        return self
+
     @property
     def log_joint(self) -> NDArray[np.float64]:
         """[Z] fp64, log p(codes, events) in nats, as far as events count; the prior before there

@@ -215,12 +215,7 @@ class Server:
         """A profile that takes more events; begun with some, as `profile` takes them."""
         how = self._half, self._repeats, self.columns
         profile = Profile(self.log_prior, self._sizes, self._tell, *how)
-        told = [None] * len(items) if reactions is None else reactions
-        if len(items) != len(told):
-            raise DataError(f"a user has {len(items)} items and {len(told)} reactions")
-        for item, reaction in zip(items, told):
-            profile.add(item, reaction)
-        return profile
+        return profile.extend(items, reactions)
 
     def affinity(
         self, probabilities: NDArray[np.floating[Any]], items: Sequence[Any]

@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 from userip_fast._version import __version__
 from userip_fast.bank import BankWriter, FeatureBank
 from userip_fast.bank.parquet import bank_table, read_parquet
-from userip_fast.em.cache import DiskCache
+from userip_fast.data import Data
 from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
 from userip_fast.files import atomic_file
-from userip_fast.model import Data, Model
+from userip_fast.model import Model
 
 _NAME = re.compile(r"shard-(\d{5})-of-(\d{5})\.parquet")
 
@@ -73,7 +73,6 @@ def infer_shard(
         StorageError: `out` cannot be written.
     """
     source = model.source(data, on_bad)
-    trainer = model.ready_trainer(show)
     path = Path(out) / f"shard-{index:05d}-of-{count:05d}.parquet"
     about = {"userip_fast": __version__, "shard": [index, count], "data": source.content_key()}
     try:
@@ -83,14 +82,11 @@ def infer_shard(
     except FormatError:
         pass  # not there, or damaged
     users = source.users_between(*hash_range(index, count))
-    events = model.event_table(Path(f"{out}.events")) if model.has_table else None
-    cache = None
-    if events is None or events.store is None:
-        cache = DiskCache(path.with_suffix(".part"), model.block_key(trainer))
+    if model.has_table:
+        model.event_table(Path(f"{out}.events"))
+    cache = model.block_cache(path.with_suffix(".part"))
     codes, keys, at = [], [source.keys_of(users[0], users[0])], users[0]
-    for profiles in trainer.infer(
-        source, model.codebooks, model.start, users=users, cache=cache, table=events
-    ):
+    for profiles in model.infer_blocks(source, users=users, cache=cache, show=show):
         assert profiles.code_ids is not None
         stop = at + len(profiles.nll)
         codes.append(profiles.code_ids.numpy().astype(np.uint32))

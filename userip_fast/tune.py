@@ -23,8 +23,8 @@ from userip_fast.em.matching import agreement
 from userip_fast.em.steps import Profiles
 from userip_fast.em.table import has_table
 from userip_fast.errors import ConfigError
+from userip_fast.learned import make_trainer
 from userip_fast.lm import FrozenLM
-from userip_fast.model import make_trainer
 from userip_fast.packing import Int64
 from userip_fast.progress import progress
 

@@ -48,9 +48,9 @@ def test_escapes_in_keys_and_names_do_not_reach_the_terminal(bank, tmp_path, cap
     userip("bank", "export", path, tmp_path / "x.parquet")
     userip("bank", "info", tmp_path / "\x1b[2Jabsent", code=2)
     try:
-        cli._options()
+        cli.shell.options()
         logging.getLogger("userip_fast").warning("of %s", EVIL[1])
-        assert "userip: of \\u001b[2J" in cli._Formatter("userip: %(message)s").format(
+        assert "userip: of \\u001b[2J" in cli.shell.Formatter("userip: %(message)s").format(
             logging.LogRecord("x", logging.WARNING, "", 0, "of %s", (EVIL[1],), None)
         )
     finally:

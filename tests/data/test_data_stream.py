@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import userip_fast as uf
-from userip_fast.data import stream
+from userip_fast.data import sorting
 from userip_fast.errors import DataError, FormatError
 from userip_fast.keys import hash_keys
 
@@ -18,10 +18,10 @@ from userip_fast.keys import hash_keys
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch):
     """Several parts, batches and flushes even of small logs."""
-    monkeypatch.setattr(stream, "_BATCH_ROWS", 50)
-    monkeypatch.setattr(stream, "_PART_ROWS", 100)
-    monkeypatch.setattr(stream, "_WAITING_ROWS", 120)
-    monkeypatch.setattr(stream, "_WAITING_ROWS_PART", 1)
+    monkeypatch.setattr(sorting, "_BATCH_ROWS", 50)
+    monkeypatch.setattr(sorting, "_PART_ROWS", 100)
+    monkeypatch.setattr(sorting, "_WAITING_ROWS", 120)
+    monkeypatch.setattr(sorting, "_WAITING_ROWS_PART", 1)
 
 
 def write(folder, *, strings=False, bad=False, files=3, own_text=False, constant=False, unit=0):

@@ -46,7 +46,7 @@ def test_gradient_estep_lowers_every_nll_and_counts_its_passes(engine):
     after = GradientEStep(engine, start_of(engine), CONFIG).run(b, None, EMState())
     assert (after.nll < before.nll).all()
     assert after.code_ids is None
-    assert after.forward_equivalents.tolist() == [9.0] * 9
+    assert after.forward_equivalents.tolist() == [8.0] * 9
     torch.testing.assert_close(after.weight, torch.from_numpy(b.behaviour.total_weight))
 
 
@@ -70,7 +70,22 @@ def test_the_estep_repeats_bit_for_bit(engine):
 def test_converged_users_leave(engine):
     config = replace(CONFIG, steps=20, tolerance=1e9, patience=2)
     found = GradientEStep(engine, start_of(engine), config).run(block(engine), None, EMState())
-    assert found.forward_equivalents.tolist() == [2.0 * 3 + 1] * 9  # first is "better" than inf
+    assert found.forward_equivalents.tolist() == [2.0 * 3] * 9  # first is "better" than inf
+
+
+def test_every_pass_moves_theta_and_the_nll_is_of_the_last(engine, monkeypatch):
+    """No pass is there for its NLL alone: of four steps, or of two and two that refine them."""
+    b, dim = block(engine), engine.lm.hidden_size
+    books = [Codebook(torch.randn(3, dim)) for _ in range(2)]
+    scored, plain = [], engine.nll
+    monkeypatch.setattr(engine, "nll", lambda *a: scored.append(plain(*a)) or scored[-1])
+    for config, given in ((CONFIG, None), (replace(CONFIG, steps=2, refine_steps=2), books)):
+        scored.clear()
+        found = GradientEStep(engine, start_of(engine), config).run(b, given, EMState())
+        assert len(scored) == 4
+        assert all(nll.requires_grad for nll in scored)
+        assert torch.equal(found.nll, scored[-1].detach())
+        assert found.forward_equivalents.tolist() == [8.0] * 9
 
 
 def test_a_long_history_in_sequences_is_one_user():
@@ -231,9 +246,9 @@ def test_the_device_is_waited_for_once_a_block_of_steps(engine, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: looks.append(tuple(x.shape)) or plain(x))
     theta, _, cost = estep._descend(b, start.expand(5, -1, -1), 6, None)
     monkeypatch.undo()
-    # Three steps of five users, twice; and what is given back: theta, and all NLLs at once.
-    assert looks == [(3, 5), (3, 5), (5,), tuple(theta.shape)]
-    assert cost.tolist() == [13.0] * 5
+    # Three steps of five users, twice; and what is given back.
+    assert looks == [(3, 5), (3, 5), tuple(theta.shape)]
+    assert cost.tolist() == [12.0] * 5
     assert len(steps) == 6
     assert torch.equal(theta, step_by_step(engine, b, start, config))
 

@@ -364,7 +364,7 @@ def test_a_changed_text_is_a_new_item_read_once(own, tmp_path, monkeypatch, capl
 
 def test_a_read_only_model_keeps_its_table_beside_the_bank(own, tmp_path, monkeypatch):
     model, lm = own
-    monkeypatch.setattr("userip_fast.model.os.access", lambda *a: False)
+    monkeypatch.setattr("os.access", lambda *a: False)
     data = told_otherwise(i2="a dented kettle")
     loaded = uf.Model.load(model, lm=str(lm))
     bank = loaded.infer(data, tmp_path / "bank")

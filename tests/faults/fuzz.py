@@ -59,7 +59,16 @@ from userip_fast.files import read_json, read_tensors, sha256_file, write_tensor
 from userip_fast.flags import settings_of
 from userip_fast.shards import parse_shard
 
-AREAS = ("data", "bank", "files.py", "model.py", "config.py", "flags.py")
+AREAS = (
+    "data",
+    "bank",
+    "files.py",
+    "model.py",
+    "model_files.py",
+    "config.py",
+    "settings.py",
+    "flags.py",
+)
 SECONDS = 10  # per input
 MEMORY = 2 << 30  # beyond what the worker starts with
 

@@ -274,7 +274,7 @@ def test_an_em_step_makes_no_weight_gradient_and_keeps_no_linear_input(mode, mon
         profiles = step.run(block, None, EMState())
     assert not torch.equal(profiles.theta[0], start)
     assert all(p.grad is None and not p.requires_grad for p in lm.model.parameters())
-    assert len(inputs) >= 24  # a step, and the pass that scores its result
+    assert len(inputs) >= 12  # a step
     kept = {t.untyped_storage().data_ptr() for t in saved} - stored
     read_by_linears = {x.untyped_storage().data_ptr() for x in inputs}
     assert kept

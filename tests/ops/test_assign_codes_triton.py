@@ -153,6 +153,20 @@ def test_few_codes_on_gpu_repeat_bitwise(dim):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dim", [264, 1032, 4096])
+def test_few_codes_in_parts_read_no_row_that_is_being_replaced(dim):
+    """Were x's buffer refilled while a product still reads it, a row would get another's code now
+    and then: so many tiles, and again and again. Codewords in bf16 are a kernel of their own."""
+    x = torch.randn(40_000, dim, device="cuda").bfloat16()
+    c = torch.randn(16, dim, device="cuda").bfloat16()
+    ids, distance = shared.check(x, c, "triton")
+    for _ in range(20):
+        again = assign_codes(x, c, impl="triton")
+        assert torch.equal(again[0], ids)
+        torch.testing.assert_close(again[1], distance, rtol=1e-5, atol=0)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("k", [2, 40])
 def test_sums_of_many_rows_on_gpu_stay_accurate(k):
     x = (torch.rand(2_000_000, 64, device="cuda") + 1).bfloat16()  # one sign: truncation drifts

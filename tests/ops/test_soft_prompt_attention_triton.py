@@ -185,22 +185,26 @@ def test_a_spoiled_user_spoils_nobody_else(by_descriptor, monkeypatch):
 
     Through descriptors they are read; so is it on sm_90, where this runs as `test_spoiled_on_gpu`.
     """
-    spoiled_user("cpu", torch.float32, 8, by_descriptor, monkeypatch)
+    from userip_fast.kernels import soft_prompt_attention as kernels
+
+    monkeypatch.setattr(kernels, "_descriptors_fit", lambda tensors: by_descriptor)
+    spoiled_user("cpu", torch.float32, 8, 1)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dim", [64, 128])
-def test_spoiled_on_gpu(dim):
-    spoiled_user("cuda", torch.bfloat16, dim, None, None)
+@pytest.mark.parametrize(
+    ("dim", "kv_heads", "unkept"),
+    [(64, 1, ()), (128, 2, ()), (128, 1, ("dk", "dv")), (256, 2, ("dq",))],  # see the kernels
+)
+def test_spoiled_on_gpu(dim, kv_heads, unkept):
+    spoiled_user("cuda", torch.bfloat16, dim, kv_heads, unkept)
 
 
-def spoiled_user(device, dtype, dim, by_descriptor, monkeypatch):
+def spoiled_user(device, dtype, dim, kv_heads, unkept=()):
     from userip_fast.kernels import soft_prompt_attention as kernels
 
-    if by_descriptor is not None:
-        monkeypatch.setattr(kernels, "_descriptors_fit", lambda tensors: by_descriptor)
     lengths = [21, 18, 37] if device == "cpu" else [90, 75, 130]
-    rows, heads, kv_heads, prefix = sum(lengths), 2, 1, 5
+    rows, heads, prefix = sum(lengths), 2, 5
     generator = torch.Generator().manual_seed(0)
 
     def made(*shape):
@@ -226,7 +230,8 @@ def spoiled_user(device, dtype, dim, by_descriptor, monkeypatch):
     a, b = lengths[0], lengths[0] + lengths[1]
     for x in (q, k, v, d_out):
         x[a:b] = torch.nan
-    for got, clean in zip(run(), want, strict=True):
-        assert torch.equal(got[:a], clean[:a])
-        assert torch.equal(got[b:], clean[b:])
-        assert bool(got[a:b].isnan().all())
+    for name, got, clean in zip(("out", "dq", "dk", "dv"), run(), want, strict=True):
+        assert bool(got[a:b].isnan().all()), name
+        assert torch.equal(got[b:], clean[b:]), name
+        if name not in unkept:
+            assert torch.equal(got[:a], clean[:a]), name

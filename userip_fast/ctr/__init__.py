@@ -7,6 +7,8 @@ LightGBM), `statistics`, `codes` and `ranking` (what is measured), `evaluate` (a
 `work` (how long it takes), `cells` (finished work on disk), `results` (many evaluations, a page).
 """
 
+from typing import TYPE_CHECKING, Any
+
 from userip_fast.ctr.config import (
     BACKBONES,
     CLUSTERS,
@@ -16,9 +18,19 @@ from userip_fast.ctr.config import (
     PROFILES,
     CTRConfig,
 )
-from userip_fast.ctr.evaluate import evaluate_ctr
+
+if TYPE_CHECKING:
+    from userip_fast.ctr.evaluate import evaluate_ctr
 
 __all__ = [
     "BACKBONES", "CLUSTERS", "DEFAULT_BACKBONES", "DEFAULT_FEATURES", "FEATURES", "PROFILES",
     "CTRConfig", "evaluate_ctr",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "evaluate_ctr":  # which needs torch; the settings, which the command line tells, not
+        from userip_fast.ctr.evaluate import evaluate_ctr
+
+        return evaluate_ctr
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from userip_fast.config import Config
 from userip_fast.errors import ConfigError
+from userip_fast.settings import Rule, at_least, check, setting
 
 FEATURES = (
     "none", "random", "generosity", "kmeans_attributes", "kmeans_tfidf", "kmeans_states",
@@ -35,89 +36,96 @@ PROFILES = Config()
 """How profiles are inferred unless told otherwise: EM on all teachers by the event table, one field
 of 16 codes."""
 _DAMAGE = re.compile(r"(drop|noise):(0?\.\d+|1(?:\.0*)?)|shuffle")
+_SHARE = Rule("in (0, 1)", lambda x: 0 < x < 1)
+
+
+def _one_of(*values: str) -> Rule:
+    return Rule(f"{', '.join(values[:-1])} or {values[-1]}", lambda x: x in values)
 
 
 @dataclass(frozen=True)
 class CTRConfig:
     """Protocol, rows and training of the recommenders. Everything here decides the result."""
 
-    protocol: Literal["new-users", "cold", "warm"] = "new-users"
-    first: int = 10
-    """new-users: events that give the profile; later ones are rows."""
-    label: str | None = None
-    """"rating>=Q", or "chosen": events against sampled items, ratings left unread. None is above
-    the median of the training ratings, or "chosen" without ratings."""
-    attributes: tuple[str, ...] | None = None
-    """Item columns; None takes those of text whose values recur among the items."""
-    features: tuple[str, ...] = DEFAULT_FEATURES
-    backbones: tuple[str, ...] = DEFAULT_BACKBONES
-    seeds: int = 2
-    """Codes and recommenders are trained so often; the split and the LM stay the same."""
-    max_users: int | None = None
+    protocol: Literal["new-users", "cold", "warm"] = setting(
+        "new-users",
+        "new-users, cold or warm.",
+        _one_of("new-users", "cold", "warm"),
+    )
+    first: int = setting(10, "new-users: events that give a profile.", at_least(1))
+    """Later ones are rows."""
+    label: str | None = setting(
+        None, "'rating>=Q' (above the training median), or 'chosen' against sampled items."
+    )
+    """Ratings are left unread for "chosen", which is what None stands for without ratings."""
+    attributes: tuple[str, ...] | None = setting(
+        None, "Item columns A,B (those of text whose values recur)."
+    )
+    features: tuple[str, ...] = setting(
+        DEFAULT_FEATURES, "User features A,B,... (all but random, paper and theta)."
+    )
+    backbones: tuple[str, ...] = setting(
+        DEFAULT_BACKBONES, f"Of {','.join(BACKBONES)} ({','.join(DEFAULT_BACKBONES)})."
+    )
+    seeds: int = setting(2, "Trainings of codes and recommenders.", at_least(1))
+    """The split and the LM stay the same."""
+    max_users: int | None = setting(None, rule=at_least(1))
     """Teachers, and users with rows, at most, in hash order."""
-    rows_per_user: int = 40
-    """Events of a user that become rows, at most: the first ones after the profile."""
-    negatives: int = 4
+    rows_per_user: int = setting(40, "Rows of a user, at most.", at_least(1))
+    """Events that become rows: the first ones after the profile."""
+    negatives: int = setting(4, rule=at_least(1))
     """Sampled rows per choice, by popularity^0.75."""
-    new_fraction: float = 0.3
+    new_fraction: float = setting(0.3, rule=_SHARE)
     """Users that are new (new-users), or cut to their first events (cold)."""
-    rows_fraction: float = 0.3
+    rows_fraction: float = setting(0.3, rule=_SHARE)
     """Further users with training rows; the rest are those from whom profiles are learned."""
-    hold_items: float = 0.0
-    """new-users: share of the items, by key, of which nothing but test rows knows."""
-    user_statistics: bool = True
-    """Whether every feature comes with statistics of the user; those of the item it has anyway."""
-    folds: int = 5
+    hold_items: float = setting(
+        0.0,
+        "Share of the items that nothing but test rows knows (0).",
+        Rule("in [0, 1)", lambda x: 0 <= x < 1),
+    )
+    """new-users: drawn by key."""
+    user_statistics: bool = setting(True, "Statistics of the user beside every feature.")
+    """Those of the item every feature has anyway."""
+    folds: int = setting(5, rule=at_least(2))
     """Of the users with training rows, for what is fitted on them too."""
-    cold_rows: int = 5
+    cold_rows: int = setting(5, rule=at_least(1))
     warm_rows: int = 20
-    last_fraction: float = 0.2
+    last_fraction: float = setting(0.2, rule=_SHARE)
     """cold, warm: latest events of a user that are test rows."""
-    damage: str = ""
-    """To the histories that test profiles are read from: drop:P, noise:P or shuffle."""
-    period: Literal["same", "earlier"] = "same"
-    """"earlier": profiles are learned on the earlier half of the log, rows are of the later."""
+    damage: str = setting(
+        "",
+        "To test histories: drop:P, noise:P or shuffle.",
+        Rule("drop:P, noise:P or shuffle", lambda x: not x or _DAMAGE.fullmatch(x) is not None),
+    )
+    """To the histories that test profiles are read from."""
+    period: Literal["same", "earlier"] = setting(
+        "same", "earlier: learn profiles on the log's earlier half.", _one_of("same", "earlier")
+    )
+    """Rows are then of the later half."""
     split_seed: int = 0
-    embed_dim: int = 8
-    batch: int = 1024
-    epochs: int = 30
-    patience: int = 2
+    embed_dim: int = setting(8, rule=at_least(1))
+    batch: int = setting(1024, rule=at_least(1))
+    epochs: int = setting(30, rule=at_least(1))
+    patience: int = setting(2, rule=at_least(1))
     lr: float = 3e-3
     weight_decay: float = 1e-5
-    bootstrap: int = 200
+    bootstrap: int = setting(200, rule=at_least(1))
     """Resamplings of the test users, for intervals and tests."""
 
     def __post_init__(self) -> None:
+        check(self, "ctr ")
         for name, known in (("features", FEATURES), ("backbones", BACKBONES)):
             chosen = getattr(self, name)
             if not chosen or not set(chosen) <= set(known) or len(set(chosen)) != len(chosen):
                 raise ConfigError(f"ctr {name} must be some of {list(known)}, is {list(chosen)}")
-        if self.protocol not in ("new-users", "cold", "warm"):
-            raise ConfigError(f"ctr protocol must be new-users, cold or warm, is {self.protocol!r}")
-        if self.period not in ("same", "earlier"):
-            raise ConfigError(f"ctr period must be same or earlier, is {self.period!r}")
-        for name in (
-            "first", "seeds", "max_users", "rows_per_user", "negatives", "cold_rows", "embed_dim",
-            "batch", "epochs", "patience", "bootstrap",
-        ):  # fmt: skip
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"ctr {name} must be at least 1, is {value}")
-        if self.folds < 2:
-            raise ConfigError(f"ctr folds must be at least 2, is {self.folds}")
-        for name in ("new_fraction", "rows_fraction", "last_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"ctr {name} must be in (0, 1), is {getattr(self, name)}")
         if self.new_fraction + self.rows_fraction >= 1:
             raise ConfigError(
                 "ctr new_fraction + rows_fraction must be below 1, so that users are left to learn "
                 f"profiles from; they are {self.new_fraction} + {self.rows_fraction}"
             )
-        if not 0 <= self.hold_items < 1:
-            raise ConfigError(f"ctr hold_items must be in [0, 1), is {self.hold_items}")
         if self.hold_items and self.protocol != "new-users":
             raise ConfigError(f"ctr hold_items goes with new-users, not with {self.protocol}")
-        if self.damage and not _DAMAGE.fullmatch(self.damage):
-            raise ConfigError(f"ctr damage must be drop:P, noise:P or shuffle, is {self.damage!r}")
         if self.label not in (None, CHOSEN):
             threshold(self.label)
 

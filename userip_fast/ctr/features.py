@@ -189,9 +189,7 @@ class Profiles:
                 model, source = prepare(self.learn, config, lm=self.lm_model.lm, show=self.show)
                 trainer = model.ready_trainer(self.show)
                 found = trainer.fit(source, checkpoints=run / "checkpoints", resume=True)
-                model.codebooks, model.start = found.codebooks, found.start
-                model.head, model.calibration = found.head, found.calibration
-                model.keep_table(found.table)
+                model.take(found)
                 model.save(run / "model")
                 trainer.forget(run / "checkpoints")
             self._fitted[feature, seed] = model
@@ -209,9 +207,7 @@ class Profiles:
     def _inferred(self, feature: str, view: Interactions, seed: int) -> dict[str, NDArray[Any]]:
         model = self.model(feature, seed)
         source = model.source(view, "skip")
-        trainer = model.ready_trainer(self.show)
-        table = model.event_table() if model.has_table else None  # one for all views
-        parts = list(trainer.infer(source, model.codebooks, model.start, table=table))
+        parts = list(model.infer_blocks(source, show=self.show))  # by one table for all views
         at = view.user_index(source.keys_of(0, source.num_users))
         codes = np.tile(np.array(self.sizes), (view.num_users, 1))
         codes[at] = torch.cat([p.code_ids for p in parts]).numpy()  # type: ignore[misc]

@@ -15,10 +15,14 @@ from userip_fast.data.splits import split_by_time, split_last, split_users
 from userip_fast.data.stream import InteractionStream, stream_interactions
 from userip_fast.data.text import TextTemplate
 
+Data = Interactions | InteractionStream
+"""Histories in memory, or on disk where they do not fit."""
+
 __all__ = [
     "BadRow",
     "BadRows",
     "Catalogue",
+    "Data",
     "Events",
     "FeedbackScale",
     "InteractionStream",

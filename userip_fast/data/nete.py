@@ -22,10 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from userip_fast.data.build import build_interactions, read_items
+from userip_fast.data.filelist import TableLike
 from userip_fast.data.filters import RowFilter
+from userip_fast.data.histories import Rules
 from userip_fast.data.interactions import Interactions
-from userip_fast.data.read import Columns, build_interactions, check_on_bad, read_items
-from userip_fast.data.sources import Part, Source, TableLike
+from userip_fast.data.rows import Columns
+from userip_fast.data.sources import Part, Source
 from userip_fast.data.text import TextTemplate
 from userip_fast.data.textfiles import TextForm
 from userip_fast.errors import DataError
@@ -64,6 +67,7 @@ def read_nete(
         DataError: As for `read_interactions`; or the pickle asks for anything but plain containers
             and scalars, does not hold records as above, or an index does not fit it.
     """
+    rules = Rules(on_bad, min_history, seed)
     path = Path(folder)
     file = path if path.suffix == ".pickle" else path / "reviews.pickle"
     records = load_plain_pickle(file)
@@ -82,17 +86,15 @@ def read_nete(
     if items is None:
         template.check(table.column_names, log.name)
     else:
-        catalogue = read_items(items, "item", template, form, check_on_bad(on_bad))
+        catalogue = read_items(items, "item", template, form, rules.skip)
     return build_interactions(
         log,
         catalogue,
         columns=Columns("user", "item", "rating", None),
         template=template,
         predicate=RowFilter(filter) if filter is not None else None,
+        rules=rules,
         rows=rows,
-        on_bad=on_bad,
-        min_history=min_history,
-        seed=seed,
     )
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,16 +16,17 @@ import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from userip_fast.data.arrow import combine, is_text, to_numpy
+from userip_fast.data.filelist import File, TableLike, is_path, list_files, name_of
+from userip_fast.data.jsonlines import read_json
+from userip_fast.data.memory import as_arrow
 from userip_fast.data.textfiles import (
     Lost,
     TextForm,
     TextTable,
     UnreadableError,
     Wanted,
-    kind_of,
     packing,
     read_csv,
-    read_json,
     refuse_columns,
 )
 from userip_fast.errors import DataError
@@ -35,10 +35,6 @@ logger = logging.getLogger("userip_fast")
 
 _INTEGER = r"^(0|-?[1-9][0-9]{0,17})$"  # what prints back as it was written, and fits int64
 _WHOLE_FLOAT = r"^-?[0-9]+\.0$"
-
-# Anything tabular: paths, and whatever Arrow can read. The libraries behind the latter are no
-# dependencies, so their types cannot be named.
-TableLike: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Any"
 
 
 class Part(NamedTuple):
@@ -243,99 +239,6 @@ def _of_one_kind(tables: list[pa.Table], columns: Collection[str]) -> list[pa.Ta
     return tables
 
 
-def is_path(source: TableLike) -> bool:
-    """Whether a table is one of files, or of a sequence of them."""
-    if isinstance(source, list | tuple):
-        return all(isinstance(entry, str | os.PathLike) for entry in source)
-    return isinstance(source, str | os.PathLike)
-
-
-def name_of(source: TableLike) -> str:
-    """What to call files in messages."""
-    if isinstance(source, list | tuple):
-        return str(source[0]) + (f" and {len(source) - 1} more" if len(source) > 1 else "")
-    return str(source)
-
-
-def as_arrow(
-    source: Any, columns: Sequence[str] | None, name: str, by_value: Collection[str] = ()
-) -> pa.Table:
-    """A table in memory as Arrow's, the wanted columns.
-
-    Args:
-        source: Arrow table, batch, reader or data set; a pandas frame; a Hugging Face data set; or
-            whatever has Arrow's C stream interface, as frames of polars and relations of DuckDB.
-        by_value: Columns of a pandas frame that become text where they mix kinds of values.
-
-    Raises:
-        DataError: It is none of these, lacks a column, or cannot be an Arrow table.
-    """
-    try:
-        table = _arrow_of(source, columns, name, by_value)
-    except DataError:
-        raise
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as e:
-        raise DataError(f"{name} cannot be read by Arrow: {' '.join(str(e).split())}") from e
-    if table is None:
-        raise DataError(
-            f"{name} must be files or a table (pandas, polars, DuckDB, Arrow, Hugging Face "
-            f"datasets, or anything with __arrow_c_stream__), is {type(source).__name__}"
-        )
-    refuse_columns(columns, table.column_names, name)
-    return table if columns is None else table.select(columns)
-
-
-def _arrow_of(
-    source: Any, columns: Sequence[str] | None, name: str, by_value: Collection[str]
-) -> pa.Table | None:
-    if isinstance(source, pa.Table):
-        return source
-    if isinstance(source, pa.RecordBatch):
-        return pa.Table.from_batches([source])
-    if isinstance(source, ds.Dataset):
-        refuse_columns(columns, source.schema.names, name)
-        return source.to_table(columns=columns)
-    if hasattr(source, "iloc") and hasattr(source, "index"):
-        return _arrow_of_pandas(source, columns, name, by_value)
-    if type(source).__module__.startswith("polars.") and hasattr(source, "collect"):
-        source = source.collect()  # of a lazy frame
-    if hasattr(source, "with_format") and hasattr(source, "column_names"):
-        refuse_columns(columns, list(source.column_names or columns or ()), name)
-        rows = source if columns is None else source.select_columns(list(columns))
-        return pa.concat_tables(list(rows.with_format("arrow").iter(1 << 16)))
-    if hasattr(source, "__arrow_c_stream__"):
-        with pa.RecordBatchReader.from_stream(source) as reader:
-            refuse_columns(columns, reader.schema.names, name)
-            wanted = reader.schema.names if columns is None else list(columns)
-            schema = pa.schema([reader.schema.field(column) for column in wanted])
-            return pa.Table.from_batches((batch.select(wanted) for batch in reader), schema)
-    return None
-
-
-def _arrow_of_pandas(
-    frame: Any, columns: Sequence[str] | None, name: str, by_value: Collection[str]
-) -> pa.Table:
-    """Column by column: one that is not wanted may hold what Arrow cannot."""
-    if set(columns or ()) & set(frame.index.names):
-        frame = frame.reset_index()
-    names = [str(column) for column in frame.columns]
-    refuse_columns(columns, names, name)
-    made = {}
-    for column in names if columns is None else columns:
-        values = frame.iloc[:, names.index(column)]
-        try:
-            made[column] = pa.Array.from_pandas(values)
-        except (pa.ArrowException, TypeError, ValueError, OverflowError) as e:
-            if column not in by_value:
-                raise DataError(
-                    f"{name}: column {column!r} holds values of more than one kind, or such as no "
-                    f"table has ({' '.join(str(e).split())})"
-                ) from e
-            text = [None if missing else str(v) for v, missing in zip(values, values.isna())]
-            made[column] = pa.array(text, pa.large_string())
-    return pa.table(made)
-
-
 def validated(source: Source) -> Source:
     """Refuses text that is not UTF-8, which only CSV and JSON readers check.
 
@@ -353,94 +256,6 @@ def validated(source: Source) -> Source:
     if plain != list(table.schema):
         source = replace(source, table=table.cast(pa.schema(plain)))
     return source
-
-
-class File(NamedTuple):
-    """A file of a table.
-
-    Attributes:
-        root: The folder that was named, below which names of folders may hold values; or its own.
-        kind: "csv", "json" or "parquet".
-        sep: The usual separator of files of its name.
-        sniffed: Whether its content told the kind, and not its name.
-    """
-
-    path: Path
-    root: Path
-    kind: str
-    sep: str = ","
-    sniffed: bool = False
-
-
-_KINDS = {
-    ".csv": ("csv", ","),
-    ".tsv": ("csv", "\t"),
-    ".parquet": ("parquet", ""),
-    ".jsonl": ("json", ""),
-    ".ndjson": ("json", ""),
-    ".json": ("json", ""),
-    ".inter": ("csv", "\t"),
-    ".item": ("csv", "\t"),
-    ".user": ("csv", "\t"),
-}
-_PACKED = (".gz", ".zst")
-_NOT_OF = {"interactions": (".item", ".user"), "items": (".inter", ".user")}  # RecBole's folders
-_KNOWN = f"{', '.join(_KINDS)}, text also with {' or '.join(_PACKED)}"
-
-
-def list_files(source: TableLike, what: str) -> list[File]:
-    """The files of a path or a sequence of paths; those of a folder in the order of their names.
-
-    Raises:
-        DataError: See `read_source`.
-    """
-    if isinstance(source, list | tuple):
-        if not source:
-            raise DataError(f"{what}: names no file")
-        files = [file for path in source for file in list_files(path, what)]
-    else:
-        files = _files_of(Path(str(source)), what)
-    if len({file.kind for file in files}) > 1:
-        folder = isinstance(source, str | os.PathLike)
-        where = f"folder {source}" if folder else name_of(source)
-        raise DataError(f"{what}: {where} holds files of more than one kind")
-    return files
-
-
-def _files_of(path: Path, what: str) -> list[File]:
-    if path.is_dir():
-        found = sorted(
-            file
-            for file in path.rglob("*")
-            if file.is_file() and not any(p[0] in "._" for p in file.relative_to(path).parts)
-        )
-        known = {file: suffix for file in found if (suffix := _suffix(file)) in _KINDS}
-        known = {f: suffix for f, suffix in known.items() if suffix not in _NOT_OF.get(what, ())}
-        if set(known.values()) > {".json"}:  # which only tell of the others, as tools leave them
-            known = {file: suffix for file, suffix in known.items() if suffix != ".json"}
-        files = [File(file, path, *_KINDS[suffix]) for file, suffix in known.items()]
-        if not files:
-            raise DataError(f"{what}: folder {path} holds no file of a known kind ({_KNOWN})")
-        return files
-    if not path.exists():
-        raise DataError(f"{what}: {path} does not exist")
-    if not path.is_file():  # a file is read more than once, first to see what it is
-        raise DataError(f"{what}: {path} is no regular file; write what it gives to one")
-    if (suffix := _suffix(path)) in _KINDS:
-        return [File(path, path.parent, *_KINDS[suffix])]
-    try:
-        kind = kind_of(path)
-    except (OSError, pa.ArrowException) as e:
-        raise DataError(f"{what}: {path} cannot be read: {e}") from e
-    if kind is None:
-        raise DataError(f"{what}: {path} is of an unknown kind; known are {_KNOWN}")
-    return [File(path, path.parent, kind, sniffed=True)]
-
-
-def _suffix(path: Path) -> str:
-    """What a name says of the kind, whatever the file is packed in."""
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in _PACKED else suffix
 
 
 def _read_file(file: File, wanted: Wanted, form: TextForm) -> TextTable:

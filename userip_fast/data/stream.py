@@ -1,8 +1,7 @@
 """Logs larger than memory: Parquet sorted into histories on disk, then read a block at a time.
 
-Two passes, each of bounded memory. The first checks rows batch by batch and deals them out into
-parts, by the top bits of the user key's hash. The second sorts each part into histories. Parts
-follow each other in hash order, so users `start:stop` of a stream are those of `read_interactions`.
+`userip_fast.data.sorting` deals the users out into parts that follow each other in hash order, so
+users `start:stop` of a stream are those of `read_interactions`.
 
     WORK/histories/
       manifest.json     what was read (names and SHA-256 of files; arguments) and what was found
@@ -16,7 +15,7 @@ import hashlib
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
@@ -25,61 +24,27 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from userip_fast.data.arrow import to_numpy
-from userip_fast.data.filters import RowFilter
+from userip_fast.data.arrow import combine, to_numpy
+from userip_fast.data.build import read_items
+from userip_fast.data.filelist import File, TableLike, is_path, list_files, name_of
+from userip_fast.data.histories import Rules
 from userip_fast.data.interactions import Interactions, ReadAs
-from userip_fast.data.read import (
-    DEFAULT_TEXT,
-    Columns,
-    Items,
-    Rows,
-    check_on_bad,
-    check_rows,
-    first_rows,
-    histories,
-    items_of_catalogue,
-    items_of_log,
-    nobody_left,
-    one_key_type,
-    read_items,
-)
-from userip_fast.data.report import NUM_EXAMPLES, BadRow, BadRows, RowChecks
-from userip_fast.data.sources import (
-    File,
-    Part,
-    Source,
-    TableLike,
-    as_arrow,
-    check_expansion,
-    is_path,
-    list_files,
-    name_of,
-    validated,
-)
+from userip_fast.data.memory import as_arrow
+from userip_fast.data.read import DEFAULT_TEXT
+from userip_fast.data.report import BadRow, BadRows
+from userip_fast.data.rows import Columns
+from userip_fast.data.sorting import Sorter
 from userip_fast.data.text import TextTemplate
-from userip_fast.data.textfiles import refuse_columns, text_form
+from userip_fast.data.textfiles import text_form
 from userip_fast.errors import DataError, FormatError
-from userip_fast.files import (
-    atomic_dir,
-    lock_file,
-    read_json,
-    sha256_file,
-    sweep_leftovers,
-    write_json,
-)
+from userip_fast.files import atomic_dir, lock_file, read_json, sha256_file, sweep_leftovers
 from userip_fast.keys import hash_keys
-from userip_fast.sums import check_seal, kept_sum, sealed
+from userip_fast.sums import check_seal, kept_sum
 
 _VERSION = 3
-_BATCH_ROWS = 1 << 16
-_PART_ROWS = 1 << 16  # rows of a part, on average at most
-_MAX_BITS = 13
-_WAITING_ROWS = 1 << 17  # dealt out in memory before they are appended to the parts' files,
-_WAITING_ROWS_PART = 512  # or so many per part
 _KEYS = (pa.int64(), pa.large_string())
 _DAMAGE = (ArithmeticError, LookupError, ValueError, OSError, pa.ArrowException)
 
@@ -209,7 +174,7 @@ class InteractionStream:
             raise
         except _DAMAGE as e:
             raise FormatError(f"{path}: cannot be read ({e}); delete {self.folder}") from e
-        columns = {name: _one(table[name]) for name in table.column_names}
+        columns = {name: combine(table[name]) for name in table.column_names}
         lengths = columns["events"].to_numpy()
         item, rating, time = (
             _values(columns[name]) if name in columns else None
@@ -251,7 +216,7 @@ class InteractionStream:
         for name in list(kinds)[2:]:
             if not pc.list_value_length(table[name]).equals(table["events"]):
                 raise ValueError(f"{name}: not as many values as users have events")
-        item = to_numpy(_one(table["item"]).flatten())
+        item = to_numpy(combine(table["item"]).flatten())
         if len(item) and not 0 <= item.min() <= item.max() < self.num_items:
             raise ValueError(f"item: must be below {self.num_items}")
 
@@ -260,11 +225,6 @@ class InteractionStream:
             f"InteractionStream({str(self.folder)!r}, {self.num_users:,} users, "
             f"{self.num_items:,} items, {self.num_events:,} events)"
         )
-
-
-def _one(column: pa.ChunkedArray) -> pa.Array:
-    array = column.combine_chunks()
-    return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
 
 
 def _values(lists: pa.Array) -> NDArray[Any]:
@@ -305,7 +265,7 @@ def stream_interactions(
     Raises:
         StorageError: `work` cannot be written.
     """
-    check_on_bad(on_bad)
+    rules = Rules(on_bad, min_history, seed)
     text_form(sep, encoding, header)
     if not is_path(interactions):
         raise DataError(
@@ -339,11 +299,11 @@ def stream_interactions(
         template = TextTemplate(text)
         catalogue = None
         if items is not None:
-            catalogue = read_items(items, item, template, items_form, on_bad == "skip")
+            catalogue = read_items(items, item, template, items_form, rules.skip)
         name = name_of(interactions)
-        sorter = _Sorter(files, name, catalogue, columns, template, filter, on_bad)
+        sorter = Sorter(files, name, catalogue, columns, template, filter, rules)
         with atomic_dir(target) as tmp:
-            sorter.write(tmp, key, read_as, seed)
+            sorter.write(tmp, key, read_as)
         return InteractionStream(target)
 
 
@@ -374,244 +334,6 @@ def _sorted_before(folder: Path, key: str, read_as: ReadAs) -> InteractionStream
     except FormatError:
         return None
     return found if (found.key, found.read_as) == (key, read_as) else None
-
-
-class _Sorter:
-    """The two passes."""
-
-    def __init__(
-        self,
-        files: Sequence[File],
-        name: str,
-        catalogue: Source | None,
-        columns: Columns,
-        template: TextTemplate,
-        filter: str | None,
-        on_bad: str,
-    ) -> None:
-        self.files, self.name, self.columns, self.on_bad = files, name, columns, on_bad
-        self.template, self.catalogue = template, catalogue
-        self.predicate = RowFilter(filter) if filter is not None else None
-        self.filter_columns = self.predicate.columns if self.predicate else ()
-        self.checks = RowChecks()
-        if catalogue is None:
-            self.items = self._items_of_log()
-        else:
-            self.items = items_of_catalogue(catalogue, columns.item, template, self.checks)
-        self.rows_read = self.rows_filtered = 0
-        self.rows = self._count_rows()
-        self.bits = max(0, min(_MAX_BITS, (self.rows // _PART_ROWS).bit_length()))
-        self.waiting: list[list[pa.RecordBatch]] = [[] for _ in range(1 << self.bits)]
-
-    def _count_rows(self) -> int:
-        rows = 0
-        for file in self.files:
-            try:
-                rows += pq.read_metadata(file.path).num_rows
-            except (OSError, pa.ArrowException) as e:
-                raise DataError(f"interactions: {file.path} cannot be read: {e}") from e
-        return rows
-
-    def _batches(self, names: Sequence[str]) -> Iterator[Source]:
-        """The log in batches, each row traceable to its file."""
-        for file, root, *_ in self.files:
-            try:
-                data = ds.dataset(str(file), partitioning="hive", partition_base_dir=str(root))
-                refuse_columns(names, data.schema.names, file)
-                check_expansion(file, names, _BATCH_ROWS)
-                done = 0
-                for batch in data.to_batches(
-                    columns=list(names),
-                    batch_size=_BATCH_ROWS,
-                    batch_readahead=2,
-                    fragment_readahead=1,
-                    use_threads=False,
-                ):
-                    table = pa.Table.from_batches([batch])
-                    part = Part(str(file), 0, done + 1)
-                    yield validated(Source(self.name, table, (part,), True))
-                    done += batch.num_rows
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-                raise DataError(f"interactions: {file} cannot be read: {e}") from e
-
-    def _kept(self, log: Source) -> NDArray[np.int64]:
-        if self.predicate is None:
-            return np.arange(log.table.num_rows)
-        return np.flatnonzero(self.predicate.mask(log.table))
-
-    def _items_of_log(self) -> Items:
-        """Each item by the first of its rows that has a text, or its first row."""
-        names = [self.columns.item, *self.template.columns, *self.filter_columns]
-        found = []
-        for log in self._batches(list(dict.fromkeys(names))):
-            keys = log.keys(self.columns.item)
-            found.append(items_of_log(log, keys, self._kept(log), self.template))
-            if len(found) == 64:
-                found = [_combine(found)]
-        return _combine(found)
-
-    def write(self, folder: Path, key: str, read_as: ReadAs, seed: int) -> None:
-        min_history = read_as.min_history
-        if min_history < 1:
-            raise DataError(f"min_history must be at least 1, got {min_history}")
-        c = self.columns
-        wanted = [c.user, c.item, *(x for x in (c.rating, c.time) if x), *self.filter_columns]
-        waiting, most = 0, max(_WAITING_ROWS, _WAITING_ROWS_PART << self.bits)
-        for log in self._batches(list(dict.fromkeys(wanted))):
-            waiting += self._deal(log)
-            if waiting >= most:
-                self._append(folder)
-                waiting = 0
-        self._append(folder)
-        if self.checks.counts and self.on_bad == "error":
-            raise self.checks.error()
-        parts: list[dict[str, Any]] = []
-        counts = np.zeros(len(self.items.keys), np.int64)[~self.items.empty]
-        ratings: dict[float, int] = {}
-        short: list[Any] = []
-        short_users = 0
-        for at in range(1 << self.bits):
-            found, few = self._sort(folder / f"part-{at:04d}.rows", min_history, seed)
-            path = folder / f"part-{at:04d}.arrow"
-            _write_part(path, found)
-            parts.append({"users": found.num_users, "sha256": sha256_file(path)})
-            counts += np.bincount(found.item_index, minlength=len(counts))
-            if found.rating is not None:
-                for value, count in zip(*np.unique(found.rating, return_counts=True)):
-                    ratings[float(value)] = ratings.get(float(value), 0) + int(count)
-            short += few[: max(0, NUM_EXAMPLES - len(short))].to_pylist()
-            short_users += len(few)
-        pa.default_memory_pool().release_unused()  # it would keep what sorting took
-        report = BadRows(
-            rows_read=self.rows_read + self.checks.rows_lost,
-            rows_filtered=self.rows_filtered,
-            counts=self.checks.counts,
-            examples=self.checks.examples(),
-            short_users=short_users,
-            short_examples=tuple(short),
-            min_history=min_history,
-        )
-        if sum(part["users"] for part in parts) == 0:
-            raise nobody_left(self.name, report)
-        there = pa.array(~self.items.empty)
-        table = self.items.table.filter(there)
-        for name, column in (
-            ("__key", self.items.keys.filter(there)),
-            ("__text", self.items.text.filter(there)),
-            ("__count", pa.array(counts)),
-        ):
-            table = table.append_column(name, column)
-        pq.write_table(table, folder / "items.parquet")
-        about = {
-            "key": key,
-            "events": int(counts.sum()),
-            "ordered": c.time is not None,
-            "read_as": asdict(read_as),
-            "ratings": [sorted(ratings), [ratings[v] for v in sorted(ratings)]],
-            "report": asdict(report),
-            "items_sha256": sha256_file(folder / "items.parquet"),
-            "parts": parts,
-        }
-        write_json(folder / "manifest.json", sealed(about))
-
-    def _deal(self, log: Source) -> int:
-        """Checks a batch and puts its rows with the part of their user; place -1 marks bad ones."""
-        c = self.columns
-        rows = self._kept(log)
-        self.rows_read += log.table.num_rows
-        self.rows_filtered += log.table.num_rows - len(rows)
-        users, item_keys = log.keys(c.user), log.keys(c.item).take(rows)
-        if self.catalogue is not None:
-            item_keys, self.items = one_key_type(log, self.catalogue, c.item, item_keys, self.items)
-        checked = check_rows(log, rows, c, users.take(rows), item_keys, self.items, self.checks)
-        place = np.full(log.table.num_rows, -1, np.int32)
-        place[rows] = np.where(self.checks.bad, -1, checked.place)
-        columns: dict[str, Any] = {"user": users, "place": place}
-        for name, values in (("rating", checked.rating), ("time", checked.time)):
-            if values is not None:
-                columns[name] = np.zeros(len(place), values.dtype)
-                columns[name][rows] = values
-        valid = to_numpy(pc.is_valid(users))
-        table = pa.table(columns).filter(pa.array(valid))
-        part = np.zeros(table.num_rows, np.int64)
-        if self.bits:
-            hashes = hash_keys(table["user"])
-            part = (hashes >> np.uint64(64 - self.bits)).astype(np.int64)
-        order = np.argsort(part, kind="stable")
-        table = table.take(order)
-        bounds = np.searchsorted(part[order], np.arange((1 << self.bits) + 1))
-        for at in np.flatnonzero(np.diff(bounds)).tolist():
-            own = table.slice(bounds[at], bounds[at + 1] - bounds[at]).combine_chunks()
-            self.waiting[at] += own.to_batches()
-        return int(table.num_rows)
-
-    def _append(self, folder: Path) -> None:
-        for at, batches in enumerate(self.waiting):
-            if batches:
-                whole = pa.Table.from_batches(batches).combine_chunks()
-                with (
-                    open(folder / f"part-{at:04d}.rows", "ab") as file,
-                    pa.ipc.new_stream(file, whole.schema) as writer,
-                ):
-                    writer.write_table(whole)
-                batches.clear()
-
-    def _sort(self, path: Path, min_history: int, seed: int) -> tuple[Interactions, pa.Array]:
-        tables = []
-        if path.exists():
-            with pa.OSFile(str(path)) as file:
-                while file.tell() < file.size():
-                    tables.append(pa.ipc.open_stream(file).read_all())
-            path.unlink()
-        if tables:
-            table = pa.concat_tables(tables, promote_options="permissive")
-        else:
-            table = pa.table({"user": pa.array([], pa.int64()), "place": pa.array([], pa.int32())})
-        users = _one(table["user"])
-        place = table["place"].to_numpy()
-        good = np.flatnonzero(place >= 0)
-        c = self.columns
-
-        def column(name: str, wanted: str | None, kind: Any) -> NDArray[Any] | None:
-            if wanted is None:
-                return None
-            return table[name].to_numpy()[good] if tables else np.zeros(0, kind)
-
-        rows = Rows(
-            place[good],
-            column("rating", c.rating, np.float32),
-            column("time", c.time, np.int64),
-        )
-        return histories(users.unique(), users.take(good), rows, self.items, min_history, seed)
-
-
-def _combine(found: list[Items]) -> Items:
-    """The items of several batches as one: the first that has a text, else the first."""
-    if len(found) == 1:
-        return found[0]
-    keys = pa.concat_arrays([f.keys for f in found])
-    text = pa.concat_arrays([f.text for f in found])
-    filled = np.flatnonzero(to_numpy(pc.not_equal(text, "")))
-    candidates = np.concatenate([filled, np.arange(len(keys))])
-    kept = candidates[first_rows(keys.take(candidates))]
-    text = text.take(kept)
-    table = pa.concat_tables([f.table for f in found]).take(kept)
-    return Items(keys.take(kept), text, to_numpy(pc.equal(text, "")), table)
-
-
-def _write_part(path: Path, found: Interactions) -> None:
-    offsets = pa.array(found.offsets, pa.int64())
-    columns = {
-        "user": found.user_keys,
-        "events": pa.array(found.history_lengths),
-        "item": pa.LargeListArray.from_arrays(offsets, pa.array(found.item_index)),
-    }
-    for name, values in (("rating", found.rating), ("time", found.time)):
-        if values is not None:
-            columns[name] = pa.LargeListArray.from_arrays(offsets, pa.array(values))
-    table = pa.table(columns)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
 
 
 __all__ = ["InteractionStream", "stream_interactions"]

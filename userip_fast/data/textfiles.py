@@ -1,4 +1,5 @@
-"""CSV and JSON lines, in whatever form they come: packed, with any separator, encoding and header.
+"""CSV in whatever form it comes: packed, with any separator, encoding and header; and what all text
+files have in common.
 
 Arrow reads a file at the rate of memory, and refuses it whole for one bad row or value. Such a file
 is read again row by row: rows that are none are left out and listed, and values stay text, which
@@ -10,8 +11,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
-import pyarrow.json as pajson
 from numpy.typing import NDArray
 
 from userip_fast.data.arrow import combine, is_text, to_numpy
@@ -28,7 +27,7 @@ from userip_fast.data.report import NUM_EXAMPLES, BadRow
 from userip_fast.data.values import cast_or_null, guess, numbers_of
 from userip_fast.errors import DataError, shown
 
-_BLOCK = 16 << 20  # bytes; a JSON row may not be longer, and CSV types are guessed from one block
+BLOCK = 16 << 20  # bytes; a JSON row may not be longer, and CSV types are guessed from one block
 _HEAD = 1 << 16  # bytes that tell what a file is
 _LARGE, _EXPANSION = 1 << 30, 1000  # of a packed file: bytes, and times its size
 
@@ -160,7 +159,7 @@ class TextTable:
     found: tuple[str, ...]
 
 
-class _TextFile:
+class TextFile:
     """A file as UTF-8 text, unpacked.
 
     Attributes:
@@ -257,7 +256,7 @@ def read_csv(path: Path, wanted: Wanted, form: TextForm, usual: str) -> TextTabl
         DataError: A column is not there.
         UnreadableError, pa.ArrowException, OSError, UnicodeDecodeError: It cannot be read.
     """
-    file = _TextFile(path, form)
+    file = TextFile(path, form)
     blank = len(file.head) - len(file.head.lstrip("\r\n"))
     head, likely = file.head[blank:], form.likely or usual
     sep = form.sep or _separator(head, likely, wanted.needed, form.header)
@@ -338,7 +337,7 @@ class _CsvReader:
         self.wanted, self.sep, self.header_rows = wanted, sep, header_rows
         self.columns = names if wanted.columns is None else list(wanted.columns)
         self.options: dict[str, Any] = {
-            "block_size": _BLOCK,
+            "block_size": BLOCK,
             "column_names": names,
             "skip_rows": blank,
             "skip_rows_after_names": header_rows,
@@ -372,7 +371,7 @@ class _CsvReader:
             ),
         )
         rows = np.arange(1, raw.num_rows + len(gaps) + 1)
-        return _judged(raw, np.delete(rows, np.array(gaps, np.int64) - 1), lost, self.wanted)
+        return judged(raw, np.delete(rows, np.array(gaps, np.int64) - 1), lost, self.wanted)
 
     def _parse(self, handler: Any) -> pacsv.ParseOptions:
         several = len(self.sep) > 1
@@ -393,7 +392,7 @@ class _CsvReader:
         return pa.BufferReader(text.replace(self.sep.encode(), _STAND_IN.encode()))
 
 
-def _judged(
+def judged(
     raw: pa.Table, rows: NDArray[np.int64], lost: Lost, wanted: Wanted
 ) -> tuple[pa.Table, NDArray[np.int64], Lost]:
     """Bytes made text and text what it is, where nobody else will judge it; bad rows to `lost`."""
@@ -423,78 +422,6 @@ def _judged(
         if name in wanted.numbers or name not in wanted.checked:
             columns[name] = guessed
     return pa.table(columns).filter(pa.array(~bad)), rows[~bad], lost
-
-
-def read_json(path: Path, wanted: Wanted, form: TextForm) -> TextTable:
-    """Reads JSON lines, or one JSON list of objects.
-
-    Raises:
-        As `read_csv`.
-    """
-    file = _TextFile(path, form)
-    if file.head.lstrip()[:1] != "[":
-        try:
-            table = pajson.read_json(file.open(), pajson.ReadOptions(block_size=_BLOCK))
-            table.validate(full=True)  # which finds what is not UTF-8
-        except pa.ArrowException:
-            pass
-        else:
-            refuse_columns(wanted.columns and wanted.needed, table.column_names, path)
-            columns = table.column_names if wanted.columns is None else list(wanted.columns)
-            return TextTable(table.select(columns), None, Lost(str(path)), file.found)
-    lost = Lost(str(path))
-    records: list[dict[str, Any]] = []
-    rows: list[int] = []
-    for row, (text, value) in enumerate(_json_values(file), 1):
-        if isinstance(value, dict):
-            records.append(value)
-            rows.append(row)
-        else:
-            lost.add(row, "", "row is not a JSON object", text)
-    if not records:
-        first = f"; row 1 is {lost.examples[0].value}" if lost else ""
-        raise UnreadableError(f"it holds no JSON object{first}")
-    names = list(dict.fromkeys(name for record in records for name in record))
-    refuse_columns(wanted.columns and wanted.needed, names, path)
-    raw = {}
-    for name in names if wanted.columns is None else wanted.columns:
-        raw[name] = _json_column(name, [r.get(name) for r in records], name in wanted.as_text)
-    return TextTable(*_judged(pa.table(raw), np.array(rows), lost, wanted), file.found)
-
-
-def _json_values(file: _TextFile) -> Iterator[tuple[str, Any]]:
-    """Each row's text and value, None where it is no JSON."""
-    with file.open() as stream:
-        if file.head.lstrip()[:1] == "[":
-            try:
-                values = json.loads(stream.read())
-            except (ValueError, RecursionError) as e:
-                raise UnreadableError(f"it is not JSON ({e})") from e
-            yield from ((json.dumps(value), value) for value in values)
-            return
-        for line in io.BufferedReader(stream):
-            if line.strip():
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError):
-                    value = None
-                yield line.decode("utf-8", "replace").strip(), value
-
-
-def _json_column(name: str, values: list[Any], is_key_or_text: bool) -> pa.Array:
-    """Values as their own type; mixed ones as text."""
-    kinds = {type(value): value for value in reversed(values) if value is not None}
-    if len(kinds) <= 1 or set(kinds) == {int, float}:
-        try:
-            return pa.array(values)
-        except (pa.ArrowException, OverflowError) as e:
-            if is_key_or_text:
-                raise UnreadableError(f"column {name!r}: {e}") from e
-    elif is_key_or_text:
-        examples = " and ".join(shown(value) for value in list(kinds.values())[:2])
-        raise UnreadableError(f"column {name!r} holds values of more than one kind, as {examples}")
-    text = [v if isinstance(v, str | None) else json.dumps(v) for v in values]
-    return pa.array(text, pa.large_string())
 
 
 def refuse_columns(columns: Sequence[str] | None, names: list[str], name: object) -> None:

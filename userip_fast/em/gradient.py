@@ -19,7 +19,7 @@ from userip_fast.em.cache import BlockCache, MemoryCache, found_like
 from userip_fast.em.steps import Block, EMState, Profiles
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import sparse_adam
-from userip_fast.packing import PackStream, iter_packs
+from userip_fast.packing import PackStream
 
 _CACHE_BYTES = 1 << 30
 
@@ -85,7 +85,8 @@ class GradientEStep:
         """At most `steps` Adam steps per user; (theta [U, S, D], nll [U], forward equivalents [U]).
 
         A user leaves once its NLL per weight has not fallen by `tolerance` for `patience` steps,
-        and the next one of the block enters the pack. NLL is that of the theta returned.
+        and the next one of the block enters the pack. NLL is what the last step saw: that of
+        theta before it moved for the last time, as theta's own would take another pass.
         """
         config, lm = self.config, self.engine.lm
         users, soft, dim = start.shape
@@ -98,12 +99,14 @@ class GradientEStep:
         pull = config.commitment / (dim * lm.embedding_rms**2)
 
         best = torch.full((users,), float("inf"))
+        last = torch.zeros(users)
         waited = torch.zeros(users, dtype=torch.int32)
         taken = torch.zeros(users)
         everyone = np.arange(users)
-        packing = (block.behaviour, everyone, self.engine.layout, lm.device, config.pack_tokens)
-        stream = PackStream(*packing)
-        now: list[Tensor] = []  # NLL per weight of the steps of this pack not looked at yet
+        stream = PackStream(
+            block.behaviour, everyone, self.engine.layout, lm.device, config.pack_tokens
+        )
+        now: list[Tensor] = []  # NLL of the steps of this pack not looked at yet
         pack = None
         while (following := stream.next()) is not None:
             if following is not pack:
@@ -120,11 +123,13 @@ class GradientEStep:
             sparse_adam(
                 rows, m, v, step, at, grad.reshape(-1, dim), lr=config.lr * lm.embedding_rms
             )
-            now.append(nll.detach() / own)
+            now.append(nll.detach())
             # Until somebody can leave nobody has to know, and the device is not waited for.
             if len(now) < self._sure_to_stay(taken[index], waited[index], steps):
                 continue
-            for of_step in torch.stack(now).cpu():
+            for nlls in torch.stack(now).cpu().float():
+                last[index] = nlls
+                of_step = nlls / weight[index]
                 better = of_step < best[index] - config.tolerance
                 waited[index] = torch.where(better, 0, waited[index] + 1)
                 best[index] = torch.minimum(best[index], of_step)
@@ -134,16 +139,7 @@ class GradientEStep:
             now.clear()
             stream.leave(((waited[index] >= config.patience) | (taken[index] >= steps)).numpy())
 
-        found = []
-        with torch.no_grad():
-            for pack in iter_packs(*packing):
-                here = torch.from_numpy(pack.users).to(lm.device)
-                found.append((pack.users, self.engine.nll(pack, theta[here])))
-        final = torch.empty(users)
-        if found:
-            order = torch.from_numpy(np.concatenate([u for u, _ in found]))
-            final[order] = torch.cat([n for _, n in found]).cpu().float()
-        return theta.cpu(), final, 2 * taken + 1
+        return theta.cpu(), last, 2 * taken
 
     def _sure_to_stay(self, taken: Tensor, waited: Tensor, steps: int) -> int:
         """Steps that nobody of the pack can leave before, the next included: at least 1."""

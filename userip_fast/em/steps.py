@@ -65,7 +65,7 @@ class Profiles:
     Attributes:
         hashes: [U] uint64.
         code_ids: [U, J] int64, or None before there are codebooks.
-        nll: [U] fp32, weighted NLL in nats at what was found.
+        nll: [U] fp32, weighted NLL in nats at what was found; of a descent, before its last move.
         weight: [U] fp64, sum of loss weights: nll / weight is nats per unit of weight.
         forward_equivalents: [U] fp32, passes through the LM; forward and backward count one each,
             since a frozen LM's backward is as much work as its forward.

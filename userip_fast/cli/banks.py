@@ -1,0 +1,140 @@
+"""`userip bank ...`: look into a feature bank, and keep it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from userip_fast.cli.options import Bank, Keys, MaybeKeys, takes
+from userip_fast.cli.shell import app, die, say
+
+banks = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+app.add_typer(banks, name="bank", help="Look into a feature bank, and keep it.")
+
+
+@banks.command()
+@takes("on_unknown", on_unknown={"help": "'error', or 'code': the reserved code of each field."})
+def lookup(bank: Bank, users: Keys, on_unknown: str) -> None:
+    """Print the codes of users, and what they mean."""
+    from userip_fast.bank import FeatureBank
+    from userip_fast.terminal import print_codes
+
+    print_codes(FeatureBank.open(bank), users, on_unknown)
+
+
+@banks.command()
+def export(
+    bank: Bank,
+    out: Annotated[Path | None, typer.Argument(help="File to write, .parquet or .csv.")] = None,
+    layout: Annotated[
+        str, typer.Option(help="Of a Parquet file: plain, or feast (with event_timestamp).")
+    ] = "plain",
+    redis: Annotated[
+        str | None,
+        typer.Option(
+            help="Write to a Redis instead: redis://host:6379/0. A password is better given by "
+            "USERIP_FAST_REDIS_URL with --redis env.",
+        ),
+    ] = None,
+    namespace: Annotated[str, typer.Option(help="Prefix of the keys in Redis.")] = "userip",
+) -> None:
+    """Write a bank as one Parquet or CSV file (user_id, codes of each field), or into Redis."""
+    from userip_fast.bank import FeatureBank
+
+    writers = {
+        ("plain", ".parquet"): FeatureBank.to_parquet,
+        ("plain", ".csv"): FeatureBank.to_csv,
+        ("feast", ".parquet"): FeatureBank.to_feast,
+    }
+    if layout not in ("plain", "feast"):
+        die(f"--layout {layout}: must be plain or feast", 2)
+    if (out is None) == (redis is None):
+        die("name either a file to write or --redis URL", 2)
+    if out is not None and (layout, out.suffix.lower()) not in writers:
+        ends = ".parquet" if layout == "feast" else ".parquet or .csv"
+        die(f"{out}: with --layout {layout} its name must end in {ends}", 2)
+    opened = FeatureBank.open(bank)
+    where = str(out)
+    if redis is not None:
+        from userip_fast.bank.redis_export import export_redis, redacted
+
+        url = os.environ.get("USERIP_FAST_REDIS_URL", "") if redis == "env" else redis
+        version = export_redis(opened, url, namespace=namespace)
+        where = f"{redacted(url)}, {namespace}:{version}"
+    elif out is not None:
+        writers[layout, out.suffix.lower()](opened, out)
+    say(f"{where}: {len(opened):,} users, fields {[f['name'] for f in opened.fields]}")
+
+
+@banks.command()
+def merge(
+    shards: Annotated[Path, typer.Argument(help="Folder that `infer --shard` wrote to.")],
+    bank: Bank,
+    update: Annotated[bool, typer.Option(help="Keep the bank's other users.")] = False,
+) -> None:
+    """Merge the files of all shards into one bank."""
+    from userip_fast.shards import merge_shards
+
+    say(f"{bank}: {len(merge_shards(shards, bank, update)):,} users")
+
+
+@banks.command()
+@takes("on_unknown", on_unknown={"help": "Users who are not in the bank: 'error' or 'skip'."})
+def remove(
+    bank: Bank,
+    on_unknown: str,
+    users: MaybeKeys = None,
+    file: Annotated[
+        Path | None, typer.Option(help="File of further user keys, one a line.")
+    ] = None,
+) -> None:
+    """Remove users from a bank: its next generation is without them."""
+    from userip_fast.bank import FeatureBank
+
+    keys = list(users or [])
+    if file is not None:
+        try:
+            keys += file.read_text(encoding="utf-8").splitlines()
+        except ValueError as e:
+            die(f"--file {file}: is not UTF-8 text ({e})", 2)
+    if not keys:
+        die("name users to remove, or a --file of them", 2)
+    opened = FeatureBank.open(bank)
+    left = opened.remove(opened.coerce_keys(keys), on_unknown)
+    say(f"{bank}: {len(opened) - len(left):,} users removed, {len(left):,} left")
+
+
+@banks.command()
+def drift(
+    old: Annotated[Path, typer.Argument(help="Bank folder, before.")],
+    new: Annotated[Path, typer.Argument(help="Bank folder, after.")],
+) -> None:
+    """Print how far two banks are apart, as JSON: shares, users who changed, where they went."""
+    import json
+
+    from userip_fast.bank import FeatureBank
+    from userip_fast.bank.drift import drift as compare
+
+    say(json.dumps(compare(FeatureBank.open(old), FeatureBank.open(new)), indent=2))
+
+
+@banks.command()
+def info(bank: Bank) -> None:
+    """Print what a bank holds and what it costs, as JSON."""
+    import json
+
+    from userip_fast.bank import FeatureBank
+
+    say(json.dumps(FeatureBank.open(bank).info(), indent=2, ensure_ascii=False))
+
+
+@banks.command()
+def verify(bank: Bank) -> None:
+    """Read the whole bank and check every checksum, key and code."""
+    from userip_fast.bank import FeatureBank
+
+    opened = FeatureBank.open(bank, verify=True)
+    say(f"{bank}: {len(opened):,} users, every file as it was written")
