@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import userip_fast
-from userip_fast import _extension
+from userip_fast.core import _extension
 
 HERE = Path(__file__).resolve().parents[1]
 

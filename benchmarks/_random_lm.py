@@ -18,7 +18,7 @@ from userip_fast.lm.fuse import fuse
 from userip_fast.lm.layers import layer_of
 from userip_fast.lm.nf4 import NF4Linear, swap_modules
 from userip_fast.lm.residency import settle
-from userip_fast.nf4 import NESTED_BLOCKSIZE, NF4Weight, dynamic_map
+from userip_fast.ops.nf4_format import NESTED_BLOCKSIZE, NF4Weight, dynamic_map
 
 _ABSMAX, _SPREAD = 0.036, 0.004  # such that values have the standard deviation of Llama's, 0.02
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from userip_fast import isa, threads
+from userip_fast.core import threads
+from userip_fast.ops import isa
 from userip_fast.testing import peak_bytes
 
 Run = Callable[[], Any]

@@ -50,7 +50,8 @@ from _timing import (
     time_ms,
 )
 
-from userip_fast import isa, ops
+from userip_fast import ops
+from userip_fast.ops import isa
 
 GROUPS = {"small_k": (4, 16), "k64": (64,), "large_k": (1024, 4096)}
 DIMS = (256, 4096)

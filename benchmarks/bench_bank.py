@@ -41,9 +41,9 @@ import pyarrow.compute as pc
 import pytest
 from _before import answer, in_turn
 
-from userip_fast import _extension as extension
 from userip_fast.bank import FeatureBank
-from userip_fast.errors import UnavailableError
+from userip_fast.core import _extension as extension
+from userip_fast.core.errors import UnavailableError
 
 FIELDS = [{"name": f"field {j}", "codebook_size": 1000, "code_names": None} for j in range(4)]
 Lookup = Callable[[pa.Array], np.ndarray]

@@ -42,8 +42,9 @@ import pytest
 import torch
 from _timing import add_arguments, apply_arguments, compare, loaded, machine, run_script
 
-from userip_fast import _extension, ops, threads
+from userip_fast import ops
 from userip_fast.bank import FeatureBank
+from userip_fast.core import _extension, threads
 
 Pair = dict[str, Callable[[], Any]]
 

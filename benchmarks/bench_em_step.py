@@ -44,10 +44,10 @@ from _timing import add_arguments, apply_arguments, ceilings, compare, machine, 
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
 from userip_fast.lm.attention import register
 from userip_fast.lm.fuse import fuse, pays
-from userip_fast.nf4 import NF4Weight
 from userip_fast.ops import nf4_dequantize, sparse_adam
-from userip_fast.packing import Behaviour, Pack, make_pack
-from userip_fast.prompts import Layout
+from userip_fast.ops.nf4_format import NF4Weight
+from userip_fast.prompts.layout import Layout
+from userip_fast.prompts.packing import Behaviour, Pack, make_pack
 
 TABLE, USERS, NAME_TOKENS = 20_000, 32, 16
 CASES = {"b50_j8": (8, 50), "b100_j2": (2, 100)}  # fields, mean tokens of behaviour

@@ -36,8 +36,8 @@ from triton.runtime.driver import driver
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from userip_fast.isa import cpu_name
 from userip_fast.ops import _step, packed_attention, soft_prompt_attention
+from userip_fast.ops.isa import cpu_name
 
 OP = sys.modules["userip_fast.ops.soft_prompt_attention"]
 CALLS, TURNS = 200, 7

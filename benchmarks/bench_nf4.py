@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from _timing import add_arguments, apply_arguments, ceilings, compare, machine, peak_mib, run_script
 
 from userip_fast import ops
-from userip_fast.nf4 import NF4Weight
+from userip_fast.ops.nf4_format import NF4Weight
 
 SMALL_M = 512  # from so many rows on a shape counts as large
 Runs = dict[str, Callable[[], Any]]

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from _timing import add_arguments, apply_arguments, ceilings, compare, machine, peak_mib, run_script
 
 from userip_fast import ops
-from userip_fast.errors import UnavailableError
+from userip_fast.core.errors import UnavailableError
 
 Result = tuple[torch.Tensor, ...]  # out, dq, dk, dv of the packed rows
 

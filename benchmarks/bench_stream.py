@@ -33,8 +33,8 @@ import torch
 from _timing import machine
 
 import userip_fast as uf
-from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
-from userip_fast.keys import mix64
+from userip_fast.core.config import Config, DataConfig, EMConfig, LMConfig
+from userip_fast.core.keys import mix64
 
 EVENTS, ITEMS = 2, 500
 FIELDS = (

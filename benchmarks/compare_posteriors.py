@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from userip_fast.behaviour import BehaviourFormat, BehaviourSource
-from userip_fast.codebook import Codebook
+from userip_fast.codebook.books import Codebook
 from userip_fast.data import Catalogue
 from userip_fast.demo import CONFIG, _lm_that_knows_words, _read
 from userip_fast.demo.world import make_world
 from userip_fast.em import Block, EMState, PosteriorEStep
 from userip_fast.em.starts import word_codewords
 from userip_fast.lm import FrozenLM, PackedEngine
-from userip_fast.prompts import PromptTemplate
+from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.prompts.layout import PromptTemplate
 
 FLOOR = 1e-4
 WAYS = {

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import userip_fast as uf
-from userip_fast.codebook import Codebook
+from userip_fast.codebook.books import Codebook
 
 FIRST, MOST, RANK, ROWS, CODES = 10, 30, 32, 2, 16
 ORDERS = ("profile first", "item first")

@@ -112,8 +112,8 @@ def step(what: str, folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     anonymous = Anonymous()
     if what == "lm":
-        from userip_fast.api import prepare
-        from userip_fast.config import Config
+        from userip_fast.core.config import Config
+        from userip_fast.jobs.fit import prepare
 
         prepare(data, Config.from_dict(config))
     elif what == "fit":

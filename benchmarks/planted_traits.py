@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 import userip_fast as uf
-from userip_fast.explain import association
+from userip_fast.jobs.explain import association
 
 EVENTS, ITEMS, SHUFFLES = 20, 240, 999
 GENRES = (

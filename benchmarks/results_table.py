@@ -116,7 +116,7 @@ def _draw(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> str | None
 
 def _dots(axes: Any, result: dict[str, Any]) -> None:
     """A dot with interval for each feature, the mean over its recommenders, sorted."""
-    from userip_fast.pictures import OURS, ctr_points
+    from userip_fast.report.pictures import OURS, ctr_points
 
     ink, accent = "#606060", "#1f6fb2"
     points = ctr_points(result)

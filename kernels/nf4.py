@@ -1,4 +1,4 @@
-"""Triton kernel of `userip_fast.ops.nf4_dequantize`; the format is described in `userip_fast.nf4`.
+"""Triton kernel of `userip_fast.ops.nf4_dequantize`; `userip_fast.ops.nf4_format` is the format.
 
 packed [ceil(n / 2)] uint8, absmax [blocks] fp32 or uint8, out [n] fp32, bf16 or fp16. A program
 takes TILE_BLOCKS quantisation blocks: a scale is read once per block, with the double quantisation
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from userip_fast.nf4 import NF4_LEVELS
+from userip_fast.ops.nf4_format import NF4_LEVELS
 
 _TILE = 4096  # values per program
 

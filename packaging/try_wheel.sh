@@ -12,7 +12,7 @@ export USERIP_FAST_CACHE="$work/cache" HF_HUB_OFFLINE=1
 "$python" -m venv venv
 venv/bin/python -m pip install -q "$torch"
 venv/bin/python -m pip install -q "$wheel"
-venv/bin/python -c 'import torch, userip_fast as uf, userip_fast._extension as e; import platform
+venv/bin/python -c 'import torch, userip_fast as uf, userip_fast.core._extension as e; import platform
 print("Python", platform.python_version(), "torch", torch.__version__, "userip_fast", uf.__version__)
 assert e.why_not() is None, e.why_not()'
 venv/bin/userip env > env.txt

@@ -12,8 +12,8 @@ import torch
 
 from userip_fast.lm import FrozenLM
 from userip_fast.lm.attention import register
-from userip_fast.packing import Behaviour, build_behaviour
-from userip_fast.prompts import Layout, ProfileField, PromptTemplate, tokenize_events
+from userip_fast.prompts.layout import Layout, ProfileField, PromptTemplate, tokenize_events
+from userip_fast.prompts.packing import Behaviour, build_behaviour
 
 TEXTS = [
     "red rod", "blue reel", "cheap tent and a long rope", "lamp", "old brass compass", "paint",

@@ -24,24 +24,24 @@ if not _os.path.isdir(_os.path.join(_here, "kernels")) and _os.path.isdir(
     __path__.append(_root)
 
 _PUBLIC = {
-    "Config": "userip_fast.config",
+    "Config": "userip_fast.core.config",
     "FeatureBank": "userip_fast.bank",
     "InteractionStream": "userip_fast.data",
     "Interactions": "userip_fast.data",
-    "Model": "userip_fast.model",
-    "ProfileField": "userip_fast.fields",
-    "PromptTemplate": "userip_fast.prompts",
-    "UserIPError": "userip_fast.errors",
+    "Model": "userip_fast.model.fitted",
+    "ProfileField": "userip_fast.core.fields",
+    "PromptTemplate": "userip_fast.prompts.layout",
+    "UserIPError": "userip_fast.core.errors",
     "CTRConfig": "userip_fast.ctr",
     "evaluate_ctr": "userip_fast.ctr",
-    "fit": "userip_fast.api",
+    "fit": "userip_fast.jobs.fit",
     "ops": "userip_fast",
     "read_interactions": "userip_fast.data",
     "stream_interactions": "userip_fast.data",
 }
 
 # Of libraries that may not be there, so that `import *` leaves them out.
-_OPTIONAL = {"UserProfiler": "userip_fast.estimator"}
+_OPTIONAL = {"UserProfiler": "userip_fast.jobs.estimator"}
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

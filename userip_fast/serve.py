@@ -33,9 +33,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from userip_fast.bank import FeatureBank
-from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
-from userip_fast.files import open_regular, read_json, sha256_file
-from userip_fast.profiles import (
+from userip_fast.core.errors import ConfigError, DataError, FormatError, MismatchError
+from userip_fast.core.files import open_regular, read_json, sha256_file
+from userip_fast.core.profiles import (
     NEGATIVE_WORDS,
     SAMPLING_POWER,
     Profile,
@@ -48,8 +48,8 @@ from userip_fast.profiles import (
     odds,
     softmax,
 )
-from userip_fast.segments import Part, Segments
-from userip_fast.sums import MANIFEST, check_seal
+from userip_fast.core.segments import Part, Segments
+from userip_fast.core.sums import MANIFEST, check_seal
 
 _NUMBERS = (int, float, np.number)  # made once: a union would be made for each event
 _FILES = "config.json", "codebooks.safetensors", "catalogue.parquet"
@@ -131,7 +131,7 @@ class Server:
         """
         root = Path(model)
         about = read_json(root / MANIFEST)
-        if not isinstance(about, dict) or about.get("format") != "userip_fast.model":
+        if not isinstance(about, dict) or about.get("format") != "userip_fast.model.fitted":
             raise FormatError(f"{root}: not a userip_fast model")
         check_seal(root / MANIFEST, about)
         try:

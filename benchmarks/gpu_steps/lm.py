@@ -19,12 +19,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from gpu_steps.record import Figures, Skipped, Wrong
 from gpu_steps.setting import Setting
-from userip_fast.codebook import Codebook
-from userip_fast.config import EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import EMConfig
+from userip_fast.core.errors import UnavailableError, UnsupportedError
 from userip_fast.em import Block, EMState, GradientEStep
 from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.readings import Readings, log_likelihoods
-from userip_fast.errors import UnavailableError, UnsupportedError
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
 from userip_fast.lm.engines import make_engine
 from userip_fast.lm.fp8 import quantize_rows, scaled_product
@@ -32,7 +32,7 @@ from userip_fast.lm.fp8_gate import MAX_NLL_SHIFT, Reading
 from userip_fast.lm.fp8_gate import compare as compare_readings
 from userip_fast.lm.fuse import unfuse
 from userip_fast.lm.residency import set_recompute, settle
-from userip_fast.packing import Behaviour, make_pack
+from userip_fast.prompts.packing import Behaviour, make_pack
 
 FIELDS, KERNELS, EVENT_TOKENS = 2, 12, 8
 

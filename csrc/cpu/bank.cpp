@@ -23,7 +23,7 @@ constexpr int64_t kLineKeys = 8;  // int64 keys per cache line
 constexpr int64_t kPage = 4096;   // bytes that have one sum
 constexpr int kRegionBits = 6;    // 64 buckets, about two pages of keys
 
-// splitmix64, as in userip_fast/keys.py
+// splitmix64, as in userip_fast/core/keys.py
 uint64_t mix64(uint64_t x) {
     uint64_t z = x + 0x9E3779B97F4A7C15u;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;

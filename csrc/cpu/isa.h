@@ -1,5 +1,5 @@
 // Instruction sets of the CPU kernels. One text of an op is compiled once per set, in a namespace
-// of its own, and the set is chosen per op at run time: userip_fast/isa.py measures.
+// of its own, and the set is chosen per op at run time: userip_fast/ops/isa.py measures.
 #pragma once
 
 #include <algorithm>

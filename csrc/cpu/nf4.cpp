@@ -1,5 +1,5 @@
 // NF4 on CPU: dequantise, and the linear layer for few rows with the decoding fused in. The format
-// is described in userip_fast/nf4.py.
+// is described in userip_fast/ops/nf4_format.py.
 //
 // A level is looked up as its exact fp32 value, so level * scale has the bits of the reference.
 #include "bindings.h"

@@ -1,5 +1,5 @@
 // NF4 to fp32, bf16 or fp16, double quantisation included, in one launch. The format is described
-// in userip_fast/nf4.py.
+// in userip_fast/ops/nf4_format.py.
 //
 // A thread decodes 8 consecutive codes: one 4-byte load, so that a warp reads one full 128-byte
 // line, and 16-byte stores, 512 contiguous bytes per warp in 16 bits. Eight codes never cross a

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from userip_fast import cli
 from userip_fast.bank import FeatureBank
-from userip_fast.visible import visible
+from userip_fast.core.visible import visible
 
 EVIL = [
     "\x1b]0;owned\x07", "\x1b[2J", "\x9b31m", "a\rb", "\u202egnp.exe", "\x7f", "a\x08b", "\u2028",

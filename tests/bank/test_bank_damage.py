@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from userip_fast import _extension
 from userip_fast.bank import FeatureBank
 from userip_fast.bank.index import HashIndex
 from userip_fast.bank.pages import PAGE, PageSums
-from userip_fast.errors import FormatError
-from userip_fast.files import sha256_file
+from userip_fast.core import _extension
+from userip_fast.core.errors import FormatError
+from userip_fast.core.files import sha256_file
 
 INTEGER_FILES = [
     "keys.bin", "directory.bin", "codes.bin", "probabilities.bin", "manifest.json", "page_sums.bin",

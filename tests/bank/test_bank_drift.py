@@ -5,7 +5,7 @@ import pytest
 
 from userip_fast.bank import FeatureBank
 from userip_fast.bank.drift import drift
-from userip_fast.errors import MismatchError
+from userip_fast.core.errors import MismatchError
 
 FIELDS = [
     {"name": "taste", "codebook_size": 3, "code_names": None},

@@ -17,7 +17,7 @@ import pytest
 
 from userip_fast.bank import FeatureBank
 from userip_fast.bank.redis_export import RedisBank, connect, export_redis, redacted
-from userip_fast.errors import (
+from userip_fast.core.errors import (
     ConfigError,
     DataError,
     FormatError,

@@ -18,14 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from userip_fast.bank import BankWriter, FeatureBank
-from userip_fast.errors import (
+from userip_fast.core.errors import (
     ConfigError,
     DataError,
     FormatError,
     MismatchError,
     UnavailableError,
 )
-from userip_fast.files import remove
+from userip_fast.core.files import remove
 
 FIELDS = [{"name": "f", "codebook_size": 10, "code_names": None}]
 SETTINGS = {"fields": FIELDS, "model_fingerprint": "m"}

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import userip_fast as uf
-from userip_fast import _extension
 from userip_fast import bank as bank_module
 from userip_fast.bank import BankWriter, FeatureBank, KeyTypeError
 from userip_fast.bank.index import HashIndex
-from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
-from userip_fast.keys import hash_keys, key_order
+from userip_fast.core import _extension
+from userip_fast.core.errors import ConfigError, DataError, FormatError, MismatchError
+from userip_fast.core.keys import hash_keys, key_order
 
 FIELDS = [
     {"name": "hobby", "codebook_size": 300, "code_names": None},

@@ -16,13 +16,13 @@ from test_protocols import log
 from typer.testing import CliRunner
 
 from userip_fast import cli
+from userip_fast.core.errors import DataError, UnavailableError
 from userip_fast.ctr import BACKBONES, DEFAULT_FEATURES, CTRConfig, evaluate_ctr
 from userip_fast.ctr.backbones import build, check_installed, train_and_predict
 from userip_fast.ctr.cells import Cells
 from userip_fast.ctr.inputs import Column, History, Number
 from userip_fast.ctr.vectors import attribute_matrix
 from userip_fast.data.attributes import item_attributes
-from userip_fast.errors import DataError, UnavailableError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import results_table

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from userip_fast.api import load_lm
-from userip_fast.behaviour import BehaviourFormat, BehaviourSource
-from userip_fast.config import Config
+from userip_fast.core.config import Config
 from userip_fast.ctr import CTRConfig, evaluate_ctr
 from userip_fast.data import Catalogue, read_interactions
+from userip_fast.jobs.fit import load_lm
+from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
 
 GENRES = ("fantasy", "romance", "science", "comics")
 CRITICS = ("harsh", "strict", "mild", "kind")

@@ -7,14 +7,14 @@ import pyarrow as pa
 import pytest
 import small_log
 
-from userip_fast.config import Config
+from userip_fast.core.config import Config
+from userip_fast.core.errors import ConfigError, DataError
 from userip_fast.ctr.cells import Cells, data_digest
 from userip_fast.ctr.config import CHOSEN, CTRConfig
 from userip_fast.ctr.features import Profiles
 from userip_fast.ctr.inputs import PARTS, SIDES, Inputs
 from userip_fast.ctr.protocols import MATCHED, REPEAT, Task, make_task
 from userip_fast.data import read_interactions
-from userip_fast.errors import ConfigError, DataError
 
 GENRES = ("fantasy", "romance", "science", "comics")
 

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 from test_protocols import log
 
-from userip_fast.ctr.codes import codes_in_words, describe_codes
+from userip_fast.ctr.codes import describe_codes
 from userip_fast.ctr.config import CTRConfig
 from userip_fast.ctr.numbers import Numbers
 from userip_fast.ctr.protocols import make_task
@@ -14,6 +14,7 @@ from userip_fast.ctr.work import Work
 from userip_fast.data import read_interactions
 from userip_fast.data.attributes import item_attributes
 from userip_fast.em.free import FreeMixture
+from userip_fast.report.words import codes_in_words
 
 
 @pytest.fixture(scope="module")

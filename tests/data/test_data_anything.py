@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import userip_fast as uf
-from userip_fast.errors import DataError
+from userip_fast.core.errors import DataError
 
 try:
     import polars as _polars  # which sets an environment variable, so not in a test

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 import userip_fast as uf
-from userip_fast.errors import DataError
+from userip_fast.core.errors import DataError
 
 GOOD = {"user_id": 1, "item_id": 10, "rating": 3.0, "timestamp": 5}
 ITEMS = pa.table({"item_id": [10, 11, 12], "title": ["Ten", " ", "Twelve"]})

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import userip_fast as uf
+from userip_fast.core.errors import DataError, MismatchError
 from userip_fast.data import Catalogue, FeedbackScale, Negatives, make_events
-from userip_fast.errors import DataError, MismatchError
 
 NUM_ITEMS = 40
 ITEMS = pa.table({"item_id": range(NUM_ITEMS), "title": [f"t{i}" for i in range(NUM_ITEMS)]})

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import userip_fast as uf
+from userip_fast.core.errors import DataError
 from userip_fast.data import read_nete
 from userip_fast.data.nete import load_plain_pickle
-from userip_fast.errors import DataError
 
 REVIEWS = [
     ("u1", "a", 5, "pool"),

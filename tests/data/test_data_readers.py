@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import userip_fast as uf
-from userip_fast.errors import DataError, MismatchError
-from userip_fast.keys import hash_keys
+from userip_fast.core.errors import DataError, MismatchError
+from userip_fast.core.keys import hash_keys
 
 LOG = {
     "user_id": [3, 1, 2, 1, 3, 1],

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import userip_fast as uf
+from userip_fast.core.errors import DataError
 from userip_fast.data import Catalogue, FeedbackScale, Negatives, make_events, split_by_time
-from userip_fast.errors import DataError
 
 
 def read(shared_dir, name, **options):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import userip_fast as uf
+from userip_fast.core.errors import DataError
 from userip_fast.data import split_by_time, split_last, split_users
-from userip_fast.errors import DataError
 
 ITEMS = pa.table({"item_id": range(50), "title": [f"t{i}" for i in range(50)]})
 

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import userip_fast as uf
+from userip_fast.core.errors import DataError, FormatError
+from userip_fast.core.keys import hash_keys
 from userip_fast.data import sorting
-from userip_fast.errors import DataError, FormatError
-from userip_fast.keys import hash_keys
 
 
 @pytest.fixture(autouse=True)

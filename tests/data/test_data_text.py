@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from userip_fast.core.errors import DataError
 from userip_fast.data import TextTemplate
-from userip_fast.errors import DataError
 
 
 def render(template, **columns):

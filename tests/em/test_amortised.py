@@ -9,11 +9,11 @@ import torch
 from test_resume import read
 
 import userip_fast as uf
-from userip_fast.config import Config, DataConfig, EMConfig
+from userip_fast.core.config import Config, DataConfig, EMConfig
+from userip_fast.core.errors import UnsupportedError
 from userip_fast.em.amortised import Head, features, train_head
-from userip_fast.errors import UnsupportedError
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
-from userip_fast.packing import make_pack
+from userip_fast.prompts.packing import make_pack
 
 
 def test_features_are_sums_over_a_users_tokens():

@@ -11,17 +11,17 @@ from test_lifts import FIT, choices, lm  # noqa: F401
 from test_resume import read
 
 import userip_fast as uf
-from userip_fast.api import prepare
-from userip_fast.behaviour import Told, judging
-from userip_fast.config import EMConfig
+from userip_fast.core.config import EMConfig
+from userip_fast.core.errors import FormatError
 from userip_fast.em import trainer
 from userip_fast.em.calibrate import calibrate
 from userip_fast.em.counted import Counted, expected
 from userip_fast.em.crowd import Crowd
 from userip_fast.em.lifts import Calibration, Usual
-from userip_fast.errors import FormatError
+from userip_fast.jobs.fit import prepare
 from userip_fast.lm import lessons
 from userip_fast.lm.foldin import FoldIn
+from userip_fast.prompts.behaviour import Told, judging
 
 K = 2
 WORDS = ("bad", "good")

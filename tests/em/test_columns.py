@@ -13,7 +13,9 @@ from test_resume import read
 from test_table import RAW, WHOLE, block_of, books_of, engine_of, likelihood, source_of
 
 import userip_fast as uf
-from userip_fast.codebook import Codebook
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.errors import FormatError
+from userip_fast.core.profiles import Profile, all_codes, codes_of
 from userip_fast.em import columns
 from userip_fast.em.columns import Grid, choose, lines, places
 from userip_fast.em.crowd import Crowd
@@ -21,11 +23,9 @@ from userip_fast.em.lifts import Calibration
 from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.steps import EMState
 from userip_fast.em.table import EventTable
-from userip_fast.errors import FormatError
+from userip_fast.jobs.shards import infer_shard, merge_shards
 from userip_fast.ops import profile_posterior
-from userip_fast.profiles import Profile, all_codes, codes_of
 from userip_fast.serve import Server
-from userip_fast.shards import infer_shard, merge_shards
 
 KINDS, USERS, EVENTS = 200, 1500, 60
 

@@ -6,16 +6,16 @@ import pytest
 import tiny
 import torch
 
-from userip_fast.codebook import Codebook
-from userip_fast.config import EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import EMConfig
+from userip_fast.core.errors import DataError
 from userip_fast.em import Block, EMState, GradientEStep, Profiles, Stats, ThetaMStep
 from userip_fast.em.gradient import assign, decode
 from userip_fast.em.paper import run_paper
-from userip_fast.errors import DataError
 from userip_fast.lm import PackedEngine, ReferenceEngine
 from userip_fast.ops import sparse_adam
-from userip_fast.packing import iter_packs, make_pack
-from userip_fast.prompts import ProfileField
+from userip_fast.prompts.layout import ProfileField
+from userip_fast.prompts.packing import iter_packs, make_pack
 
 CONFIG = EMConfig(lr=0.2, steps=4, tolerance=0.0)
 

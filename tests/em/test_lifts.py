@@ -11,17 +11,17 @@ from test_resume import read
 from test_table import CONFIG, SIZES, books_of, engine_of
 
 import userip_fast as uf
-from userip_fast.behaviour import BehaviourFormat, BehaviourSource
-from userip_fast.codebook import Codebook
-from userip_fast.config import Config, DataConfig, EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import Config, DataConfig, EMConfig
+from userip_fast.core.errors import FormatError
 from userip_fast.data import Catalogue
 from userip_fast.em.calibrate import chunks
 from userip_fast.em.crowd import Crowd
 from userip_fast.em.lifts import PLAIN, Calibration, Usual, log_lifts, log_norm
 from userip_fast.em.readings import Readings
 from userip_fast.em.table import EventTable, Grid
-from userip_fast.errors import FormatError
-from userip_fast.prompts import ProfileField
+from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.prompts.layout import ProfileField
 
 CHOICES = DataConfig(behaviour_context="independent", negatives=0)
 FIT = Config(

@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 
-from userip_fast.codebook import Codebook
-from userip_fast.config import EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import EMConfig
 from userip_fast.em import Block, EMState, posterior
 from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.scorer import Scorer

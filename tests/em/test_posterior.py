@@ -9,18 +9,18 @@ import tiny
 import torch
 
 import userip_fast as uf
-from userip_fast.codebook import Codebook
-from userip_fast.config import Config, DataConfig, EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import Config, DataConfig, EMConfig
+from userip_fast.core.errors import ConfigError
 from userip_fast.em import Block, EMState
 from userip_fast.em.crowd import Apart
 from userip_fast.em.mixture import Mixture
 from userip_fast.em.posterior import PosteriorEStep, is_exact
 from userip_fast.em.starts import Starts
 from userip_fast.em.units import Units
-from userip_fast.errors import ConfigError
 from userip_fast.lm import PackedEngine
-from userip_fast.packing import make_pack
-from userip_fast.prompts import ProfileField
+from userip_fast.prompts.layout import ProfileField
+from userip_fast.prompts.packing import make_pack
 
 CONFIG = EMConfig(estep="posterior", prune_share=0.0, codeword_lr=0.3)
 SIZES = (3, 4, 2)

@@ -13,18 +13,18 @@ import tiny
 import torch
 
 import userip_fast as uf
-from userip_fast.codebook import Codebook
-from userip_fast.config import Config, DataConfig, EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import Config, DataConfig, EMConfig
+from userip_fast.core.errors import FormatError, MismatchError, StorageError
+from userip_fast.core.files import atomic_dir, atomic_file, read_tensors, sha256_file, write_tensors
+from userip_fast.core.interrupts import deferred_interrupts
+from userip_fast.core.prefetch import Prefetch
 from userip_fast.em.cache import DiskCache
 from userip_fast.em.checkpoints import Checkpoint, Checkpoints
 from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.steps import Profiles
 from userip_fast.em.trainer import Trainer
-from userip_fast.errors import FormatError, MismatchError, StorageError
-from userip_fast.files import atomic_dir, atomic_file, read_tensors, sha256_file, write_tensors
-from userip_fast.interrupts import deferred_interrupts
-from userip_fast.prefetch import Prefetch
 
 USERS = 24
 CONFIG = Config(

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 import userip_fast as uf
-from userip_fast.config import Config, DataConfig, EMConfig
+from userip_fast.core.config import Config, DataConfig, EMConfig
 
 
 def read(shift):

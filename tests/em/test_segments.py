@@ -25,13 +25,13 @@ from typer.testing import CliRunner
 
 import userip_fast as uf
 from userip_fast import cli
-from userip_fast.config import LMConfig
-from userip_fast.errors import FormatError, MismatchError, UnsupportedError
-from userip_fast.late import Late
+from userip_fast.core.config import LMConfig
+from userip_fast.core.errors import FormatError, MismatchError, UnsupportedError
+from userip_fast.core.late import Late
+from userip_fast.core.segments import Part, Segments
+from userip_fast.jobs.shards import infer_shard, merge_shards
 from userip_fast.lm import FrozenLM, stored
 from userip_fast.ops import profile_posterior
-from userip_fast.segments import Part, Segments
-from userip_fast.shards import infer_shard, merge_shards
 
 TEXTS = ["a", "b", "c"]
 

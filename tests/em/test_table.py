@@ -11,9 +11,8 @@ import torch
 from test_resume import read
 
 import userip_fast as uf
-from userip_fast.behaviour import BehaviourFormat, BehaviourSource
-from userip_fast.codebook import Codebook
-from userip_fast.config import Config, DataConfig, EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import Config, DataConfig, EMConfig
 from userip_fast.data import Catalogue
 from userip_fast.em import Block, EMState, crowd
 from userip_fast.em.cache import MemoryCache
@@ -25,8 +24,9 @@ from userip_fast.em.readings import Readings, log_likelihoods
 from userip_fast.em.table import EventTable, Grid, answers, has_table, survey
 from userip_fast.lm import PackedEngine
 from userip_fast.lm.engine import ReferenceEngine
-from userip_fast.packing import make_pack
-from userip_fast.prompts import ProfileField
+from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.prompts.layout import ProfileField
+from userip_fast.prompts.packing import make_pack
 
 CONFIG = EMConfig(estep="posterior", posterior="exact", prune_share=0.0, codeword_draws=0)
 SIZES = (3, 4, 2)

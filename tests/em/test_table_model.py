@@ -10,11 +10,11 @@ from test_resume import read
 from test_table import WHOLE
 
 import userip_fast as uf
-from userip_fast.config import LMConfig
+from userip_fast.core.config import LMConfig
+from userip_fast.core.errors import ConfigError, DataError
 from userip_fast.em.scorer import log_prior
-from userip_fast.errors import ConfigError, DataError
 from userip_fast.lm import PackedEngine
-from userip_fast.packing import make_pack
+from userip_fast.prompts.packing import make_pack
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import torch
 from test_resume import read
 
 import userip_fast as uf
-from userip_fast.codebook import Codebook
-from userip_fast.config import Config, DataConfig, EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import Config, DataConfig, EMConfig
+from userip_fast.core.errors import ConfigError, MismatchError
 from userip_fast.em.matching import agreement, assignment, numbered_like
-from userip_fast.errors import ConfigError, MismatchError
-from userip_fast.tune import tune
+from userip_fast.jobs.tune import tune
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 6])

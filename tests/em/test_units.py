@@ -8,14 +8,14 @@ import pytest
 import tiny
 import torch
 
-from userip_fast.codebook import Codebook
-from userip_fast.config import EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import EMConfig
 from userip_fast.em import Block, EMState, units
 from userip_fast.em.crowd import Apart
 from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.units import Units
 from userip_fast.lm import PackedEngine
-from userip_fast.packing import make_pack
+from userip_fast.prompts.packing import make_pack
 
 USERS = 13
 CONFIG = EMConfig(estep="posterior", prune_share=0.0)

@@ -8,8 +8,8 @@ where text is parsed. The others have structure, and sums that fit (`structured.
 share that gets past the first check is printed, and so is the share of the lines of functions that
 they ran in the modules that read (`AREAS`). Inputs go to forked workers with a limit on address
 space and an alarm for each input, so a crash, a hang or a flood of memory names its input. The last
-line is JSON with the counts; any other outcome than success or an error of `userip_fast.errors`
-ends in a traceback.
+line is JSON with the counts; any other outcome than success or one of `userip_fast.core.errors` ends
+in a traceback.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import userip_fast as uf
-import userip_fast.codebook
+import userip_fast.codebook.books
 from userip_fast.bank.redis_export import connect
-from userip_fast.config import Config
+from userip_fast.cli.flags import settings_of
+from userip_fast.core.config import Config
+from userip_fast.core.errors import UserIPError
+from userip_fast.core.files import read_json, read_tensors, sha256_file, write_tensors
 from userip_fast.data import TextTemplate
 from userip_fast.data.filters import RowFilter
 from userip_fast.em.checkpoints import Checkpoint, Checkpoints
-from userip_fast.errors import UserIPError
-from userip_fast.files import read_json, read_tensors, sha256_file, write_tensors
-from userip_fast.flags import settings_of
-from userip_fast.shards import parse_shard
+from userip_fast.jobs.shards import parse_shard
 
 AREAS = (
     "data",

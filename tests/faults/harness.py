@@ -47,11 +47,10 @@ import torch
 
 import userip_fast as uf
 import userip_fast.em.table
-import userip_fast.model_files
-from userip_fast import shards
+import userip_fast.model.files
 from userip_fast.bank.index import HashIndex
-from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
-from userip_fast.errors import (
+from userip_fast.core.config import Config, DataConfig, EMConfig, LMConfig
+from userip_fast.core.errors import (
     ConfigError,
     DataError,
     FormatError,
@@ -60,9 +59,10 @@ from userip_fast.errors import (
     UnavailableError,
     UserIPError,
 )
-from userip_fast.files import sha256_file, write_json
+from userip_fast.core.files import sha256_file, write_json
+from userip_fast.core.sums import check_sums, folder_sums, sealed
+from userip_fast.jobs import shards
 from userip_fast.lm import embedded
-from userip_fast.sums import check_sums, folder_sums, sealed
 
 USERS, SHARDS = 40, 3
 CONFIG = Config(

@@ -32,21 +32,21 @@ from safetensors import safe_open
 
 import userip_fast as uf
 from userip_fast.bank import redis_export
-from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
+from userip_fast.cli.flags import settings_of
+from userip_fast.core.config import Config, DataConfig, EMConfig, LMConfig
+from userip_fast.core.errors import UserIPError
+from userip_fast.core.files import read_tensors, sha256_file, write_tensors
+from userip_fast.core.sums import MANIFEST, folder_sums, sealed
 from userip_fast.data.filters import RowFilter
 from userip_fast.data.nete import read_nete
 from userip_fast.em.cache import DiskCache
 from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.steps import EMState
 from userip_fast.em.table import EventTable
-from userip_fast.errors import UserIPError
-from userip_fast.explain import explain
-from userip_fast.files import read_tensors, sha256_file, write_tensors
-from userip_fast.flags import settings_of
+from userip_fast.jobs.explain import explain
+from userip_fast.jobs.shards import merge_shards, parse_shard
 from userip_fast.lm import open_lm
-from userip_fast.report import report_run
-from userip_fast.shards import merge_shards, parse_shard
-from userip_fast.sums import MANIFEST, folder_sums, sealed
+from userip_fast.report.write import report_run
 
 Job = Callable[[Random], Any]
 FIRST_CHECK = re.compile(

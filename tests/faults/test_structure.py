@@ -19,13 +19,13 @@ import torch
 import userip_fast as uf
 from userip_fast.bank.layout import check_fields
 from userip_fast.bank.parquet import bank_table
-from userip_fast.config import LMConfig
-from userip_fast.errors import ConfigError, DataError, FormatError, UnsupportedError
-from userip_fast.explain import explain
-from userip_fast.files import sha256_file
+from userip_fast.core.config import LMConfig
+from userip_fast.core.errors import ConfigError, DataError, FormatError, UnsupportedError
+from userip_fast.core.files import sha256_file
+from userip_fast.core.sums import folder_sums, sealed
+from userip_fast.jobs.explain import explain
+from userip_fast.jobs.shards import merge_shards
 from userip_fast.lm import open_lm
-from userip_fast.shards import merge_shards
-from userip_fast.sums import folder_sums, sealed
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from userip_fast import _extension
+from userip_fast.core import _extension
 from userip_fast.lm import FrozenLM, bf16, bf16_gate
 from userip_fast.lm.fuse import fuse
 

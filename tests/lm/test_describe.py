@@ -6,8 +6,8 @@ from families import ATTENTION
 from typer.testing import CliRunner
 
 from userip_fast.cli import app
-from userip_fast.config import LMConfig
-from userip_fast.errors import UnsupportedError
+from userip_fast.core.config import LMConfig
+from userip_fast.core.errors import UnsupportedError
 from userip_fast.lm import describe, gates
 
 

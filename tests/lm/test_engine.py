@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from userip_fast.lm import PackedEngine, ReferenceEngine
-from userip_fast.packing import iter_packs, make_pack
+from userip_fast.prompts.packing import iter_packs, make_pack
 from userip_fast.testing import assert_close_to_oracle
 
 

@@ -13,13 +13,13 @@ import pytest
 import tiny
 import torch
 
-from userip_fast.errors import UnsupportedError
+from userip_fast.core.errors import UnsupportedError
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
 from userip_fast.lm.masks import Near
 from userip_fast.lm.nf4 import NF4Linear, quantize_linears
 from userip_fast.ops import nf4_dequantize
-from userip_fast.packing import build_behaviour, iter_packs
-from userip_fast.prompts import ProfileField, PromptTemplate, tokenize_events
+from userip_fast.prompts.layout import ProfileField, PromptTemplate, tokenize_events
+from userip_fast.prompts.packing import build_behaviour, iter_packs
 from userip_fast.testing import assert_close_to_oracle
 
 F32, BF16 = torch.float32, torch.bfloat16

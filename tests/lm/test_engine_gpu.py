@@ -11,7 +11,7 @@ from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
 from userip_fast.lm.fuse import fuse
 from userip_fast.lm.nf4 import quantize_linears
 from userip_fast.lm.residency import set_recompute, settle
-from userip_fast.packing import make_pack
+from userip_fast.prompts.packing import make_pack
 
 pytestmark = pytest.mark.gpu
 

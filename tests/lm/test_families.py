@@ -21,10 +21,10 @@ import torch
 import transformers as tf
 from families import ATTENTION, EXACT, NOT_HERE, OTHER, REFUSED, Family
 
-from userip_fast.config import LMConfig
-from userip_fast.errors import UnsupportedError
+from userip_fast.core.config import LMConfig
+from userip_fast.core.errors import UnsupportedError
 from userip_fast.lm import FrozenLM, PackedEngine, open_lm
-from userip_fast.packing import make_pack
+from userip_fast.prompts.packing import make_pack
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 READINGS = ((1, "sequence"), (3, "sequence"), (3, "independent"))

@@ -9,8 +9,8 @@ import torch
 from test_memory import engine_of, sized, step_of
 from torch import nn
 
-from userip_fast import _extension
-from userip_fast.config import LMConfig
+from userip_fast.core import _extension
+from userip_fast.core.config import LMConfig
 from userip_fast.lm import open_lm
 from userip_fast.lm.fuse import fuse, unfuse
 from userip_fast.lm.trace import Architecture

@@ -8,12 +8,12 @@ import pytest
 import tiny
 import torch
 
-from userip_fast.config import LMConfig
-from userip_fast.doctor import diagnose
-from userip_fast.errors import UnavailableError, UnsupportedError
+from userip_fast.cli.doctor import diagnose
+from userip_fast.core.config import LMConfig
+from userip_fast.core.errors import UnavailableError, UnsupportedError
 from userip_fast.lm import PackedEngine, gguf, open_lm
 from userip_fast.lm.stored import keep_tokenizer, kept_tokenizer
-from userip_fast.packing import make_pack
+from userip_fast.prompts.packing import make_pack
 
 writer_of = pytest.importorskip("gguf").GGUFWriter
 LAYER = {

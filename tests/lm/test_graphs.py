@@ -10,17 +10,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from userip_fast.config import Config, EMConfig
+from userip_fast.core.config import Config, EMConfig
+from userip_fast.core.errors import UnavailableError, UnsupportedError
 from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.readings import Readings, gradients, log_likelihoods
 from userip_fast.em.steps import Block, EMState
-from userip_fast.errors import UnavailableError, UnsupportedError
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine, fp8, graphs, make_engine
 from userip_fast.lm.fuse import fuse
 from userip_fast.lm.graphs import GraphEngine
 from userip_fast.lm.padding import PackSizes, fill
 from userip_fast.lm.trace import Architecture, _MetaLM
-from userip_fast.packing import iter_packs, make_pack
+from userip_fast.prompts.packing import iter_packs, make_pack
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 BIG = 1e30

@@ -14,9 +14,9 @@ import torch
 from families import EXACT
 from torch import nn
 
-from userip_fast.config import LMConfig
-from userip_fast.doctor import diagnose
-from userip_fast.errors import UnavailableError, UnsupportedError
+from userip_fast.cli.doctor import diagnose
+from userip_fast.core.config import LMConfig
+from userip_fast.core.errors import UnavailableError, UnsupportedError
 from userip_fast.lm import FrozenLM, limits, memory, open_lm
 from userip_fast.lm.frozen import _positions
 from userip_fast.lm.limits import free_bytes

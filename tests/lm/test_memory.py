@@ -9,16 +9,16 @@ import torch
 from families import EXACT, Family
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from userip_fast.config import EMConfig, LMConfig
+from userip_fast.core.config import EMConfig, LMConfig
+from userip_fast.core.errors import ConfigError, OutOfMemoryError
 from userip_fast.em.blocks import run_anew
 from userip_fast.em.steps import Block, EMState, Profiles
-from userip_fast.errors import ConfigError, OutOfMemoryError
 from userip_fast.lm import FrozenLM, PackedEngine, attention, memory, memory_table, open_lm
 from userip_fast.lm.limits import GIB, is_out_of_memory
 from userip_fast.lm.memory import Plan, choose
 from userip_fast.lm.residency import set_recompute
 from userip_fast.lm.trace import Architecture, Workload
-from userip_fast.packing import Behaviour, make_pack
+from userip_fast.prompts.packing import Behaviour, make_pack
 from userip_fast.testing import peak_bytes
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from userip_fast.errors import UnsupportedError
+from userip_fast.core.errors import UnsupportedError
 from userip_fast.lm.nf4 import NF4Linear, quantize_linears, replace_linear4bit
 
 bnb = pytest.importorskip("bitsandbytes", reason="the oracle is bitsandbytes' Linear4bit")

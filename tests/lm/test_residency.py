@@ -18,16 +18,16 @@ import tiny
 import torch
 from torch import nn
 
-from userip_fast.config import EMConfig, LMConfig
+from userip_fast.core.config import EMConfig, LMConfig
+from userip_fast.core.errors import UnsupportedError
 from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.steps import Block, EMState
-from userip_fast.errors import UnsupportedError
 from userip_fast.lm import PackedEngine, fp8, fp8_gate, open_lm, residency
 from userip_fast.lm.fp8 import FP8Linear, quantize_rows
 from userip_fast.lm.layers import layer_of
 from userip_fast.lm.nf4 import quantize_linears
 from userip_fast.lm.residency import StreamedLinear, set_recompute, settle, stream_layers
-from userip_fast.packing import make_pack
+from userip_fast.prompts.packing import make_pack
 
 
 def four_bit(family):

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import userip_fast as uf
-from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
+from userip_fast.core.config import Config, DataConfig, EMConfig, LMConfig
 from userip_fast.lm import PackedEngine, gguf, open_lm
-from userip_fast.packing import build_behaviour, make_pack
-from userip_fast.prompts import ProfileField, PromptTemplate, tokenize_events
-from userip_fast.text_tokens import text_tokenizer
+from userip_fast.prompts.layout import ProfileField, PromptTemplate, tokenize_events
+from userip_fast.prompts.packing import build_behaviour, make_pack
+from userip_fast.prompts.text_tokens import text_tokenizer
 
 pytestmark = pytest.mark.slow
 takes_minutes = pytest.mark.skipif(

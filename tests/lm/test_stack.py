@@ -13,7 +13,7 @@ from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
 from userip_fast.lm.fuse import fuse
 from userip_fast.lm.nf4 import quantize_linears
 from userip_fast.lm.residency import set_recompute, settle
-from userip_fast.packing import make_pack
+from userip_fast.prompts.packing import make_pack
 
 F32, BF16 = torch.float32, torch.bfloat16
 FAMILIES = ("llama", "llama_tied", "mistral", "qwen2", "qwen2_window", "qwen3")

@@ -15,13 +15,13 @@ import tiny
 import torch
 
 import userip_fast as uf
-from userip_fast.api import load_lm
-from userip_fast.behaviour import BehaviourFormat, BehaviourSource
-from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
+from userip_fast.core.config import Config, DataConfig, EMConfig, LMConfig
+from userip_fast.core.errors import FormatError, MismatchError
+from userip_fast.core.sums import cache_folder, kept_sum, sealed
 from userip_fast.data import Catalogue
-from userip_fast.errors import FormatError, MismatchError
+from userip_fast.jobs.fit import load_lm
 from userip_fast.lm import embedded, open_lm, stored
-from userip_fast.sums import cache_folder, kept_sum, sealed
+from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
 
 LM = LMConfig(embedded_hidden=16, embedded_heads=2, embedded_layers=1, embedded_tokens=4_000,
               embedded_vocab=320)  # fmt: skip
@@ -149,7 +149,7 @@ def test_a_model_gets_no_fresh_sums_over_damage(tmp_path, monkeypatch, damage):
         else:
             DAMAGE[damage](entry / "model.safetensors")
 
-    monkeypatch.setattr("userip_fast.api.ItemCounts.merge", harm)  # while a fit runs
+    monkeypatch.setattr("userip_fast.jobs.fit.ItemCounts.merge", harm)  # while a fit runs
     with pytest.raises(FormatError, match=r"not what was loaded .*--resume"):
         uf.fit(read(), config=CONFIG, out=tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()
@@ -292,17 +292,17 @@ def old_file(tmp_path, text="x" * 100):
 
 
 def test_a_sum_is_read_once_and_again_where_the_file_or_the_caller_asks(tmp_path, monkeypatch):
-    monkeypatch.setattr("userip_fast.sums._SETTLED_S", -1.0)  # a test does not wait
+    monkeypatch.setattr("userip_fast.core.sums._SETTLED_S", -1.0)  # a test does not wait
     file = old_file(tmp_path)
     first = kept_sum(file)
-    monkeypatch.setattr("userip_fast.sums.sha256_file", lambda path: "read")
+    monkeypatch.setattr("userip_fast.core.sums.sha256_file", lambda path: "read")
     assert kept_sum(file) == first
     assert kept_sum(file, again=True) == "read"
     assert kept_sum(file) == "read"
     times = file.stat()
     file.write_text("y" * 100)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # its time of change tells still
-    monkeypatch.setattr("userip_fast.sums.sha256_file", lambda path: "changed")
+    monkeypatch.setattr("userip_fast.core.sums.sha256_file", lambda path: "changed")
     assert kept_sum(file) == "changed"
 
 
@@ -310,7 +310,7 @@ def test_files_just_changed_and_damaged_stores_are_read(tmp_path, monkeypatch):
     file = old_file(tmp_path)
     first = kept_sum(file)
     assert not (cache_folder() / "sums.json").exists()
-    monkeypatch.setattr("userip_fast.sums._SETTLED_S", -1.0)
+    monkeypatch.setattr("userip_fast.core.sums._SETTLED_S", -1.0)
     kept_sum(file)
     for text in ("[]", "{", '{"a": 1}', ""):
         (cache_folder() / "sums.json").write_text(text)
@@ -318,7 +318,7 @@ def test_files_just_changed_and_damaged_stores_are_read(tmp_path, monkeypatch):
 
 
 def test_verify_reads_what_rotted_behind_a_kept_sum(tmp_path, monkeypatch):
-    monkeypatch.setattr("userip_fast.sums._SETTLED_S", -1.0)
+    monkeypatch.setattr("userip_fast.core.sums._SETTLED_S", -1.0)
     folder = save(tmp_path / "lm")
     config = replace(CONFIG, lm=LMConfig(path=str(folder), quantization="none"))
     model = uf.fit(read(), config=config, out=tmp_path / "run")
@@ -333,7 +333,7 @@ def test_verify_reads_what_rotted_behind_a_kept_sum(tmp_path, monkeypatch):
 
 
 def test_a_wrong_kept_sum_does_not_refuse_the_right_lm(tmp_path, monkeypatch):
-    monkeypatch.setattr("userip_fast.sums._SETTLED_S", -1.0)
+    monkeypatch.setattr("userip_fast.core.sums._SETTLED_S", -1.0)
     folder = save(tmp_path / "lm")
     right = load(folder).fingerprint
     store = cache_folder() / "sums.json"

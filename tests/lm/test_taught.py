@@ -9,13 +9,13 @@ import torch
 from test_embedded import planted
 
 import userip_fast as uf
-from userip_fast.api import load_lm
-from userip_fast.behaviour import BehaviourFormat, BehaviourSource
-from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
+from userip_fast.core.config import Config, DataConfig, EMConfig, LMConfig
+from userip_fast.core.sums import cache_folder
 from userip_fast.data import Catalogue
+from userip_fast.jobs.fit import load_lm
 from userip_fast.lm import embedded
-from userip_fast.prompts import ProfileField
-from userip_fast.sums import cache_folder
+from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.prompts.layout import ProfileField
 
 FIELDS = (ProfileField("taste", "", 1, 2),)
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from userip_fast import _extension
-from userip_fast.errors import UnavailableError
+from userip_fast.core import _extension
+from userip_fast.core.errors import UnavailableError
 from userip_fast.ops import (
     assign_codes,
     assign_codes_reference,

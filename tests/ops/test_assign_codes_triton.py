@@ -9,7 +9,7 @@ import test_assign_codes as shared
 from userip_fast.kernels import assign_codes as kernel
 
 from userip_fast import ops
-from userip_fast.errors import UnavailableError
+from userip_fast.core.errors import UnavailableError
 from userip_fast.ops import assign_codes, assign_codes_with_stats
 from userip_fast.ops.assign_codes import assign_codes_reference
 

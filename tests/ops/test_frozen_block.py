@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from userip_fast import _extension, ops
+from userip_fast import ops
+from userip_fast.core import _extension
 from userip_fast.ops import frozen_block
 from userip_fast.testing import assert_close_to_oracle, poisoned_memory
 

@@ -6,10 +6,12 @@ import logging
 import pytest
 import torch
 
-from userip_fast import _extension, isa, ops
-from userip_fast.errors import UserIPError
-from userip_fast.nf4 import NF4Weight
+from userip_fast import ops
+from userip_fast.core import _extension
+from userip_fast.core.errors import UserIPError
+from userip_fast.ops import isa
 from userip_fast.ops._products import frozen_linear, product
+from userip_fast.ops.nf4_format import NF4Weight
 
 pytestmark = pytest.mark.skipif(
     _extension.why_not() is not None, reason=f"compiled extension: {_extension.why_not()}"

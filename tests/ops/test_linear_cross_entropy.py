@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from userip_fast import _extension
+from userip_fast.core import _extension
 from userip_fast.ops import linear_cross_entropy as lce_op
 from userip_fast.ops import linear_cross_entropy_reference
 from userip_fast.ops.linear_cross_entropy import _linear_cross_entropy

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from userip_fast import ops
-from userip_fast.nf4 import BLOCKSIZES, NF4Weight
 from userip_fast.ops import _nf4_cpu
 from userip_fast.ops.nf4_dequantize import _nf4_dequantize, nf4_dequantize_reference
+from userip_fast.ops.nf4_format import BLOCKSIZES, NF4Weight
 from userip_fast.ops.nf4_linear import _nf4_linear, _nf4_linear_grad
 from userip_fast.testing import assert_close_to_oracle, poisoned_memory
 

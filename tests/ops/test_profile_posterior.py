@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from userip_fast import _extension
+from userip_fast.core import _extension
 from userip_fast.ops import profile_posterior, profile_posterior_reference
 from userip_fast.ops.profile_posterior import _profile_posterior
 from userip_fast.testing import assert_close_to_oracle, poisoned_memory

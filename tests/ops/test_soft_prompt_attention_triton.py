@@ -6,7 +6,7 @@ import pytest
 import torch
 from soft_prompt_cases import CASES, Case, compare, gradients, make_case, run_op
 
-from userip_fast.errors import UnavailableError
+from userip_fast.core.errors import UnavailableError
 from userip_fast.ops.soft_prompt_attention import (
     attention_backward,
     attention_forward,

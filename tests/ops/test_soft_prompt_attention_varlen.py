@@ -11,7 +11,7 @@ import pytest
 import torch
 from soft_prompt_cases import dense_attention, gradients, make_case, run_op
 
-from userip_fast.errors import UnavailableError, UnsupportedError
+from userip_fast.core.errors import UnavailableError, UnsupportedError
 from userip_fast.ops import _soft_prompt_attention_varlen as varlen
 from userip_fast.ops.soft_prompt_attention import (
     soft_prompt_attention_backward_reference,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from userip_fast import _extension
+from userip_fast.core import _extension
 from userip_fast.ops import sparse_adam
 from userip_fast.ops.sparse_adam import _sparse_adam
 

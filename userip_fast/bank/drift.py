@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from userip_fast.errors import MismatchError
+from userip_fast.core.errors import MismatchError
 
 if TYPE_CHECKING:
     from userip_fast.bank.feature_bank import FeatureBank

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from userip_fast.errors import ConfigError
-from userip_fast.files import atomic_file
+from userip_fast.core.errors import ConfigError
+from userip_fast.core.files import atomic_file
 
 if TYPE_CHECKING:
     from userip_fast.bank.feature_bank import FeatureBank

@@ -32,7 +32,7 @@ from userip_fast.bank.index import (
 from userip_fast.bank.layout import PAGE_SUMS, VERSION, Field, Generation
 from userip_fast.bank.parquet import read_parquet, whole_table, write_csv, write_parquet
 from userip_fast.bank.writer import LOCK_TIMEOUT_S, BankWriter
-from userip_fast.errors import (
+from userip_fast.core.errors import (
     ConfigError,
     DataError,
     FormatError,

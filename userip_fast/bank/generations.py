@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from userip_fast.errors import DataError, FormatError
-from userip_fast.files import (
+from userip_fast.core.errors import DataError, FormatError
+from userip_fast.core.files import (
     atomic_dir,
     lock_file,
     read_json_bytes,

@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from userip_fast import _extension
 from userip_fast.bank.pages import PagedArray
-from userip_fast.errors import ConfigError, DataError, FormatError, MismatchError
-from userip_fast.keys import canonical_keys, hash_keys, key_order
+from userip_fast.core import _extension
+from userip_fast.core.errors import ConfigError, DataError, FormatError, MismatchError
+from userip_fast.core.keys import canonical_keys, hash_keys, key_order
 
 _USERS_PER_BUCKET = 8  # at least, on average; below 16, since the number of buckets doubles
 _WINDOW = 16  # users compared at once

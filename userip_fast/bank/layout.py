@@ -44,9 +44,9 @@ from userip_fast.bank.index import (
 )
 from userip_fast.bank.pages import PagedArray, PageSums, num_pages
 from userip_fast.bank.spool import Users
-from userip_fast.errors import ConfigError, DataError, FormatError, shown
-from userip_fast.files import open_regular, read_json_bytes, write_json
-from userip_fast.keys import hash_keys, key_order
+from userip_fast.core.errors import ConfigError, DataError, FormatError, shown
+from userip_fast.core.files import open_regular, read_json_bytes, write_json
+from userip_fast.core.keys import hash_keys, key_order
 
 FORMAT = "userip_fast.bank"
 VERSION = 1

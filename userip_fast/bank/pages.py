@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from userip_fast.errors import FormatError
+from userip_fast.core.errors import FormatError
 
 PAGE = 4096
 """Bytes that have one sum; the last page of an array may be shorter."""

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from userip_fast.bank.layout import FORMAT, VERSION, Field, check_fields, check_metadata
-from userip_fast.errors import FormatError
-from userip_fast.files import atomic_file
-from userip_fast.keys import hash_keys
+from userip_fast.core.errors import FormatError
+from userip_fast.core.files import atomic_file
+from userip_fast.core.keys import hash_keys
 
 if TYPE_CHECKING:
     from userip_fast.bank.feature_bank import FeatureBank

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from userip_fast.bank.index import ON_UNKNOWN, bad_on_unknown, keys_of_type, unknown_users
 from userip_fast.bank.layout import Field, check_fields, code_dtype
-from userip_fast.errors import (
+from userip_fast.core.errors import (
     ConfigError,
     FormatError,
     MismatchError,

@@ -18,8 +18,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from userip_fast.bank.index import in_hash_order
-from userip_fast.files import storage_errors
-from userip_fast.keys import NUM_SHARDS, shard_of
+from userip_fast.core.files import storage_errors
+from userip_fast.core.keys import NUM_SHARDS, shard_of
 
 WAITING_USERS = 1 << 17  # in memory, at most, before they go to disk
 

@@ -27,8 +27,8 @@ from userip_fast.bank.layout import (
     write_generation,
 )
 from userip_fast.bank.spool import Spool, Users
-from userip_fast.errors import ConfigError, MismatchError
-from userip_fast.keys import hash_keys, shard_of
+from userip_fast.core.errors import ConfigError, MismatchError
+from userip_fast.core.keys import hash_keys, shard_of
 
 LOCK_TIMEOUT_S = 30.0
 """How long a writer waits for another one before it gives up."""

@@ -20,7 +20,7 @@ app.add_typer(banks, name="bank", help="Look into a feature bank, and keep it.")
 def lookup(bank: Bank, users: Keys, on_unknown: str) -> None:
     """Print the codes of users, and what they mean."""
     from userip_fast.bank import FeatureBank
-    from userip_fast.terminal import print_codes
+    from userip_fast.cli.terminal import print_codes
 
     print_codes(FeatureBank.open(bank), users, on_unknown)
 
@@ -76,7 +76,7 @@ def merge(
     update: Annotated[bool, typer.Option(help="Keep the bank's other users.")] = False,
 ) -> None:
     """Merge the files of all shards into one bank."""
-    from userip_fast.shards import merge_shards
+    from userip_fast.jobs.shards import merge_shards
 
     say(f"{bank}: {len(merge_shards(shards, bank, update)):,} users")
 

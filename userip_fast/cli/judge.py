@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from userip_fast.cli.flags import FORM, settings_of
 from userip_fast.cli.log import names, read_log, settings_like
 from userip_fast.cli.options import (
     DATA,
@@ -25,7 +26,6 @@ from userip_fast.cli.options import (
 )
 from userip_fast.cli.shell import app, say
 from userip_fast.ctr.config import CTRConfig
-from userip_fast.flags import FORM, settings_of
 
 
 @app.command()
@@ -46,7 +46,7 @@ def ctr(ctx: typer.Context, out: Path, quiet: bool) -> None:
 
     settings, asked = settings_of(ctx.params), _protocol(ctx.params)
     data = read_log({**ctx.params, "max_users": None}, settings)
-    from userip_fast.terminal import print_ctr
+    from userip_fast.cli.terminal import print_ctr
 
     result = evaluate_ctr(data, ctr=asked, config=settings, out=out, show=not quiet)
     if not quiet:
@@ -83,10 +83,10 @@ def tune(
     numbers = [k.strip() for k in codes.split(",")]
     sizes = [int(k) if k.isdecimal() and len(k) < 10 else 0 for k in numbers]
     data = read_log(ctx.params, settings)
-    from userip_fast.files import write_json
-    from userip_fast.terminal import print_choices
-    from userip_fast.tune import Choice
-    from userip_fast.tune import tune as run_tune
+    from userip_fast.cli.terminal import print_choices
+    from userip_fast.core.files import write_json
+    from userip_fast.jobs.tune import Choice
+    from userip_fast.jobs.tune import tune as run_tune
 
     judged: list[Choice] = []
 
@@ -121,9 +121,9 @@ def explain(
     The codes are those of RUN/bank. Writes explain.json into the run and renews its report.
     """
     from userip_fast.bank import FeatureBank
-    from userip_fast.explain import explain as run_explain
-    from userip_fast.model import Model
-    from userip_fast.report import report_run
+    from userip_fast.jobs.explain import explain as run_explain
+    from userip_fast.model.fitted import Model
+    from userip_fast.report.write import report_run
 
     model = Model.load(run / "model", device=device)
     data = read_log(ctx.params, settings_like(model, ctx.params))
@@ -144,7 +144,7 @@ def explain(
 @app.command()
 def report(run: Run) -> None:
     """Write RUN/report.html anew from all that the run folder holds, ctr.json files included."""
-    from userip_fast.report import report_run
+    from userip_fast.report.write import report_run
 
     say(report_run(run))
 
@@ -157,7 +157,7 @@ def show(
     open: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
 ) -> None:
     """Write RUN/explore.html: the report with a search over codes, items and users, in one file."""
-    from userip_fast.show import show_run
+    from userip_fast.report.show import show_run
 
     path = show_run(run, users=users, items=items)
     say(path)

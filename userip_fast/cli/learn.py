@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from userip_fast.cli.flags import settings_of
 from userip_fast.cli.log import read_or_stream, settings_like
 from userip_fast.cli.options import EM, FROM, LOG, PROFILE, RUN, TOLD, said, takes
 from userip_fast.cli.shell import app, die, say
-from userip_fast.flags import settings_of
 
 
 @app.command()
@@ -33,9 +33,9 @@ def demo(
     full: Annotated[bool, typer.Option("--full", help="Three seeds instead of one.")] = False,
 ) -> None:
     """Infer traits of a planted world's users and compare them with the truth. Minutes on a CPU."""
+    from userip_fast.cli.terminal import print_cards, print_scores
+    from userip_fast.core.files import read_json
     from userip_fast.demo import run_demo
-    from userip_fast.files import read_json
-    from userip_fast.terminal import print_cards, print_scores
 
     metrics = run_demo(out=out, full=full, seed=seed, show=True)
     print_scores(metrics)
@@ -62,11 +62,11 @@ def fit(
     quiet = quiet or os.environ.get("RANK", "0") != "0"  # of torchrun's processes, one speaks
     settings = settings_of(ctx.params)
     data = read_or_stream({**ctx.params, "quiet": quiet}, settings)
-    from userip_fast.api import fit as run_fit
     from userip_fast.bank import FeatureBank
-    from userip_fast.files import read_json
-    from userip_fast.run_folder import Run
-    from userip_fast.terminal import print_results
+    from userip_fast.cli.terminal import print_results
+    from userip_fast.core.files import read_json
+    from userip_fast.jobs.fit import fit as run_fit
+    from userip_fast.jobs.run_folder import Run
 
     model = run_fit(
         data,
@@ -119,8 +119,8 @@ def infer(
     Column names, text, filter and rules default to those the model was fitted with.
     """
     from userip_fast.bank import FeatureBank
-    from userip_fast.model import Model
-    from userip_fast.terminal import print_results
+    from userip_fast.cli.terminal import print_results
+    from userip_fast.model.fitted import Model
 
     fitted = Model.load(model, device=device, verify=bool(verify))
     settings = settings_like(fitted, ctx.params)
@@ -129,7 +129,7 @@ def infer(
     if shard is not None:
         if probabilities:
             die("--probabilities is not kept by --shard files; infer without --shard", 2)
-        from userip_fast.shards import infer_shard, parse_shard
+        from userip_fast.jobs.shards import infer_shard, parse_shard
 
         file = infer_shard(fitted, data, *parse_shard(shard), out, on_bad=rule, show=not quiet)
         say(f"{file}: done")
@@ -175,8 +175,8 @@ def profiles(
 
     What a recommender takes beside the codes; a bank holds codes alone.
     """
-    from userip_fast.model import Model
-    from userip_fast.profile_export import export_profiles
+    from userip_fast.jobs.profiles import export_profiles
+    from userip_fast.model.fitted import Model
 
     fitted = Model.load(model, device=device)
     settings = settings_like(fitted, ctx.params)

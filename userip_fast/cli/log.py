@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from userip_fast.cli.flags import FORM_OF_FILES, flag_values
 from userip_fast.cli.shell import say
-from userip_fast.flags import FORM_OF_FILES, flag_values
 
 if TYPE_CHECKING:
-    from userip_fast.config import Config
+    from userip_fast.core.config import Config
     from userip_fast.data import Data, Interactions
-    from userip_fast.model import Model
+    from userip_fast.model.fitted import Model
 
 
 def settings_like(model: Model, params: Mapping[str, Any]) -> Config:

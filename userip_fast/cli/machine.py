@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
+from userip_fast.cli.flags import settings_of
 from userip_fast.cli.options import takes
 from userip_fast.cli.shell import app, die
-from userip_fast.flags import settings_of
-from userip_fast.visible import visible
+from userip_fast.core.visible import visible
 
 
 @app.command(name="lm")
@@ -34,8 +34,8 @@ def describe_lm(
 def doctor(ctx: typer.Context, seed: int) -> None:
     """Check packing and masks on your own LM: the packed engine against the plain model."""
     settings = settings_of(ctx.params)
-    from userip_fast.doctor import diagnose, load
-    from userip_fast.terminal import print_checks
+    from userip_fast.cli.doctor import diagnose, load
+    from userip_fast.cli.terminal import print_checks
 
     checks = diagnose(load(settings), seed=seed)
     print_checks(checks)
@@ -46,6 +46,6 @@ def doctor(ctx: typer.Context, seed: int) -> None:
 @app.command()
 def env() -> None:
     """Print what this machine has and which implementation of each op it can run."""
-    from userip_fast.env import format_report
+    from userip_fast.cli.env import format_report
 
     print(format_report())

@@ -1,6 +1,6 @@
 """Every flag of the command line, written once; a command takes its own by name.
 
-The flag of a setting is declared with the setting, in `userip_fast.config` and
+The flag of a setting is declared with the setting, in `userip_fast.core.config` and
 `userip_fast.ctr.config`; what is no setting (files, folders, what is shown) is in `OPTIONS`. What
 one command alone has stands in its signature.
 """
@@ -16,10 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
+from userip_fast.cli.flags import FORM, SETTINGS
+from userip_fast.core.fields import TEMPLATES
+from userip_fast.core.settings import Flag, flags_of
 from userip_fast.ctr.config import CTRConfig
-from userip_fast.fields import TEMPLATES
-from userip_fast.flags import FORM, SETTINGS
-from userip_fast.settings import Flag, flags_of
 
 DATA, TEXT, FIELDS, RUN = "Data", "Behaviour text and loss", "Profile and LM", "Run"
 EVALUATION = "Evaluation"

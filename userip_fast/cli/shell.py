@@ -17,10 +17,10 @@ import typer
 from typer.core import TyperGroup
 
 from userip_fast._version import __version__
-from userip_fast.errors import UserIPError
-from userip_fast.flags import FLAGS
-from userip_fast.interrupts import keep_interrupts
-from userip_fast.visible import visible
+from userip_fast.cli.flags import FLAGS
+from userip_fast.core.errors import UserIPError
+from userip_fast.core.interrupts import keep_interrupts
+from userip_fast.core.visible import visible
 
 
 class Group(TyperGroup):

@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from userip_fast.core.errors import UnavailableError
 from userip_fast.ctr.config import DIN, CTRConfig
 from userip_fast.ctr.inputs import Column, History, Input, Number
-from userip_fast.errors import UnavailableError
 
 _INSTALL = "(extra ctr): pip install"
 _FEW = 256  # values that LightGBM may split by one by one

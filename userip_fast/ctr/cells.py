@@ -12,9 +12,9 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from userip_fast.core.files import atomic_file
+from userip_fast.core.keys import hash_keys
 from userip_fast.data import Interactions
-from userip_fast.files import atomic_file
-from userip_fast.keys import hash_keys
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from userip_fast.ctr.protocols import Task
 from userip_fast.ctr.vectors import Float64
 from userip_fast.data.attributes import Attribute
-from userip_fast.packing import Int64
+from userip_fast.prompts.packing import Int64
 
 _PERMUTATIONS = 20
 
@@ -84,30 +83,6 @@ def describe_codes(
         out["same_again"] = [float((codes[there, j] == again[there, j]).mean()) for j in fields]
         out["same_again_users"] = int(there.sum())
     return out
-
-
-def codes_in_words(codes: Mapping[str, Any]) -> str:
-    """`describe_codes` in a line, field by field."""
-
-    def listed(name: str, form: str) -> str:
-        return " and ".join(format(x, form) for x in codes[name])
-
-    parts = [
-        f"perplexity {listed('perplexity', '.1f')}",
-        f"dead {listed('dead', 'd')}",
-        f"largest {listed('largest', '.0%')} of users",
-        f"generosity (of choices: popularity) tells {listed('generosity_share', '.0%')} of them",
-    ]
-    for name, by in codes["bits"].items():
-        shared = " and ".join(f"{x:.3f}" for x in by["shared"])
-        chance = " and ".join(f"{x:.3f}" for x in by["permuted"])
-        parts.append(f"{name} {shared} bits (by chance {chance})")
-    if "largest_probability" in codes:
-        sure = f"mean largest probability {listed('largest_probability', '.2f')}"
-        if "same_again" in codes:
-            sure += f", same code by other events {listed('same_again', '.2f')}"
-        parts.append(sure)
-    return "; ".join(parts)
 
 
 def _perplexity(counts: Int64) -> float:

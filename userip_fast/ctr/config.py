@@ -6,9 +6,9 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from userip_fast.config import Config
-from userip_fast.errors import ConfigError
-from userip_fast.settings import Rule, at_least, check, setting
+from userip_fast.core.config import Config
+from userip_fast.core.errors import ConfigError
+from userip_fast.core.settings import Rule, at_least, check, setting
 
 FEATURES = (
     "none", "random", "generosity", "kmeans_attributes", "kmeans_tfidf", "kmeans_states",

@@ -14,7 +14,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from userip_fast._version import __version__
-from userip_fast.config import Config
+from userip_fast.core.config import Config
+from userip_fast.core.errors import DataError
+from userip_fast.core.files import write_json
 from userip_fast.ctr.backbones import check_installed, train_and_predict
 from userip_fast.ctr.cells import Cells, data_digest
 from userip_fast.ctr.codes import describe_codes
@@ -27,9 +29,7 @@ from userip_fast.ctr.statistics import Bootstrap, auc, log_loss, paired
 from userip_fast.ctr.work import Work
 from userip_fast.data import Interactions
 from userip_fast.em.columns import MOST
-from userip_fast.errors import DataError
-from userip_fast.files import write_json
-from userip_fast.packing import Int64
+from userip_fast.prompts.packing import Int64
 
 Scores = list[NDArray[np.float32]]
 _FLOOR = 0.005

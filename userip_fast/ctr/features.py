@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from userip_fast.api import prepare
-from userip_fast.behaviour import BehaviourFormat, BehaviourSource
-from userip_fast.codebook import ResidualCodebook
-from userip_fast.config import Config
+from userip_fast.codebook.books import ResidualCodebook
+from userip_fast.core.config import Config
+from userip_fast.core.errors import ConfigError
+from userip_fast.core.keys import hash_keys, seeded
+from userip_fast.core.progress import progress
 from userip_fast.ctr.cells import Cells, data_digest
 from userip_fast.ctr.vectors import (
     Float64,
@@ -40,13 +41,12 @@ from userip_fast.em.free import FreeMixture
 from userip_fast.em.readings import Readings, log_likelihoods, pair_log_likelihoods
 from userip_fast.em.starts import shared_start
 from userip_fast.em.states import mean_states
-from userip_fast.errors import ConfigError
-from userip_fast.keys import hash_keys, seeded
+from userip_fast.jobs.fit import prepare
 from userip_fast.lm import PackedEngine
 from userip_fast.lm.embedded import RECIPE
-from userip_fast.model import Model
-from userip_fast.packing import Int64
-from userip_fast.progress import progress
+from userip_fast.model.fitted import Model
+from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.prompts.packing import Int64
 
 Vectors = Callable[[Interactions], Float64]
 

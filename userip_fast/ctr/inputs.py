@@ -20,7 +20,7 @@ from userip_fast.ctr.features import ImpossibleError, Profiles
 from userip_fast.ctr.numbers import Numbers
 from userip_fast.ctr.protocols import Rows, Task
 from userip_fast.data.attributes import item_attributes
-from userip_fast.packing import Int64
+from userip_fast.prompts.packing import Int64
 
 SIDES = ("train", "valid", "test")
 _CLIP = 5.0

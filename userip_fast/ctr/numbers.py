@@ -16,12 +16,12 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
+from userip_fast.core.errors import UnavailableError
 from userip_fast.ctr.protocols import Rows, Task
 from userip_fast.ctr.vectors import Float64, Ridge, attribute_matrix
 from userip_fast.data import Interactions
 from userip_fast.data.attributes import Attribute
-from userip_fast.errors import UnavailableError
-from userip_fast.packing import Int64
+from userip_fast.prompts.packing import Int64
 
 _PRIOR = 10.0  # events at the mean that an item's rate starts with
 _USER_PRIOR = 2.0

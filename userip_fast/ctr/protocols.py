@@ -33,11 +33,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from userip_fast.core.errors import DataError
+from userip_fast.core.keys import hash_keys, seeded
 from userip_fast.ctr.config import CHOSEN, CTRConfig, threshold
 from userip_fast.data import Interactions, split_by_time
-from userip_fast.errors import DataError
-from userip_fast.keys import hash_keys, seeded
-from userip_fast.packing import Int64
+from userip_fast.prompts.packing import Int64
 
 Mask = NDArray[np.bool_]
 

@@ -16,7 +16,7 @@ from userip_fast.ctr.numbers import Fit
 from userip_fast.ctr.protocols import Task
 from userip_fast.ctr.vectors import Float64
 from userip_fast.em.free import FreeMixture
-from userip_fast.packing import Int64
+from userip_fast.prompts.packing import Int64
 
 _CHUNK = 1 << 22  # scores at a time
 Score = Callable[[Int64], Float64]

@@ -31,16 +31,15 @@ from typing import Any
 import torch
 
 from userip_fast._version import __version__
-from userip_fast.config import Config
-from userip_fast.ctr.codes import codes_in_words
+from userip_fast.core.config import Config
+from userip_fast.core.errors import ConfigError, DataError
+from userip_fast.core.files import atomic_file, read_json, write_json
 from userip_fast.ctr.config import CHOSEN, CLUSTERS, DIN, CTRConfig
 from userip_fast.ctr.evaluate import evaluate_ctr
-from userip_fast.ctr.statistics import in_words
 from userip_fast.data import read_interactions
 from userip_fast.em.calibrate import TABLE_RECIPE
-from userip_fast.errors import ConfigError, DataError
-from userip_fast.files import atomic_file, read_json, write_json
 from userip_fast.lm.embedded import RECIPE
+from userip_fast.report.words import codes_in_words, in_words
 
 LABELS = {"ratings": None, "choices": CHOSEN}
 HEADLINE, BACKBONE = "new users, 10 events", "lightgbm"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from userip_fast.packing import Int64
+from userip_fast.prompts.packing import Int64
 
 Float64 = NDArray[np.float64]
 
@@ -104,9 +103,3 @@ def paired(a: Float64, b: Float64, difference: float) -> dict[str, Any]:
         "ci95": [float(low), float(high)],
         "p": float(min(1.0, 2 * (tail * len(d) + 1) / (len(d) + 1))),
     }
-
-
-def in_words(by: Mapping[str, Any]) -> str:
-    """A mean, with its deviation where there are several seeds."""
-    several = len(by["seeds"]) > 1
-    return f"{by['mean']:.4f} ± {by['std']:.4f}" if several else f"{by['mean']:.4f}"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from userip_fast.data import Events
 from userip_fast.data.attributes import Attribute
-from userip_fast.packing import Int64
+from userip_fast.prompts.packing import Int64
 
 Float64 = NDArray[np.float64]
 _TEXT_DIMS = 32

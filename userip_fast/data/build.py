@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from userip_fast.core.errors import DataError
 from userip_fast.data.filelist import TableLike
 from userip_fast.data.filters import RowFilter
 from userip_fast.data.histories import (
@@ -23,7 +24,6 @@ from userip_fast.data.rows import Columns, check_rows
 from userip_fast.data.sources import Source, read_source
 from userip_fast.data.text import TextTemplate
 from userip_fast.data.textfiles import TextForm
-from userip_fast.errors import DataError
 
 
 def read_items(

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from userip_fast.core.errors import DataError, MismatchError
+from userip_fast.core.keys import canonical_keys, hash_keys, key_order, mix64, seeded
+from userip_fast.core.profiles import NEGATIVE_WORDS, SAMPLING_POWER
 from userip_fast.data.arrow import combine, to_numpy
 from userip_fast.data.interactions import Interactions
-from userip_fast.errors import DataError, MismatchError
-from userip_fast.keys import canonical_keys, hash_keys, key_order, mix64, seeded
-from userip_fast.profiles import NEGATIVE_WORDS, SAMPLING_POWER
 
 if TYPE_CHECKING:
     from userip_fast.data.stream import InteractionStream

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
 
+from userip_fast.core.errors import DataError
 from userip_fast.data.textfiles import kind_of
-from userip_fast.errors import DataError
 
 # Anything tabular: paths, and whatever Arrow can read. The libraries behind the latter are no
 # dependencies, so their types cannot be named.

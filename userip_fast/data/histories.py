@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from userip_fast.core.errors import DataError
+from userip_fast.core.keys import hash_keys, key_order, mix64, seeded
 from userip_fast.data.arrow import to_numpy
 from userip_fast.data.interactions import Interactions
 from userip_fast.data.report import RowChecks
 from userip_fast.data.sources import Source
 from userip_fast.data.text import TextTemplate
-from userip_fast.errors import DataError
-from userip_fast.keys import hash_keys, key_order, mix64, seeded
 
 Mask = NDArray[np.bool_]
 

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from userip_fast.core.errors import DataError, MismatchError
+from userip_fast.core.keys import canonical_keys
 from userip_fast.data.arrow import to_numpy
 from userip_fast.data.report import BadRows
-from userip_fast.errors import DataError, MismatchError
-from userip_fast.keys import canonical_keys
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Interactions:
     """Histories of U users over I items, E events in all, stored flat (CSR).
 
     User u's events are `offsets[u]:offsets[u + 1]` of the event arrays. Users are in the order of
-    `userip_fast.keys.key_order`, so a user's place depends on the keys alone and never on the file.
+    `userip_fast.core.keys.key_order`, so a user's place depends on the keys alone, never on the
+    file.
 
     Attributes:
         user_keys: [U] int64 or large_string.

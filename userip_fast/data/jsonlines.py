@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json as pajson
 
+from userip_fast.core.errors import shown
 from userip_fast.data.textfiles import (
     BLOCK,
     Lost,
@@ -23,7 +24,6 @@ from userip_fast.data.textfiles import (
     judged,
     refuse_columns,
 )
-from userip_fast.errors import shown
 
 
 def read_json(path: Path, wanted: Wanted, form: TextForm) -> TextTable:

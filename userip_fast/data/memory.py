@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as ds
 
+from userip_fast.core.errors import DataError
 from userip_fast.data.textfiles import refuse_columns
-from userip_fast.errors import DataError
 
 
 def as_arrow(

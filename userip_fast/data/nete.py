@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from userip_fast.core.errors import DataError
 from userip_fast.data.build import build_interactions, read_items
 from userip_fast.data.filelist import TableLike
 from userip_fast.data.filters import RowFilter
@@ -31,7 +32,6 @@ from userip_fast.data.rows import Columns
 from userip_fast.data.sources import Part, Source
 from userip_fast.data.text import TextTemplate
 from userip_fast.data.textfiles import TextForm
-from userip_fast.errors import DataError
 
 _TEMPLATE = ("feature", "adjective", "sentence", "sentiment")
 _NUM_FEATURES = 3

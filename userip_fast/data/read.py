@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from userip_fast.core.errors import DataError
 from userip_fast.data.build import build_interactions, read_items
 from userip_fast.data.filelist import TableLike
 from userip_fast.data.filters import RowFilter
@@ -16,7 +17,6 @@ from userip_fast.data.rows import Columns
 from userip_fast.data.sources import read_source
 from userip_fast.data.text import TextTemplate
 from userip_fast.data.textfiles import text_form
-from userip_fast.errors import DataError
 
 DEFAULT_TEXT = "{title}"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from userip_fast.errors import DataError
+from userip_fast.core.errors import DataError
 
 if TYPE_CHECKING:
     from userip_fast.data.sources import Source

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from userip_fast.core.errors import DataError
 from userip_fast.data.arrow import to_numpy
 from userip_fast.data.histories import Items, Mask, Rows
 from userip_fast.data.report import RowChecks
 from userip_fast.data.sources import Source
 from userip_fast.data.values import numbers_of, times_of
-from userip_fast.errors import DataError
 
 logger = logging.getLogger("userip_fast")
 

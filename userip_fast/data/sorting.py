@@ -19,6 +19,10 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from userip_fast.core.errors import DataError
+from userip_fast.core.files import sha256_file, write_json
+from userip_fast.core.keys import hash_keys
+from userip_fast.core.sums import sealed
 from userip_fast.data.arrow import combine, to_numpy
 from userip_fast.data.build import nobody_left
 from userip_fast.data.filelist import File
@@ -39,10 +43,6 @@ from userip_fast.data.rows import Columns, check_rows
 from userip_fast.data.sources import Part, Source, check_expansion, validated
 from userip_fast.data.text import TextTemplate
 from userip_fast.data.textfiles import refuse_columns
-from userip_fast.errors import DataError
-from userip_fast.files import sha256_file, write_json
-from userip_fast.keys import hash_keys
-from userip_fast.sums import sealed
 
 _BATCH_ROWS = 1 << 16
 _PART_ROWS = 1 << 16  # rows of a part, on average at most

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
+from userip_fast.core.errors import DataError
 from userip_fast.data.arrow import combine, is_text, to_numpy
 from userip_fast.data.filelist import File, TableLike, is_path, list_files, name_of
 from userip_fast.data.jsonlines import read_json
@@ -29,7 +30,6 @@ from userip_fast.data.textfiles import (
     read_csv,
     refuse_columns,
 )
-from userip_fast.errors import DataError
 
 logger = logging.getLogger("userip_fast")
 

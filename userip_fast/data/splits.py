@@ -7,9 +7,9 @@ import math
 
 import numpy as np
 
+from userip_fast.core.errors import DataError
+from userip_fast.core.keys import hash_keys, seeded
 from userip_fast.data.interactions import Interactions
-from userip_fast.errors import DataError
-from userip_fast.keys import hash_keys, seeded
 
 
 def split_by_time(data: Interactions, at: float | dt.datetime) -> tuple[Interactions, Interactions]:

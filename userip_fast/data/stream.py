@@ -27,6 +27,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from userip_fast.core.errors import DataError, FormatError
+from userip_fast.core.files import atomic_dir, lock_file, read_json, sha256_file, sweep_leftovers
+from userip_fast.core.keys import hash_keys
+from userip_fast.core.sums import check_seal, kept_sum
 from userip_fast.data.arrow import combine, to_numpy
 from userip_fast.data.build import read_items
 from userip_fast.data.filelist import File, TableLike, is_path, list_files, name_of
@@ -39,10 +43,6 @@ from userip_fast.data.rows import Columns
 from userip_fast.data.sorting import Sorter
 from userip_fast.data.text import TextTemplate
 from userip_fast.data.textfiles import text_form
-from userip_fast.errors import DataError, FormatError
-from userip_fast.files import atomic_dir, lock_file, read_json, sha256_file, sweep_leftovers
-from userip_fast.keys import hash_keys
-from userip_fast.sums import check_seal, kept_sum
 
 _VERSION = 3
 _KEYS = (pa.int64(), pa.large_string())
@@ -257,8 +257,8 @@ def stream_interactions(
         items: As for `read_interactions`; items are held in memory.
         work: Folder for the sorted histories, about the size of the log. Files of the same content
             that were read into it before, with the same arguments, are not sorted again. (A file's
-            sum is kept by its identity, size and times: see `userip_fast.sums`.) Processes that
-            share the folder wait for the first.
+            sum is kept by its identity, size and times: see `userip_fast.core.sums`.) Processes
+            that share the folder wait for the first.
 
     The other arguments and what is raised are those of `read_interactions`; also:
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from userip_fast.core.errors import DataError, shown
 from userip_fast.data.arrow import combine
-from userip_fast.errors import DataError, shown
 
 # `{{` and `}}` come first, so that an escaped brace never opens or closes a column.
 _TOKEN = re.compile(r"\{\{|\}\}|\[\[|\]\]|\{([^{}]*)\}|[{}]")

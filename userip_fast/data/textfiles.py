@@ -22,10 +22,10 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 from numpy.typing import NDArray
 
+from userip_fast.core.errors import DataError, shown
 from userip_fast.data.arrow import combine, is_text, to_numpy
 from userip_fast.data.report import NUM_EXAMPLES, BadRow
 from userip_fast.data.values import cast_or_null, guess, numbers_of
-from userip_fast.errors import DataError, shown
 
 BLOCK = 16 << 20  # bytes; a JSON row may not be longer, and CSV types are guessed from one block
 _HEAD = 1 << 16  # bytes that tell what a file is

@@ -14,22 +14,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from userip_fast.api import fit, load_lm
-from userip_fast.behaviour import BehaviourFormat, BehaviourSource
-from userip_fast.codebook import Codebook
-from userip_fast.config import Config, DataConfig, EMConfig, LMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import Config, DataConfig, EMConfig, LMConfig
+from userip_fast.core.fields import ProfileField
+from userip_fast.core.files import read_json, write_json
 from userip_fast.data import Catalogue, Interactions, read_interactions
 from userip_fast.demo.scores import adjusted_rand_index, normalized_mutual_information
 from userip_fast.demo.world import HOBBIES, LEVELS, World, make_world
 from userip_fast.em.starts import shared_start
 from userip_fast.em.states import mean_states
-from userip_fast.fields import ProfileField
-from userip_fast.files import read_json, write_json
+from userip_fast.jobs.fit import fit, load_lm
+from userip_fast.jobs.run_folder import open_run
 from userip_fast.lm import FrozenLM, PackedEngine
-from userip_fast.model import Model
-from userip_fast.packing import Int64
-from userip_fast.report import report_run
-from userip_fast.run_folder import open_run
+from userip_fast.model.fitted import Model
+from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.prompts.packing import Int64
+from userip_fast.report.write import report_run
 
 USERS = 384
 _LM_USERS = 3000

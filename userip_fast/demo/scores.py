@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from userip_fast.packing import Int64
+from userip_fast.prompts.packing import Int64
 
 
 def _table(a: Int64, b: Int64) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:

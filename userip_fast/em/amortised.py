@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from userip_fast.codebook import Codebook
-from userip_fast.config import EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import EMConfig
+from userip_fast.core.errors import UnsupportedError
 from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.steps import Block, EMState, Profiles
-from userip_fast.errors import UnsupportedError
 from userip_fast.lm.engine import Engine, PackedEngine
-from userip_fast.packing import Behaviour, iter_packs
+from userip_fast.prompts.packing import Behaviour, iter_packs
 
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 _JUDGES = 5  # every fifth user judges

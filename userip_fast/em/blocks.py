@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from userip_fast.codebook import Codebook
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.errors import FormatError
+from userip_fast.core.progress import Progress
 from userip_fast.em.cache import BlockCache, passed_over
 from userip_fast.em.steps import Block, EMState, EStep, Profiles, books_digest
-from userip_fast.errors import FormatError
 from userip_fast.lm.limits import is_out_of_memory
 from userip_fast.lm.memory import smaller_pack
-from userip_fast.progress import Progress
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from userip_fast.errors import FormatError
-from userip_fast.files import read_tensors, write_tensors
+from userip_fast.core.errors import FormatError
+from userip_fast.core.files import read_tensors, write_tensors
 
 logger = logging.getLogger("userip_fast.em")
 

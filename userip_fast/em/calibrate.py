@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from userip_fast.behaviour import Source, Told
+from userip_fast.core.prefetch import Prefetch
 from userip_fast.em.counted import Counted, expected
 from userip_fast.em.lifts import PLAIN, Calibration, Usual, log_norm
 from userip_fast.em.table import EventTable, Kind
 from userip_fast.ops import profile_posterior
-from userip_fast.packing import Int64
-from userip_fast.prefetch import Prefetch
+from userip_fast.prompts.behaviour import Source, Told
+from userip_fast.prompts.packing import Int64
 
 TABLE_RECIPE = 5
 """Changes with what a fit makes of the same data, LM and settings."""

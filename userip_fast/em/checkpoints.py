@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from userip_fast.codebook import Codebook
-from userip_fast.errors import FormatError, MismatchError
-from userip_fast.files import (
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.errors import FormatError, MismatchError
+from userip_fast.core.files import (
     atomic_dir,
     read_json,
     read_tensors,
@@ -21,7 +21,7 @@ from userip_fast.files import (
     write_json,
     write_tensors,
 )
-from userip_fast.sums import check_seal, sealed
+from userip_fast.core.sums import check_seal, sealed
 
 logger = logging.getLogger("userip_fast.em")
 

@@ -36,13 +36,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from userip_fast.codebook import Codebook
-from userip_fast.config import EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import EMConfig
 from userip_fast.em.scorer import log_prior, soft_tables, with_mean
 from userip_fast.em.steps import books_digest
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import profile_posterior
-from userip_fast.packing import Int64
+from userip_fast.prompts.packing import Int64
 
 Float64 = npt.NDArray[np.float64]
 
@@ -156,7 +156,7 @@ def places(codes: Int64, among: Int64) -> Int64:
 
 def to_arrow(codes: Tensor) -> pa.Table:
     """Codes [Z, J], ready for Parquet, a column for each field; see
-    `userip_fast.profiles.codes_of`."""
+    `userip_fast.core.profiles.codes_of`."""
     return pa.table({str(j): pa.array(k.numpy()) for j, k in enumerate(codes.T)})
 
 

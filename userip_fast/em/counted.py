@@ -25,8 +25,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from userip_fast.behaviour import BehaviourFormat
-from userip_fast.errors import FormatError
+from userip_fast.core.errors import FormatError
+from userip_fast.prompts.behaviour import BehaviourFormat
 
 
 @dataclass(frozen=True, eq=False)

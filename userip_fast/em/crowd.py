@@ -19,9 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from userip_fast.behaviour import Source, Told, judging
-from userip_fast.codebook import Codebook, UsageStats
-from userip_fast.config import EMConfig
+from userip_fast.codebook.books import Codebook, UsageStats
+from userip_fast.core.config import EMConfig
 from userip_fast.em.calibrate import add_by_kind, chunks
 from userip_fast.em.columns import MOST, PROPOSERS, Grid, choose, has_all
 from userip_fast.em.counted import expected
@@ -41,8 +40,9 @@ from userip_fast.em.table import Kind, Numbering, survey
 from userip_fast.em.units import Units
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import profile_posterior
-from userip_fast.packing import Int64, iter_packs
-from userip_fast.prompts import ProfileField
+from userip_fast.prompts.behaviour import Source, Told, judging
+from userip_fast.prompts.layout import ProfileField
+from userip_fast.prompts.packing import Int64, iter_packs
 
 logger = logging.getLogger("userip_fast.em")
 

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from userip_fast.behaviour import Source
-from userip_fast.codebook import Codebook
+from userip_fast.codebook.books import Codebook
 from userip_fast.em.calibrate import calibrate
 from userip_fast.em.columns import choose, lines, places
 from userip_fast.em.crowd import Crowd
 from userip_fast.em.lifts import Calibration
 from userip_fast.em.starts import ToldUsers, kind_of_start
 from userip_fast.em.table import EventTable, Kind
-from userip_fast.prompts import ProfileField
+from userip_fast.prompts.behaviour import Source
+from userip_fast.prompts.layout import ProfileField
 
 
 def finished(

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from userip_fast.codebook import Codebook
+from userip_fast.codebook.books import Codebook
 from userip_fast.lm.foldin import kind_vectors
-from userip_fast.packing import Int64
+from userip_fast.prompts.packing import Int64
 
 Float64 = npt.NDArray[np.float64]
 

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from userip_fast.codebook import Codebook
-from userip_fast.config import EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import EMConfig
 from userip_fast.em.cache import BlockCache, MemoryCache, found_like
 from userip_fast.em.steps import Block, EMState, Profiles
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import sparse_adam
-from userip_fast.packing import PackStream
+from userip_fast.prompts.packing import PackStream
 
 _CACHE_BYTES = 1 << 30
 

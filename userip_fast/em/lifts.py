@@ -27,11 +27,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from userip_fast.core.errors import FormatError
 from userip_fast.em.counted import Counted
 from userip_fast.em.readings import Readings, log_likelihoods
-from userip_fast.errors import FormatError
 from userip_fast.lm.engine import Engine
-from userip_fast.packing import Int64
+from userip_fast.prompts.packing import Int64
 
 _PRIOR = 10.0  # events that the shares of an item's reactions start with
 

@@ -7,8 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from userip_fast.codebook import Codebook
-from userip_fast.packing import Int64
+from userip_fast.codebook.books import Codebook
+from userip_fast.prompts.packing import Int64
 
 
 def assignment(cost: npt.NDArray[np.float64]) -> Int64:

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from userip_fast.codebook import Codebook
-from userip_fast.config import EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import EMConfig
 from userip_fast.em.crowd import Found, MixtureStats, Users
 from userip_fast.em.scorer import log_prior
 from userip_fast.em.starts import Starts, ToldUsers, kind_of_start
 from userip_fast.lm.engine import Engine
-from userip_fast.prompts import ProfileField
+from userip_fast.prompts.layout import ProfileField
 
 logger = logging.getLogger("userip_fast.em")
 

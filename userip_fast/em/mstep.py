@@ -14,13 +14,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from userip_fast.codebook import Codebook
-from userip_fast.config import EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import EMConfig
+from userip_fast.core.errors import DataError
+from userip_fast.core.keys import NUM_SHARDS, shard_of
 from userip_fast.em.gradient import assign
 from userip_fast.em.steps import Profiles
-from userip_fast.errors import DataError
-from userip_fast.keys import NUM_SHARDS, shard_of
-from userip_fast.prompts import ProfileField
+from userip_fast.prompts.layout import ProfileField
 
 _SAMPLE_SALT = np.uint64(0x9E3779B97F4A7C15)
 

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from userip_fast.codebook import Codebook
-from userip_fast.config import EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import EMConfig
+from userip_fast.core.progress import progress
 from userip_fast.em.gradient import assign
 from userip_fast.em.steps import Block, Profiles
 from userip_fast.lm.engine import Engine
-from userip_fast.packing import iter_packs, make_pack
-from userip_fast.progress import progress
-from userip_fast.prompts import ProfileField
+from userip_fast.prompts.layout import ProfileField
+from userip_fast.prompts.packing import iter_packs, make_pack
 
 
 def run_paper(

@@ -33,8 +33,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from userip_fast.codebook import Codebook
-from userip_fast.config import EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import EMConfig
 from userip_fast.em.scorer import Scorer
 from userip_fast.em.steps import Block, Candidates, EMState, Profiles
 from userip_fast.lm.engine import Engine

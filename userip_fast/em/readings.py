@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from userip_fast.lm.engine import Engine
-from userip_fast.packing import Behaviour, Int64, Pack, iter_packs, ragged_arange
+from userip_fast.prompts.packing import Behaviour, Int64, Pack, iter_packs, ragged_arange
 
 _PAIRS = 1 << 14  # pairs of a reading and codes that are packed together
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from userip_fast.codebook import Codebook
-from userip_fast.config import EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import EMConfig
 from userip_fast.em.units import Units
 from userip_fast.lm.engine import Engine
-from userip_fast.packing import Behaviour, Int64, iter_packs
+from userip_fast.prompts.packing import Behaviour, Int64, iter_packs
 
 
 class Scorer:

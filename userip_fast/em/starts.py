@@ -12,19 +12,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from userip_fast.behaviour import Source, Told
-from userip_fast.codebook import Codebook, ResidualCodebook
-from userip_fast.config import Config, EMConfig
+from userip_fast.codebook.books import Codebook, ResidualCodebook
+from userip_fast.core.config import Config, EMConfig
+from userip_fast.core.errors import ConfigError
 from userip_fast.em.free import FreeMixture
 from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.steps import Block, EMState
-from userip_fast.errors import ConfigError
 from userip_fast.lm.engine import Engine
 from userip_fast.lm.foldin import FoldIn
 from userip_fast.lm.frozen import FrozenLM
-from userip_fast.packing import Int64, telling
-from userip_fast.prompts import Layout, ProfileField
+from userip_fast.prompts.behaviour import Source, Told
+from userip_fast.prompts.layout import Layout, ProfileField
+from userip_fast.prompts.packing import Int64, telling
 
 _TOLD_USERS = 1 << 14  # whose soft rows codewords start from
 _CHOOSING_USERS = 128  # who choose among more words than there are codes

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from userip_fast.behaviour import BehaviourSource
 from userip_fast.lm.engine import PackedEngine
-from userip_fast.packing import iter_packs
+from userip_fast.prompts.behaviour import BehaviourSource
+from userip_fast.prompts.packing import iter_packs
 
 
 @torch.no_grad()

@@ -18,10 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from userip_fast.codebook import Codebook
-from userip_fast.errors import FormatError
-from userip_fast.files import tensor_bytes
-from userip_fast.packing import Behaviour
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.errors import FormatError
+from userip_fast.core.files import tensor_bytes
+from userip_fast.prompts.packing import Behaviour
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from userip_fast.behaviour import BehaviourFormat, Source, Told
-from userip_fast.codebook import Codebook
-from userip_fast.config import Config, EMConfig
+from userip_fast.codebook.books import Codebook
+from userip_fast.core.config import Config, EMConfig
+from userip_fast.core.progress import Progress, progress
+from userip_fast.core.segments import Part, Segments
 from userip_fast.em.cache import BlockCache, found_like
 from userip_fast.em.columns import Grid, has_all, has_some, places
 from userip_fast.em.lifts import Calibration, log_lifts
@@ -27,9 +28,8 @@ from userip_fast.em.readings import Readings, log_likelihoods
 from userip_fast.em.steps import Profiles, books_digest
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import profile_posterior
-from userip_fast.packing import Behaviour, Int64
-from userip_fast.progress import Progress, progress
-from userip_fast.segments import Part, Segments
+from userip_fast.prompts.behaviour import BehaviourFormat, Source, Told
+from userip_fast.prompts.packing import Behaviour, Int64
 
 Kind = tuple[str, str]
 """An item's text, and the word for how it went ("" where none is told)."""
@@ -94,7 +94,8 @@ class EventTable:
     """See the module.
 
     A text is read under all words and codes at once, and its values are used as they are kept, to
-    16 bits (`userip_fast.segments`): who finds them on disk finds the same profiles to the bit.
+    16 bits (`userip_fast.core.segments`): who finds them on disk finds the same profiles to the
+    bit.
 
     Args:
         fmt: How events are told.

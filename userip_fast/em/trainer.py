@@ -21,15 +21,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from userip_fast.behaviour import Source, Told
-from userip_fast.codebook import Codebook, UsageStats
-from userip_fast.config import Config
+from userip_fast.codebook.books import Codebook, UsageStats
+from userip_fast.core.config import Config
+from userip_fast.core.distributed import Processes
+from userip_fast.core.interrupts import deferred_interrupts
+from userip_fast.core.prefetch import Prefetch
+from userip_fast.core.progress import progress
 from userip_fast.em.amortised import AmortisedEStep, Head, HeadReport, features, train_head
 from userip_fast.em.blocks import Ticker, in_memory, run
 from userip_fast.em.cache import BlockCache, DiskCache, MemoryCache
 from userip_fast.em.checkpoints import Checkpoint, Checkpoints
 from userip_fast.em.crowd import APART_USERS, Apart, Crowd, Users
-from userip_fast.em.distributed import Processes
 from userip_fast.em.finish import finished
 from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.lifts import PLAIN, Calibration
@@ -46,10 +48,8 @@ from userip_fast.em.steps import (
     profiles_total,
 )
 from userip_fast.em.table import EventTable, Kind, answers, has_table, survey
-from userip_fast.interrupts import deferred_interrupts
 from userip_fast.lm.engine import Engine
-from userip_fast.prefetch import Prefetch
-from userip_fast.progress import progress
+from userip_fast.prompts.behaviour import Source, Told
 
 _PROGRESS_USERS = 256
 

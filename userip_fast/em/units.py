@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from userip_fast.packing import Behaviour, Int64, ragged_arange
-from userip_fast.prompts import Layout
+from userip_fast.prompts.layout import Layout
+from userip_fast.prompts.packing import Behaviour, Int64, ragged_arange
 
 _EXPANDED = 1 << 20  # (user, codes, unit) triples looked at together
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from userip_fast.errors import UnsupportedError
+from userip_fast.core.errors import UnsupportedError
 from userip_fast.lm.masks import Near, running
 from userip_fast.ops import soft_prompt_attention
 

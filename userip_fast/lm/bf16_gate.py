@@ -15,7 +15,7 @@ from userip_fast.lm.bf16 import fused_linears, has_instructions, set_bf16
 from userip_fast.lm.engine import PackedEngine
 from userip_fast.lm.frozen import FrozenLM
 from userip_fast.lm.gates import sample_layout, sample_users
-from userip_fast.packing import make_pack
+from userip_fast.prompts.packing import make_pack
 
 logger = logging.getLogger("userip_fast.lm")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from userip_fast.config import LMConfig
+from userip_fast.core.config import LMConfig
 from userip_fast.lm import gguf, stored
 from userip_fast.lm.engine import PackedEngine
 from userip_fast.lm.frozen import FrozenLM

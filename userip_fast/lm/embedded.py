@@ -16,15 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from userip_fast.config import LMConfig
-from userip_fast.errors import FormatError
-from userip_fast.files import atomic_dir, one_writer, read_json, write_json
-from userip_fast.lm.foldin import FOLDIN_FILES, FoldIn
-from userip_fast.lm.pretraining import teach, train
-from userip_fast.packing import Behaviour, Int64
-from userip_fast.prompts import Layout, PromptTemplate
-from userip_fast.quiet import quiet_libraries
-from userip_fast.sums import (
+from userip_fast.core.config import LMConfig
+from userip_fast.core.errors import FormatError
+from userip_fast.core.files import atomic_dir, one_writer, read_json, write_json
+from userip_fast.core.quiet import quiet_libraries
+from userip_fast.core.sums import (
     MANIFEST,
     cache_folder,
     check_seal,
@@ -32,10 +28,14 @@ from userip_fast.sums import (
     folder_sums,
     sealed,
 )
+from userip_fast.lm.foldin import FOLDIN_FILES, FoldIn
+from userip_fast.lm.pretraining import teach, train
+from userip_fast.prompts.layout import Layout, PromptTemplate
+from userip_fast.prompts.packing import Behaviour, Int64
 
 if TYPE_CHECKING:
-    from userip_fast.behaviour import Told
     from userip_fast.lm.frozen import FrozenLM
+    from userip_fast.prompts.behaviour import Told
 
 logger = logging.getLogger("userip_fast.lm")
 

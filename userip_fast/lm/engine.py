@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from userip_fast.errors import MismatchError, UnsupportedError
+from userip_fast.core.errors import MismatchError, UnsupportedError
 from userip_fast.lm import attention
 from userip_fast.lm.attention import Call, PackContext
 from userip_fast.lm.frozen import FrozenLM
@@ -25,8 +25,8 @@ from userip_fast.lm.last_layer import last_layer, rows_behind_attention
 from userip_fast.lm.stack import Stack, stack_of
 from userip_fast.lm.stored import told
 from userip_fast.ops import linear_cross_entropy, prepend_soft_prompts
-from userip_fast.packing import Pack
-from userip_fast.prompts import Layout
+from userip_fast.prompts.layout import Layout
+from userip_fast.prompts.packing import Pack
 
 logger = logging.getLogger("userip_fast.lm")
 

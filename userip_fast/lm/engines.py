@@ -5,7 +5,7 @@ from __future__ import annotations
 from userip_fast.lm import graphs
 from userip_fast.lm.engine import PackedEngine, ReferenceEngine
 from userip_fast.lm.frozen import FrozenLM
-from userip_fast.prompts import Layout
+from userip_fast.prompts.layout import Layout
 
 
 def make_engine(

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from userip_fast.errors import FormatError
-from userip_fast.files import read_tensors, write_tensors
+from userip_fast.core.errors import FormatError
+from userip_fast.core.files import read_tensors, write_tensors
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]

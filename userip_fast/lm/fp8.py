@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from userip_fast.errors import UnavailableError, UnsupportedError, UserIPError
+from userip_fast.core.errors import UnavailableError, UnsupportedError, UserIPError
 from userip_fast.lm.layers import layer_of
 from userip_fast.lm.nf4 import swap_modules
 from userip_fast.ops.packed_block import cast_rows

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from userip_fast import measured
 from userip_fast._version import __version__
-from userip_fast.errors import UnsupportedError
+from userip_fast.core import measured
+from userip_fast.core.errors import UnsupportedError
 from userip_fast.lm.engine import PackedEngine
 from userip_fast.lm.fp8 import convert_linears, wanted, why_not
 from userip_fast.lm.frozen import FrozenLM
@@ -26,7 +26,7 @@ from userip_fast.lm.limits import free_bytes, size_text
 from userip_fast.lm.residency import settle
 from userip_fast.lm.trace import Workload
 from userip_fast.ops import assign_codes
-from userip_fast.packing import make_pack
+from userip_fast.prompts.packing import make_pack
 
 logger = logging.getLogger("userip_fast.lm")
 
@@ -130,7 +130,7 @@ def try_out(lm: FrozenLM, work: Workload) -> GateReport | None:
     """Brings an LM with resident weights into FP8 where that passes; None where it was not tried.
 
     How long a step takes is measured once for each device, versions and weights' shapes, and kept
-    (`userip_fast.measured`); where FP8 was no faster it is not tried again.
+    (`userip_fast.core.measured`); where FP8 was no faster it is not tried again.
 
     Args:
         lm: After `fuse`, so that steps run as they will.

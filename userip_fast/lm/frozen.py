@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from userip_fast.errors import MismatchError, UnsupportedError
+from userip_fast.core.errors import MismatchError, UnsupportedError
 from userip_fast.lm import attention, stored
 from userip_fast.lm.foldin import FoldIn
 from userip_fast.lm.masks import Near, body, near_of_modules
 from userip_fast.lm.stored import told
-from userip_fast.text_tokens import text_tokenizer
+from userip_fast.prompts.text_tokens import text_tokenizer
 
 if TYPE_CHECKING:
     from userip_fast.lm.bf16_gate import BF16Report

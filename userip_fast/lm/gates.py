@@ -15,8 +15,8 @@ import torch
 from userip_fast.lm.engine import PackedEngine
 from userip_fast.lm.frozen import FrozenLM
 from userip_fast.lm.trace import Workload, sample_pack
-from userip_fast.packing import Behaviour
-from userip_fast.prompts import Int32, Layout, ProfileField, PromptTemplate
+from userip_fast.prompts.layout import Int32, Layout, ProfileField, PromptTemplate
+from userip_fast.prompts.packing import Behaviour
 
 _SECONDS = 3.0
 

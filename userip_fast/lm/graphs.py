@@ -19,15 +19,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from userip_fast.errors import UnavailableError, UnsupportedError
+from userip_fast.core.errors import UnavailableError, UnsupportedError
 from userip_fast.lm.engine import PackedEngine, is_near
 from userip_fast.lm.frozen import FrozenLM
 from userip_fast.lm.limits import free_bytes
 from userip_fast.lm.padding import PackSizes, fill
 from userip_fast.lm.residency import StreamedLinear
 from userip_fast.lm.stored import first_line
-from userip_fast.packing import Pack
-from userip_fast.prompts import Layout
+from userip_fast.prompts.layout import Layout
+from userip_fast.prompts.packing import Pack
 
 logger = logging.getLogger("userip_fast.lm")
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from userip_fast.behaviour import Told, judging
 from userip_fast.lm.foldin import fold_in, kind_vectors
-from userip_fast.packing import Behaviour, Int64
-from userip_fast.prompts import Layout
+from userip_fast.prompts.behaviour import Told, judging
+from userip_fast.prompts.layout import Layout
+from userip_fast.prompts.packing import Behaviour, Int64
 
 STEP_TOKENS = 2048
 _PROMPT_TOKENS = 48  # of independent events asked for in one prompt: many users in each step

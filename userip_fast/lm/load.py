@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from userip_fast.config import LMConfig
-from userip_fast.errors import ConfigError, UnavailableError, UnsupportedError
+from userip_fast.core.config import LMConfig
+from userip_fast.core.errors import ConfigError, UnavailableError, UnsupportedError
+from userip_fast.core.quiet import quiet_libraries
 from userip_fast.lm import attention, bf16_gate, fp8_gate, gguf, stored
 from userip_fast.lm.foldin import FoldIn
 from userip_fast.lm.frozen import FrozenLM
@@ -23,7 +24,6 @@ from userip_fast.lm.nf4 import is_linear4bit, quantize_linears
 from userip_fast.lm.residency import set_recompute, settle
 from userip_fast.lm.stored import first_line, told
 from userip_fast.lm.trace import Architecture, Workload
-from userip_fast.quiet import quiet_libraries
 
 logger = logging.getLogger("userip_fast.lm")
 

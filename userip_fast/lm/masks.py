@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from userip_fast.errors import UnsupportedError
+from userip_fast.core.errors import UnsupportedError
 
 _NAME = "userip_masks"
 _SIZES = {"sliding_window": 3, "attention_chunk_size": 4}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from userip_fast.errors import ConfigError, OutOfMemoryError
+from userip_fast.core.errors import ConfigError, OutOfMemoryError
 from userip_fast.lm.frozen import FrozenLM
 from userip_fast.lm.limits import free_bytes, size_text
 from userip_fast.lm.trace import MIN_PACK, Architecture, Estimate, Workload

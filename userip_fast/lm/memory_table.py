@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from userip_fast.config import LMConfig
-from userip_fast.errors import ConfigError
+from userip_fast.core.config import LMConfig
+from userip_fast.core.errors import ConfigError
 from userip_fast.lm.engine import PackedEngine
 from userip_fast.lm.frozen import FrozenLM
 from userip_fast.lm.limits import GIB, size_text

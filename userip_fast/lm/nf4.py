@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from userip_fast.nf4 import NF4Weight
 from userip_fast.ops import nf4_dequantize, nf4_linear
+from userip_fast.ops.nf4_format import NF4Weight
 
 _TENSORS = ("packed", "absmax", "nested_absmax", "nested_map", "offset")
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from userip_fast.packing import SLACK, Pack
+from userip_fast.prompts.packing import SLACK, Pack
 
 
 class PackSizes(NamedTuple):

@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from userip_fast.config import LMConfig
+from userip_fast.core.config import LMConfig
+from userip_fast.core.progress import progress
+from userip_fast.core.threads import look
 from userip_fast.lm.foldin import FoldIn
 from userip_fast.lm.lessons import STEP_TOKENS, Batch, Batches, Data
-from userip_fast.packing import Behaviour, Int64
-from userip_fast.progress import progress
-from userip_fast.prompts import Layout
-from userip_fast.threads import look
+from userip_fast.prompts.layout import Layout
+from userip_fast.prompts.packing import Behaviour, Int64
 
 if TYPE_CHECKING:
-    from userip_fast.behaviour import Told
     from userip_fast.lm.frozen import FrozenLM
+    from userip_fast.prompts.behaviour import Told
 
 PRETRAINING = "pre-training the LM"
 """What progress calls it."""

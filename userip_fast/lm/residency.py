@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from userip_fast.errors import UnsupportedError
+from userip_fast.core.errors import UnsupportedError
 from userip_fast.lm import attention
 from userip_fast.lm.fp8 import convert_linears
 from userip_fast.lm.layers import layer_of
 from userip_fast.lm.nf4 import NF4Linear, is_linear4bit, replace_linear4bit
-from userip_fast.nf4 import NF4Weight
 from userip_fast.ops.nf4_dequantize import nf4_dequantize, nf4_dequantize_into
+from userip_fast.ops.nf4_format import NF4Weight
 
 
 def settle(model: nn.Module, mode: str, dtype: torch.dtype) -> None:

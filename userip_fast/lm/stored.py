@@ -23,12 +23,12 @@ from urllib.request import getproxies
 
 import torch
 
-from userip_fast.errors import FormatError, UnsupportedError, UserIPError
-from userip_fast.files import read_json, tensor_bytes
+from userip_fast.core.errors import FormatError, UnsupportedError, UserIPError
+from userip_fast.core.files import read_json, tensor_bytes
+from userip_fast.core.quiet import quiet_libraries
+from userip_fast.core.sums import kept_sum
 from userip_fast.lm import attention
 from userip_fast.lm.limits import is_out_of_memory
-from userip_fast.quiet import quiet_libraries
-from userip_fast.sums import kept_sum
 
 logger = logging.getLogger("userip_fast.lm")
 

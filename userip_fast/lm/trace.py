@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from userip_fast.config import Config
+from userip_fast.core.config import Config
 from userip_fast.lm import attention
 from userip_fast.lm.engine import PackedEngine
 from userip_fast.lm.fuse import fuse
@@ -33,8 +33,8 @@ from userip_fast.lm.masks import body
 from userip_fast.lm.residency import set_recompute, settle
 from userip_fast.ops._dispatch import unannounced
 from userip_fast.ops.linear_cross_entropy import scratch_bytes as head_scratch
-from userip_fast.packing import Behaviour, Pack, make_pack
-from userip_fast.prompts import Layout
+from userip_fast.prompts.layout import Layout
+from userip_fast.prompts.packing import Behaviour, Pack, make_pack
 
 MIN_PACK = 256
 _NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # codes; 8-bit scales of 64; fp32 scales of 256 of those

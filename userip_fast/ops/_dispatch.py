@@ -14,8 +14,9 @@ from contextvars import ContextVar
 
 import torch
 
-from userip_fast import isa, threads
-from userip_fast.errors import UnavailableError
+from userip_fast.core import threads
+from userip_fast.core.errors import UnavailableError
+from userip_fast.ops import isa
 
 logger = logging.getLogger("userip_fast.ops")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from userip_fast import _extension
+from userip_fast.core import _extension
 from userip_fast.ops._products import product
 
 # Up to this many rows the fused kernel is the faster: for a 4096 x 4096 weight on one Zen 3 core

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from userip_fast import _extension
+from userip_fast.core import _extension
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -1,8 +1,8 @@
 """x W^T in fp32 on the CPU, by whichever of torch's two libraries is the faster here.
 
 torch hands fp32 products to MKL, whose AVX-512 code serves Intel's processors only: on an AMD Zen 5
-oneDNN is twice as fast at the same precision. `userip_fast.isa` measures both. Sums are in another
-order, so results differ by rounding between the two, as they do between processors.
+oneDNN is twice as fast at the same precision. `isa.py` measures both. Sums are in another order, so
+results differ by rounding between the two, as they do between processors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from userip_fast import isa
+from userip_fast.ops import isa
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ taken out of the large backward calls by d_out = 0 and lse = inf.
 
 Costs host syncs (how many rows are used, and which are soft), so it is never chosen by "auto".
 The kernels are torch's, or those of flash-attn (extra `flash`) where it is installed and was faster
-on this device, which is measured once for each form of heads (`userip_fast.measured`).
+on this device, which is measured once for each form of heads (`userip_fast.core.measured`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from userip_fast import measured
-from userip_fast.errors import UnsupportedError
+from userip_fast.core import measured
+from userip_fast.core.errors import UnsupportedError
 
 logger = logging.getLogger("userip_fast.ops")
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from userip_fast import _extension
+from userip_fast.core import _extension
 from userip_fast.ops import _triton
 from userip_fast.ops._dispatch import WhyNot, resolve
 from userip_fast.ops._step import differentiable, step_op

@@ -3,7 +3,7 @@
     W[i] = round_to_dtype(NF4_LEVELS[code[i]] * absmax[i // blocksize])       product in fp32
     absmax[b] = nested_map[absmax_u8[b]] * nested_absmax[b // 256] + offset   (double quantisation)
 
-The format is described in `userip_fast.nf4`. Weights are frozen: no gradient.
+The format is described in `userip_fast.ops.nf4_format`. Weights are frozen: no gradient.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from userip_fast.nf4 import DTYPES, NESTED_BLOCKSIZE, NF4_LEVELS, NF4Weight
 from userip_fast.ops import _triton
 from userip_fast.ops._dispatch import WhyNot, resolve
+from userip_fast.ops.nf4_format import DTYPES, NESTED_BLOCKSIZE, NF4_LEVELS, NF4Weight
 
 
 def block_scales(

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from userip_fast.nf4 import DTYPES, NF4Weight
 from userip_fast.ops._dispatch import resolve
 from userip_fast.ops.nf4_dequantize import candidates, run
+from userip_fast.ops.nf4_format import DTYPES, NF4Weight
 
 Weights = tuple[Tensor | None, ...]  # NF4Weight.tensors()
 Sizes = tuple[int, int, int]  # (rows, cols, blocksize)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from userip_fast import _extension
+from userip_fast.core import _extension
 from userip_fast.ops import _triton
 from userip_fast.ops._dispatch import WhyNot, resolve
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from userip_fast import _extension
+from userip_fast.core import _extension
 from userip_fast.ops import _triton
 from userip_fast.ops._dispatch import WhyNot, resolve
 
