@@ -26,8 +26,9 @@ help:
 demo: .venv/.installed
 	$(BIN)/userip demo
 
+# A process per processor, each of one thread and with whole files; eight take memory enough.
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 # For `make test` to test Ray too, where it can be had; CI asks for it.
 ray: .venv/.installed

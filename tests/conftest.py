@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # helpers in the tests folder: `
 if os.environ.get("USERIP_FAST_GPU_TESTS") != "1":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes stand beside each other, or others
 
 import torch
 

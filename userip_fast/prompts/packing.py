@@ -28,10 +28,12 @@ class Behaviour:
     """Behaviour tokens of U users, as a CSR over `offsets` [U + 1].
 
     Attributes:
-        ids, segment, position: [N] int32; segment and position as `layout.py` defines them. weight: [N] float32, loss weight of each token given what is before it. offsets: [U +
-        1] int64. events: [U] int64, events that fitted; 0 for a user whose history truncates to
-        nothing. cuts: [N'] int64 ascending, tokens inside a user's history that start another
-        sequence of it.
+        ids, segment, position: [N] int32; segment and position as `layout.py` defines them.
+        weight: [N] float32, loss weight of each token given what is before it.
+        offsets: [U + 1] int64.
+        events: [U] int64, events that fitted; 0 for a user whose history truncates to nothing.
+        cuts: [N'] int64 ascending, tokens inside a user's history that start another sequence of
+            it.
     """
 
     ids: Int32
