@@ -87,7 +87,7 @@ def test_fit_and_infer_fall_back_where_the_head_is_unsure(tmp_path):
         data=DataConfig(max_tokens=60, behaviour_context="sequence"), em=em, fields=fields
     )
     model = uf.fit(read(), lm, config=config, out=tmp_path / "run", probabilities=True)
-    metrics = uf.files.read_json(tmp_path / "run" / "metrics.json")
+    metrics = uf.core.files.read_json(tmp_path / "run" / "metrics.json")
     assert metrics["fit"]["forward_equivalents"] == 1.0
     assert metrics["amortised"]["users"] == 5
     assert (tmp_path / "run" / "model" / "head.safetensors").exists()

@@ -315,8 +315,8 @@ def test_fit_infer_and_resume_with_probabilities(tmp_path):
     bank = uf.FeatureBank.open(tmp_path / "run" / "bank")
     assert bank.probabilities.shape == (24, 2)
     assert (bank.probabilities > 1 / 4 - 1e-6).all()
-    elbo = [r["elbo"] for r in uf.files.read_json(tmp_path / "run" / "checkpoints" / "round-0003"
-                                                   / "state.json")["records"]]  # fmt: skip
+    state = tmp_path / "run" / "checkpoints" / "round-0003" / "state.json"
+    elbo = [r["elbo"] for r in uf.core.files.read_json(state)["records"]]
     assert elbo == sorted(elbo)
 
     one = replace(config, em=replace(em, rounds=1))

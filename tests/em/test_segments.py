@@ -30,7 +30,7 @@ from userip_fast.core.errors import FormatError, MismatchError, UnsupportedError
 from userip_fast.core.late import Late
 from userip_fast.core.segments import Part, Segments
 from userip_fast.jobs.shards import infer_shard, merge_shards
-from userip_fast.lm import FrozenLM, stored
+from userip_fast.lm import stored
 from userip_fast.ops import profile_posterior
 
 TEXTS = ["a", "b", "c"]
@@ -260,7 +260,7 @@ def told_otherwise(users=60, **texts):
 def test_known_items_need_no_lm(saved, own, tmp_path, monkeypatch):
     model, lm = own
     shutil.rmtree(lm)
-    monkeypatch.setattr(FrozenLM, "load", None)
+    monkeypatch.setattr("userip_fast.model.files.open_lm", None)
     loaded = uf.Model.load(model, lm=str(lm))
     assert loaded.fingerprint == saved[1].fingerprint
     data = read(60)
@@ -280,7 +280,7 @@ def test_streams_shards_and_the_command_need_no_lm_either(own, tmp_path, monkeyp
     model, lm = own
     want = uf.Model.load(model, lm=str(lm)).infer(read(60))
     shutil.rmtree(lm)
-    monkeypatch.setattr(FrozenLM, "load", None)
+    monkeypatch.setattr("userip_fast.model.files.open_lm", None)
     data = read(60)
     user, item, rating = data.user_keys, data.item_keys.to_pylist(), data.rating
     log = pa.table(
@@ -323,7 +323,7 @@ def test_a_model_is_saved_again_with_its_table(own, tmp_path, monkeypatch):
     loaded = uf.Model.load(model, lm=str(lm))
     loaded.save(tmp_path / "again")
     assert [p.name for p in files(tmp_path / "again")] == [p.name for p in files(model)]
-    monkeypatch.setattr(FrozenLM, "load", None)
+    monkeypatch.setattr("userip_fast.model.files.open_lm", None)
     again = uf.Model.load(tmp_path / "again", lm=str(lm))
     assert np.array_equal(again.profile([0], [5]), loaded.profile([0], [5]))
     late = pickle.loads(pickle.dumps(Late(dict, known=3)))

@@ -61,12 +61,11 @@ from userip_fast.jobs.shards import parse_shard
 AREAS = (
     "data",
     "bank",
-    "files.py",
-    "model.py",
-    "model_files.py",
-    "config.py",
-    "settings.py",
-    "flags.py",
+    "model",
+    "core/files.py",
+    "core/config.py",
+    "core/settings.py",
+    "cli/flags.py",
 )
 SECONDS = 10  # per input
 MEMORY = 2 << 30  # beyond what the worker starts with
@@ -131,7 +130,7 @@ class Targets:
             forget_page_sums(folder / f"old-{name}")
         made.to_parquet(folder / "bank.parquet")
         write_tensors(folder / "x.safetensors", {"0.codewords": torch.rand(3, 4)})
-        book = uf.codebook.Codebook(torch.rand(3, 4))
+        book = uf.codebook.books.Codebook(torch.rand(3, 4))
         Checkpoints(folder / "kept", "run").save(Checkpoint(1, [book], None, [{"round": 0}]))
         (folder / "config.yaml").write_text(json.dumps(Config().to_dict()))
 

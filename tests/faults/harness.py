@@ -126,12 +126,12 @@ class World:
         self.old = {user: (3, 2) for user in self.new}
 
     def _load(self, run: Path, lm: Any = None) -> Any:
-        load = uf.model_files.open_lm
+        load = uf.model.files.open_lm
         try:  # the LM is in memory, not on disk
-            uf.model_files.open_lm = lambda *args, **kwargs: lm or self.lm
+            uf.model.files.open_lm = lambda *args, **kwargs: lm or self.lm
             return uf.Model.load(run / "model")
         finally:
-            uf.model_files.open_lm = load
+            uf.model.files.open_lm = load
 
     def _child(self, job: Callable[[], None]) -> None:
         status = attempt(job, None, 0.0)
@@ -321,7 +321,7 @@ def event_tables(
 
     def load(root: Path) -> Any:  # in a child: what is late finds the LM in memory, too
         userip_fast.em.table._TEXTS = 1  # a segment for each text
-        uf.model_files.open_lm = lambda *args, **kwargs: world.lm
+        uf.model.files.open_lm = lambda *args, **kwargs: world.lm
         return uf.Model.load(root)
 
     def infer(root: Path, bank: Path) -> None:

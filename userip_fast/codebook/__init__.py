@@ -1,0 +1,1 @@
+"""Codewords, the nearest of them, and names of codes."""

@@ -1,0 +1,1 @@
+"""What people start: fit, tune, shards, profiles, explain, the estimator."""

@@ -1,0 +1,1 @@
+"""What the LM is told: the layout of a prompt, events as text and tokens, packs of users."""
