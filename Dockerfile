@@ -30,7 +30,7 @@ ARG CUDA=0
 ARG EXTRAS=nf4,ctr,tensorboard
 COPY . /src
 RUN USERIP_FAST_CUDA=${CUDA} pip install "/src[${EXTRAS}]" && rm -rf /src \
- && python -c "from userip_fast import _extension as e; assert e.why_not() is None, e.why_not()"
+ && python -c "from userip_fast.core import _extension as e; assert e.why_not() is None, e.why_not()"
 
 RUN useradd --create-home userip && mkdir /data && chown userip /data
 USER userip

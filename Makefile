@@ -82,7 +82,7 @@ distclean: clean
 
 .venv/.installed: .venv/.torch pyproject.toml $(NATIVE)
 	$(PIP) install $(CONSTRAINTS) -e '.[test,nf4,triton,ctr]'
-	@$(BIN)/python -c 'from userip_fast import _extension as e; \
+	@$(BIN)/python -c 'from userip_fast.core import _extension as e; \
 	  print("compiled extension:", e.why_not() or "usable")'
 	@touch $@
 

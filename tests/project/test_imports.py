@@ -95,14 +95,14 @@ assert torch.get_num_threads() == threads
 
 def test_extension_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USERIP_FAST_NO_EXTENSION", "1")
-    out = run("from userip_fast import _extension as e; print(e.load(), e.why_not())")
+    out = run("from userip_fast.core import _extension as e; print(e.load(), e.why_not())")
     assert out.split() == ["None", "USERIP_FAST_NO_EXTENSION=1"]
 
 
 def test_a_built_extension_loads() -> None:
     if not list((ROOT / "userip_fast").glob("_C.*")):
         pytest.skip("userip_fast._C is not built in this checkout")
-    out = run("from userip_fast import _extension as e; print(e.why_not(), bool(e.load()))")
+    out = run("from userip_fast.core import _extension as e; print(e.why_not(), bool(e.load()))")
     assert out.split() == ["None", "True"]
 
 
