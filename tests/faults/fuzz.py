@@ -8,7 +8,7 @@ where text is parsed. The others have structure, and sums that fit (`structured.
 share that gets past the first check is printed, and so is the share of the lines of functions that
 they ran in the modules that read (`AREAS`). Inputs go to forked workers with a limit on address
 space and an alarm for each input, so a crash, a hang or a flood of memory names its input. The last
-line is JSON with the counts; any other outcome than success or ours ends in a traceback.
+line is JSON with the counts; whatever is neither success nor an error of ours ends in a traceback.
 """
 
 from __future__ import annotations
