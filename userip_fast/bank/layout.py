@@ -9,7 +9,9 @@
     directory.bin       uint32 [2**b + 1], see `userip_fast.bank.index`
     codes.bin           [n, J], row-major, the smallest unsigned type that holds K_j for every j:
                         code ids are 0 .. K_j - 1, and K_j itself is reserved for unknown users
-    probabilities.bin   float32 [n, J], optional
+    probabilities.bin   float32 [n, J], optional: of the codes
+    profiles.bin        float16 [n, sum of K_j], optional: of all codes, field after field; banks of
+                        earlier releases have none, and earlier releases refuse a bank that has it
     page_sums.bin       uint32, CRC-32 of each 4 KiB of the files above, one file after the other in
                         the order of their names; banks of earlier releases are read without
 
@@ -51,7 +53,10 @@ from userip_fast.core.keys import hash_keys, key_order
 FORMAT = "userip_fast.bank"
 VERSION = 1
 PAGE_SUMS = "page_sums.bin"
+OPTIONAL = ("probabilities", "profiles")
+"""What a bank may hold of users beside their codes."""
 _PIECE = 1 << 16  # values, or users, read at once
+_UNEVEN = 1e-3  # that 16 bits may leave of a sum of probabilities
 
 Field = dict[str, Any]
 """`{"name": str, "codebook_size": int, "code_names": [str, ...] | None}`"""
@@ -91,14 +96,16 @@ def check_fields(fields: Any) -> list[Field]:
                     f"got {len(names)}: {names[:3]!r}"
                 )
         checked.append({"name": name, "codebook_size": size, "code_names": names})
-    # They become the columns of the Parquet file.
-    columns = ["user_id"]
-    for field in checked:
-        columns += [field["name"], f"{field['name']}_probability"]
+    _check_columns(checked, "", "_probability")
+    return checked
+
+
+def _check_columns(fields: Sequence[Field], *ends: str) -> None:
+    """Whether the columns of a Parquet file, named like the fields with these ends, differ."""
+    columns = ["user_id", *(f"{field['name']}{end}" for field in fields for end in ends)]
     clash = sorted({c for c in columns if columns.count(c) > 1})
     if clash:
         raise ConfigError(f"fields: the column names {clash} are used twice; rename a field")
-    return checked
 
 
 def code_dtype(fields: Sequence[Field]) -> np.dtype[Any]:
@@ -145,6 +152,42 @@ def check_probabilities(shape: tuple[int, int], probabilities: Any) -> NDArray[n
     return p
 
 
+def check_profiles(fields: Sequence[Field], users: int, profiles: Any) -> NDArray[np.float16]:
+    """`profiles` as a new float16 array [users, sum of K_j].
+
+    Raises:
+        ConfigError: Fields whose names clash with their columns in a Parquet file.
+        DataError: Wrong shape, a value that is not within 0 .. 1, or a field's values that do not
+            add up to one.
+    """
+    _check_columns(fields, "", "_probability", "_p")
+    sizes = [field["codebook_size"] for field in fields]
+    p = np.asarray(profiles)
+    if p.shape != (users, sum(sizes)):
+        raise DataError(
+            f"profiles: must be [users, sum of codebook sizes] = {(users, sum(sizes))}, got "
+            f"{p.shape}"
+        )
+    if (bad := ~((p >= 0) & (p <= 1))).any():
+        i, k = np.argwhere(bad)[0]
+        raise DataError(f"profiles: must be within 0 .. 1, [{i}, {k}] is {p[i, k]}")
+    kept = p.astype("<f2")
+    for field, part in zip(fields, split_fields(fields, kept)):
+        total = part.sum(1, dtype=np.float64)
+        if (bad := np.abs(total - 1) > _UNEVEN).any():
+            raise DataError(
+                f"profiles: those of field {field['name']!r} must add up to 1, row "
+                f"{int(bad.argmax())} adds up to {total[bad][0]:.6g}"
+            )
+    return kept
+
+
+def split_fields(fields: Sequence[Field], profiles: NDArray[Any]) -> list[NDArray[Any]]:
+    """Per field [n, K_j] of profiles [n, sum of K_j]."""
+    ends = np.cumsum([field["codebook_size"] for field in fields])
+    return np.split(profiles, ends[:-1], axis=1)
+
+
 class _Growing:
     """The file of an array that is written a piece at a time."""
 
@@ -189,8 +232,8 @@ def write_generation(
 
     Args:
         folder: An empty folder.
-        parts: At least one, of one key type, all with probabilities or none; together the users in
-            hash order, unique.
+        parts: At least one, of one key type, all with the same values; together the users in hash
+            order, unique.
     """
     files: dict[str, _Growing] = {}
 
@@ -212,9 +255,8 @@ def write_generation(
             append("key_text.bin", text)
             append("key_hashes.bin", part.hashes)
             text_bytes += len(text)
-        append("codes.bin", part.codes)
-        if part.probabilities is not None:
-            append("probabilities.bin", part.probabilities)
+        for name, values in part.values.items():
+            append(f"{name}.bin", values)
         users += len(part)
     hashes: Iterable[NDArray[np.uint64]]
     if kind == "int64":
@@ -266,8 +308,10 @@ class Generation:
         return self.arrays["codes.bin"]
 
     @property
-    def probabilities(self) -> PagedArray | None:
-        return self.arrays.get("probabilities.bin")
+    def values(self) -> dict[str, PagedArray]:
+        """`codes`, and of `OPTIONAL` what is there."""
+        names = ("codes", *OPTIONAL)
+        return {n: self.arrays[f"{n}.bin"] for n in names if f"{n}.bin" in self.arrays}
 
     @classmethod
     def open(cls, folder: Path, manifest_sha256: str) -> Generation:
@@ -297,7 +341,7 @@ class Generation:
             if unknown := set(files) - set(expected) - {PAGE_SUMS}:
                 raise FormatError(f"{path}: names {sorted(unknown)}, no files of such a bank")
             for name, (dtype, shape) in expected.items():
-                if name == "probabilities.bin" and name not in files:
+                if name.removesuffix(".bin") in OPTIONAL and name not in files:
                     continue
                 got = (files[name]["dtype"], tuple(files[name]["shape"]))
                 if got != (dtype, shape or got[1]):
@@ -356,10 +400,12 @@ class Generation:
             try:
                 refuse_duplicates("keys", keys, hashes)
                 keys, hashes = keys[start - before :], hashes[start - before :]
-                check_codes(self.fields, keys, self.codes.rows(start, stop))
-                if self.probabilities is not None:
-                    p = self.probabilities.rows(start, stop)
+                values = {name: x.rows(start, stop) for name, x in self.values.items()}
+                check_codes(self.fields, keys, values["codes"])
+                if (p := values.get("probabilities")) is not None:
                     check_probabilities((len(keys), len(self.fields)), p)
+                if (p := values.get("profiles")) is not None:
+                    check_profiles(self.fields, len(keys), p)
             except DataError as e:
                 raise FormatError(f"{self.folder}: {e}") from e
             own = self.index.hashes
@@ -377,6 +423,7 @@ def _expected(
         "directory.bin": (directory_dtype(users), (2 ** directory_bits(users) + 1,)),
         "codes.bin": (code_dtype(fields).str, rows),
         "probabilities.bin": ("<f4", rows),
+        "profiles.bin": ("<f2", (users, sum(field["codebook_size"] for field in fields))),
     }
     if kind == "int64":
         return expected | {"keys.bin": ("<i8", (users,))}

@@ -36,7 +36,7 @@ from userip_fast.lm.load import resolve_device
 from userip_fast.lm.pretraining import PRETRAINING
 from userip_fast.lm.trace import Workload
 from userip_fast.model.files import orders_like, read_codebooks
-from userip_fast.model.fitted import Model
+from userip_fast.model.fitted import Model, all_probabilities
 from userip_fast.model.learned import check_probabilities, make_trainer
 from userip_fast.model.tally import Tally
 from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource, Told
@@ -60,6 +60,7 @@ def fit(
     max_users: int | None = None,
     resume: bool = False,
     probabilities: bool = False,
+    profiles: bool = False,
     like: str | os.PathLike[str] | None = None,
     show: bool = True,
 ) -> Model:
@@ -77,6 +78,7 @@ def fit(
         max_users: Only the first so many users in hash order.
         resume: Goes on after the last checkpoint of `out`.
         probabilities: Whether the bank keeps each code's probability given the behaviour.
+        profiles: Whether it keeps the probabilities of all codes; see `Model.infer`.
         like: Folder of an earlier model with the same LM and fields; each code gets the number of
             the one nearest to it there.
         show: Whether to show progress.
@@ -90,7 +92,7 @@ def fit(
     """
     loaded = lm if isinstance(lm, FrozenLM) else None
     config = _asked(config, loaded.source if loaded else lm, fields, data)
-    check_probabilities(config, probabilities)
+    check_probabilities(config, probabilities or profiles)
     if like is not None and config.em.recipe == "paper":
         raise ConfigError("like: the published recipe trains codes and users at once; fit without")
     if resume and out is None:
@@ -101,7 +103,7 @@ def fit(
     processes = start_processes()
     threads.settle()
     with open_run(out, writes=processes.rank == 0) as run:
-        job = _Job(data, config, run, processes, resume, probabilities, show)
+        job = _Job(data, config, run, processes, resume, probabilities, profiles, show)
         with Scalars(run.scalars if run and job.writes else None) as scalars:
             with processes.first_alone():  # it fills the cache of embedded LMs
                 model, source = prepare(data, config, lm=loaded, show=job.shows)
@@ -151,10 +153,12 @@ class _Job:
         processes: Processes,
         resume: bool,
         probabilities: bool,
+        profiles: bool,
         show: bool,
     ) -> None:
         self.data, self.config, self.run, self.processes = data, config, run, processes
-        self.resume, self.probabilities = resume, probabilities
+        self.resume = resume
+        self.probabilities, self.profiles = probabilities, profiles
         self.writes = processes.rank == 0
         self.shows = show and self.writes
         self.began = time.monotonic()
@@ -263,12 +267,14 @@ class _Everyone:
     Attributes:
         codes: [U, J] in hash order.
         sure: [U, J] probabilities of the codes, where the bank is to keep them.
+        profiles: [U, sum of K_j] fp16 probabilities of all codes, likewise.
         tally: Over all of them.
         cards: What each code stands for.
     """
 
     codes: Tensor
     sure: Tensor | None
+    profiles: Tensor | None
     tally: Tally
     cards: dict[str, list[CodeCard]]
 
@@ -282,19 +288,23 @@ def _infer_everyone(model: Model, source: BehaviourSource | StreamSource, job: _
     tally = Tally(trainer.own_users(source)[0])
     cache = trainer.infer_cache(job.run.checkpoints, model.start) if job.run else None
     codes, sure = [], [torch.zeros(0, len(fields))]
-    for profiles in model.infer_blocks(source, cache=cache, show=job.shows):
-        assert profiles.code_ids is not None
-        users = tally.add(profiles, source, model.lm.tokenizer)
-        counts.add(profiles.code_ids.numpy(), source.events_of(*users))
-        codes.append(profiles.code_ids)
-        if job.probabilities and (own := profiles.probabilities()) is not None:
+    every = [torch.zeros(0, sum(sizes)).half()]
+    for found in model.infer_blocks(source, cache=cache, show=job.shows):
+        assert found.code_ids is not None
+        users = tally.add(found, source, model.lm.tokenizer)
+        counts.add(found.code_ids.numpy(), source.events_of(*users))
+        codes.append(found.code_ids)
+        if job.probabilities and (own := found.probabilities()) is not None:
             sure.append(own)
+        if job.profiles:
+            every.append(torch.from_numpy(all_probabilities(found)).half())
     all_codes = trainer.gather_codes(codes)
     all_sure = trainer.gather_users(torch.cat(sure)) if job.probabilities else None
+    profiles = trainer.gather_users(torch.cat(every)) if job.profiles else None
     tally = tally.over_processes(trainer)
     counts.merge(job.processes)
     cards = code_cards(model.lm, fields, model.codebooks, counts, data.item_text)
-    return _Everyone(all_codes, all_sure, tally, cards)
+    return _Everyone(all_codes, all_sure, profiles, tally, cards)
 
 
 def _write_bank(
@@ -303,8 +313,9 @@ def _write_bank(
     with model.bank_writer(path) as writer:
         for a in range(0, source.num_users, _BANK_BLOCK):
             b = min(a + _BANK_BLOCK, source.num_users)
-            p = None if everyone.sure is None else everyone.sure[a:b].numpy()
-            writer.append(source.keys_of(a, b), everyone.codes[a:b].numpy(), p)
+            kept = (everyone.sure, everyone.profiles)
+            p, profiles = (None if x is None else x[a:b].numpy() for x in kept)
+            writer.append(source.keys_of(a, b), everyone.codes[a:b].numpy(), p, profiles)
 
 
 def _metrics(
