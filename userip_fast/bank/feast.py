@@ -52,6 +52,7 @@ def write_feast(
             f"probabilities: the bank {bank.path} has none; infer or fit with profiles=True "
             "(--profiles) or probabilities=True"
         )
+    told = (bank.probabilities, bank.profiles) if probabilities else (None, None)
     stamp = pa.scalar(at.astimezone(UTC), pa.timestamp("us", tz="UTC"))
 
     def block(start: int) -> pa.Table:
@@ -59,10 +60,8 @@ def write_feast(
         columns = {"user_id": keys}
         for j, name in enumerate(names):
             columns[name] = pa.array(bank.codes()[rows, j].astype(np.int32))
-        if probabilities:
-            told = bank.probabilities, bank.profiles
-            columns |= probability_columns(bank.fields, *told, rows)
-        columns |= best_columns(bank, start, best)
+        columns |= probability_columns(bank.fields, *told, rows)
+        columns |= best_columns(bank, rows, best)
         fingerprint = pa.repeat(bank.model_fingerprint, len(keys)).dictionary_encode()
         return pa.table(
             {**columns, "model_fingerprint": fingerprint, TIME: pa.repeat(stamp, len(keys))}

@@ -104,11 +104,11 @@ def tables(bank: FeatureBank, best: Best | None = None) -> Iterator[pa.Table]:
         columns = {"user_id": keys.slice(a, BLOCK)}
         columns |= code_columns(bank.fields, codes[rows])
         columns |= probability_columns(bank.fields, probabilities, profiles, rows)
-        columns |= best_columns(bank, a, best)
+        columns |= best_columns(bank, rows, best)
         yield pa.table(columns).replace_schema_metadata(about)
 
 
-def best_columns(bank: FeatureBank, start: int, best: Best | None) -> dict[str, pa.Array]:
+def best_columns(bank: FeatureBank, rows: slice, best: Best | None) -> dict[str, pa.Array]:
     """`top_items` and `top_scores` of a block of users, lists; none without `best`."""
     if best is None:
         return {}
@@ -116,7 +116,7 @@ def best_columns(bank: FeatureBank, start: int, best: Best | None) -> dict[str, 
         raise ConfigError(f"fields: {sorted(clash)} are columns of best items; rename the field")
     if (profiles := bank.profiles) is None:
         raise no_profiles(bank.path)
-    items, scores = best(profiles[start : start + BLOCK].astype(np.float32))
+    items, scores = best(profiles[rows].astype(np.float32))
     return {"top_items": lists(items), "top_scores": lists(scores)}
 
 
