@@ -82,6 +82,7 @@ def print_choices(choices: Sequence[Choice]) -> None:
 
 def print_ctr(result: Mapping[str, Any]) -> None:
     """AUC by feature and backbone, what stands beside it, and how the IDs compare."""
+    from userip_fast.ctr.warm import left_out_in_words
     from userip_fast.report.words import codes_in_words, in_words
 
     rows = result["rows"]
@@ -119,6 +120,8 @@ def print_ctr(result: Mapping[str, Any]) -> None:
                 f"{backbone}: {name} = {d['difference']:+.4f}  95% [{low:+.4f}, {high:+.4f}]  "
                 f"p {d['p']:.3f}"
             )
+    for line in left_out_in_words(result.get("left_out")):
+        print(line)
     for warning in result["warnings"]:
         print(visible(f"warning: {warning}"))
 

@@ -22,10 +22,11 @@ from userip_fast.ctr.cells import Cells, data_digest
 from userip_fast.ctr.codes import describe_codes
 from userip_fast.ctr.config import CLUSTERS, DIN, HISTORY, PROFILES, CTRConfig
 from userip_fast.ctr.features import ImpossibleError, Profiles
-from userip_fast.ctr.inputs import PARTS, Input, Inputs, inputs_digest
+from userip_fast.ctr.inputs import PARTS, Input, Inputs, inputs_digest, joined
 from userip_fast.ctr.protocols import MATCHED, REPEAT, Task, make_task
 from userip_fast.ctr.ranking import choice_scores, rank_choices
 from userip_fast.ctr.statistics import Bootstrap, auc, log_loss, paired
+from userip_fast.ctr.warm import CODED, leave_out
 from userip_fast.ctr.work import Work
 from userip_fast.data import Interactions
 from userip_fast.em.columns import MOST
@@ -66,7 +67,8 @@ def evaluate_ctr(
     Returns:
         What `ctr.json` holds. By feature and backbone `auc` and `logloss` (mean, std, seeds and a
         95 % interval over users and seeds; null for a feature the data cannot have, with
-        `reasons`), `slices` of it (see `_slices`) and `relative_improvement` over `none`; `paired`
+        `reasons`), `slices` of it (see `_slices`) and `relative_improvement` over `none`; of warm
+        users `left_out` (see `userip_fast.ctr.warm.leave_out`); `paired`
         comparisons, and those on items never met in training (`paired_unseen`); `floor`, AUC of the
         item's rate and popularity alone; `numbers`, AUC of further single numbers; `unseen`, shares
         of items never met in training; `codes` by seed, what the IDs are (`describe_codes`); of
@@ -137,21 +139,25 @@ class _Evaluation:
                 impossible[part] = str(why)
                 self.work.drop(_kind(part))
         scores: dict[str, dict[str, Scores]] = {}
+        judging: dict[str, dict[str, Scores]] = {}
         for feature, backbone, seed in self.models:
             if lacking := [impossible[p] for p in PARTS[feature] if p in impossible]:
                 self.reasons[feature] = lacking[0]
                 self.work.drop(backbone)
                 continue
             with self.work.job(backbone, f"{feature} in {backbone}, seed {seed}"):
-                found = self._scores(self.inputs.of(feature, seed), backbone, seed)
+                columns = self.inputs.of(feature, seed)
+                found, valid = self._scores(columns, backbone, seed, self._judged(feature))
             scores.setdefault(feature, {}).setdefault(backbone, []).append(found)
+            judging.setdefault(feature, {}).setdefault(backbone, []).append(valid)
         codes = {}
         if "codes" in self.work.left:
             for seed in range(self.ctr.seeds):
                 with self.work.job("codes", f"what codes are, seed {seed}"):
                     codes[str(seed)] = self._codes(seed)
         with self.work.job("statistics", "intervals"):
-            result = self._result(scores, codes)
+            left_out = leave_out(self.task, self.ctr, scores, judging)
+            result = {**self._result(scores, codes), "left_out": left_out}
         if out is not None:
             write_json(out / "ctr.json", result)
         return result
@@ -203,10 +209,18 @@ class _Evaluation:
             for seed in range(self.ctr.seeds)
         ]
 
+    def _judged(self, feature: str) -> bool:
+        """Whether a feature's validation rows say something of warm users' codes."""
+        return self.ctr.protocol == "warm" and feature in ("none", *CODED)
+
     def _scores(
-        self, columns: dict[str, list[Input]], backbone: str, seed: int
-    ) -> NDArray[np.float32]:
+        self, columns: dict[str, list[Input]], backbone: str, seed: int, judged: bool
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Of test rows and, where asked for, of validation rows."""
         task = self.task
+        if judged:
+            both = zip(columns["test"], columns["valid"])
+            columns = {**columns, "test": [joined(a, b) for a, b in both]}
         labels = [r.label.tobytes() for r in (task.train, task.valid)]
         key = {
             "kind": "scores", "backbone": backbone, "seed": seed, "version": 1,
@@ -222,7 +236,8 @@ class _Evaluation:
                 )
             }  # fmt: skip
 
-        return self.store.get(key, compute)["score"]
+        score = self.store.get(key, compute)["score"]
+        return score[: len(task.test)], score[len(task.test) :]
 
     def _codes(self, seed: int) -> dict[str, Any]:
         """`describe_codes` of the profiles that test rows read, or of half histories."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -315,6 +315,12 @@ class Inputs:
                 z = (told[side][name] - mean) / (deviation or 1.0)
                 out[side].append(Number(name, np.clip(z, -_CLIP, _CLIP).astype(np.float32)))
         return out
+
+
+def joined(a: Input, b: Input) -> Input:
+    """An input of the rows of both."""
+    values: Any = np.concatenate([a.values, b.values])
+    return replace(a, values=values)
 
 
 def inputs_digest(columns: Mapping[str, list[Input]]) -> str:

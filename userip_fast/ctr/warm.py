@@ -1,0 +1,169 @@
+"""Codes of warm users: left out unless validation rows show that they do no harm.
+
+A recommender that has learned from twenty rows of a user's own, and knows his statistics and id,
+has little to gain from a code, and columns that tell nothing cost a little. So users with
+`warm_rows` training rows or more are scored by the recommender that has no codes, unless on the
+validation rows of such users the one with codes is not worse by more than `-UNHURT`: the lower
+bound of the difference in AUC, users and seeds resampled. Validation rows are a tenth of the
+training rows, which end the training of both recommenders too; no test row is looked at.
+
+Whoever owns a recommender can decide the same way: train it with and without codes, keep scores of
+validation rows, and ask `judge_codes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from userip_fast.core.errors import DataError
+from userip_fast.ctr.config import CTRConfig
+from userip_fast.ctr.protocols import Task
+from userip_fast.ctr.statistics import Bootstrap, auc, paired
+
+UNHURT = -0.002
+"""AUC that codes may cost users who have rows of their own: the least lower bound."""
+CODED = ("ids", "ids_prob")
+"""Features that are left out of warm users' scores where they may hurt."""
+
+Scores = Sequence[NDArray[np.float32]]
+
+
+def judge_codes(
+    label: NDArray[np.floating[Any]],
+    user: NDArray[np.integer[Any]],
+    without: Scores,
+    coded: Scores,
+    *,
+    resamplings: int = 200,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Whether users who have rows of their own keep their codes.
+
+    Args:
+        label: [N] 0 or 1, of validation rows of such users.
+        user: [N] whose rows they are.
+        without, coded: [N] scores of the same recommender without codes and with them, one for each
+            seed of its training.
+        resamplings: Of users and seeds, for the interval.
+        seed: Of the resampling.
+
+    Returns:
+        `keep`: whether the lower bound of the difference is at least `UNHURT`; `difference`, `ci95`
+        and `p` of AUC with codes less that without, None where the rows have one label alone (then
+        codes are not kept: nothing shows that they do no harm); `rows` and `users`.
+
+    Raises:
+        DataError: Scores are not one for each row, or there are not as many with codes as without.
+    """
+    label = np.asarray(label, np.float32)
+    lengths = {len(label), len(user), *(len(x) for x in (*without, *coded))}
+    if len(lengths) > 1 or len(without) != len(coded) or not without:
+        raise DataError(
+            "judge_codes: label, user and every score must have a value for each row, and there "
+            f"must be as many scores with codes as without; got lengths {sorted(lengths)}, "
+            f"{len(without)} and {len(coded)} scores"
+        )
+    about = {"rows": len(label), "users": len(np.unique(user))}
+    if not len(label) or label.min() == label.max():
+        return {"keep": False, "difference": None, "ci95": None, "p": None, **about}
+    found = compare(label, user, without, coded, resamplings, seed)
+    return {"keep": found["ci95"][0] >= UNHURT, **found, **about}
+
+
+def compare(
+    label: NDArray[np.float32],
+    user: NDArray[np.integer[Any]],
+    without: Scores,
+    coded: Scores,
+    resamplings: int,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """`difference`, `ci95` and `p` of AUC with codes less that without; see `judge_codes`."""
+    draw = Bootstrap.draw(np.asarray(user, np.int64), len(without), resamplings, seed)
+    ours, theirs = (np.mean([auc(label, x)[0] for x in own]) for own in (coded, without))
+    both = (draw.auc(label, list(own)) for own in (coded, without))
+    return paired(next(both), next(both), float(ours - theirs))
+
+
+def leave_out(
+    task: Task,
+    ctr: CTRConfig,
+    scores: dict[str, dict[str, list[NDArray[np.float32]]]],
+    judging: Mapping[str, Mapping[str, Scores]],
+) -> dict[str, dict[str, Any]] | None:
+    """Puts the scores without codes in the place of those with codes where validation rows do not
+    show that warm users keep theirs: these are then such users' scores.
+
+    Args:
+        scores: Feature -> backbone -> of each seed [test rows]; changed in place.
+        judging: The same of validation rows.
+
+    Returns:
+        By feature and backbone `rows_from`, the training rows from which a user is warm;
+        `left_out`; `validation`, see `judge_codes`; and `kept_in`, the difference on test rows if
+        codes had stayed, which decides nothing. None for other protocols, or without `none`.
+    """
+    if ctr.protocol != "warm" or "none" not in scores:
+        return None
+    valid, test = task.valid, task.test
+    rows = np.zeros(task.data.num_users, np.int64)
+    rows[task.data.user_index(task.pool.user_keys)] = task.pool.history_lengths
+    warm, counts = rows[valid.user] >= ctr.warm_rows, test.kind == 0
+    out: dict[str, dict[str, Any]] = {}
+    for feature in (f for f in CODED if f in scores):
+        for backbone, own in scores[feature].items():
+            plain, judged = scores["none"][backbone], judging["none"][backbone]
+            found = judge_codes(
+                valid.label[warm],
+                valid.user[warm],
+                [s[warm] for s in judged],
+                [s[warm] for s in judging[feature][backbone]],
+                resamplings=ctr.bootstrap,
+            )
+            kept_in = compare(
+                test.label[counts],
+                test.user[counts],
+                [s[counts] for s in plain],
+                [s[counts] for s in own],
+                ctr.bootstrap,
+            )
+            if left_out := not found.pop("keep"):
+                scores[feature][backbone] = plain
+            out.setdefault(feature, {})[backbone] = {
+                "rows_from": ctr.warm_rows,
+                "left_out": left_out,
+                "validation": found,
+                "kept_in": kept_in,
+            }
+    return out
+
+
+def left_out_in_words(told: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
+    """A sentence of each feature and recommender of `leave_out`."""
+    lines = []
+    for feature, by in (told or {}).items():
+        for backbone, d in by.items():
+            seen = d["validation"]
+            if seen["difference"] is None:
+                why = f"{seen['rows']:,} validation rows of such users have one label alone"
+            else:
+                why = (
+                    f"on {seen['rows']:,} validation rows of {seen['users']:,} such users "
+                    f"{feature} - none is {_told(seen)}"
+                )
+            kept = "are left out of" if d["left_out"] else "stay in"
+            lines.append(
+                f"{backbone}, {feature}: codes {kept} the scores of users with {d['rows_from']} "
+                f"training rows or more: {why}"
+                + (f"; kept in, it is {_told(d['kept_in'])} on test rows" * d["left_out"])
+            )
+    return lines
+
+
+def _told(d: Mapping[str, Any]) -> str:
+    low, high = d["ci95"]
+    return f"{d['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
