@@ -82,8 +82,7 @@ def print_choices(choices: Sequence[Choice]) -> None:
 
 def print_ctr(result: Mapping[str, Any]) -> None:
     """AUC by feature and backbone, what stands beside it, and how the IDs compare."""
-    from userip_fast.ctr.warm import left_out_in_words
-    from userip_fast.report.words import codes_in_words, in_words
+    from userip_fast.report.words import codes_in_words, in_words, left_out_in_words
 
     rows = result["rows"]
     first = f", first {result['first']}" if result["first"] else ""

@@ -22,11 +22,11 @@ from userip_fast.ctr.cells import Cells, data_digest
 from userip_fast.ctr.codes import describe_codes
 from userip_fast.ctr.config import CLUSTERS, DIN, HISTORY, PROFILES, CTRConfig
 from userip_fast.ctr.features import ImpossibleError, Profiles
-from userip_fast.ctr.inputs import PARTS, Input, Inputs, inputs_digest, joined
+from userip_fast.ctr.inputs import PARTS, Input, Inputs, inputs_digest, some_rows
 from userip_fast.ctr.protocols import MATCHED, REPEAT, Task, make_task
 from userip_fast.ctr.ranking import choice_scores, rank_choices
 from userip_fast.ctr.statistics import Bootstrap, auc, log_loss, paired
-from userip_fast.ctr.warm import CODED, leave_out
+from userip_fast.ctr.warm import CODED, held_out_parts, leave_out, warm_rows
 from userip_fast.ctr.work import Work
 from userip_fast.data import Interactions
 from userip_fast.em.columns import MOST
@@ -144,12 +144,16 @@ class _Evaluation:
             if lacking := [impossible[p] for p in PARTS[feature] if p in impossible]:
                 self.reasons[feature] = lacking[0]
                 self.work.drop(backbone)
+                self.work.drop("judging", self._judged(feature))
                 continue
             with self.work.job(backbone, f"{feature} in {backbone}, seed {seed}"):
                 columns = self.inputs.of(feature, seed)
-                found, valid = self._scores(columns, backbone, seed, self._judged(feature))
+                found = self._scores(columns, backbone, seed)
             scores.setdefault(feature, {}).setdefault(backbone, []).append(found)
-            judging.setdefault(feature, {}).setdefault(backbone, []).append(valid)
+            if self._judged(feature):
+                with self.work.job("judging", f"{feature} in {backbone} held out, seed {seed}"):
+                    found = self._held_out(columns, backbone, seed)
+                judging.setdefault(feature, {}).setdefault(backbone, []).append(found)
         codes = {}
         if "codes" in self.work.left:
             for seed in range(self.ctr.seeds):
@@ -173,8 +177,10 @@ class _Evaluation:
         jobs = {"base": 1, "statistics": 1}
         for part, _ in self.parts:
             jobs[_kind(part)] = jobs.get(_kind(part), 0) + 1
-        for _, backbone, _ in self.models:
+        for feature, backbone, _ in self.models:
             jobs[backbone] = jobs.get(backbone, 0) + 1
+            if self._judged(feature):
+                jobs["judging"] = jobs.get("judging", 0) + 1
         if set(_LM_FEATURES.values()) & set(jobs):
             jobs["LM"] = 1
         if {"ids", "ids_prob", "affinity", "all+ids"} & set(ctr.features):
@@ -194,7 +200,7 @@ class _Evaluation:
             "affinity": width * pairs / 6e3, "codes": width * 5,
             "published recipe": 600 * read, "LM states": 10 + 20 * read,
             "clusters": 2 + 2 * read, "numbers": 1 + 5 * rows,
-            **dict.fromkeys((*ctr.backbones, DIN), 0.1 + rows),
+            **dict.fromkeys((*ctr.backbones, DIN), 0.1 + rows), "judging": 0.4 + 4 * rows,
         }  # fmt: skip
         what = f"ctr {ctr.protocol}" + (f" {ctr.first}" if ctr.protocol == "new-users" else "")
         return Work(what, jobs, guess, self.show)
@@ -210,34 +216,56 @@ class _Evaluation:
         ]
 
     def _judged(self, feature: str) -> bool:
-        """Whether a feature's validation rows say something of warm users' codes."""
+        """Whether training rows are scored by a feature too, held out: for warm users' codes."""
         return self.ctr.protocol == "warm" and feature in ("none", *CODED)
 
     def _scores(
-        self, columns: dict[str, list[Input]], backbone: str, seed: int, judged: bool
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Of test rows and, where asked for, of validation rows."""
+        self, columns: dict[str, list[Input]], backbone: str, seed: int
+    ) -> NDArray[np.float32]:
+        """Of test rows."""
+        labels = self.task.train.label, self.task.valid.label
+        return self._trained(columns, labels, backbone, seed)
+
+    def _held_out(
+        self, columns: dict[str, list[Input]], backbone: str, seed: int
+    ) -> NDArray[np.float32]:
+        """Of warm users' training rows, each by a recommender that was trained without it."""
         task = self.task
-        if judged:
-            both = zip(columns["test"], columns["valid"])
-            columns = {**columns, "test": [joined(a, b) for a, b in both]}
-        labels = [r.label.tobytes() for r in (task.train, task.valid)]
+        out = np.zeros(len(task.train), np.float32)
+        for rows, held in held_out_parts(task, self.ctr):
+            some = {
+                "train": some_rows(columns["train"], rows),
+                "valid": columns["valid"],
+                "test": some_rows(columns["train"], held),
+            }
+            labels = task.train.label[rows], task.valid.label
+            out[held] = self._trained(some, labels, backbone, seed)
+        return out[warm_rows(task, self.ctr)]
+
+    def _trained(
+        self,
+        columns: dict[str, list[Input]],
+        labels: tuple[NDArray[np.float32], NDArray[np.float32]],
+        backbone: str,
+        seed: int,
+    ) -> NDArray[np.float32]:
+        """Scores of the rows of `test`, by a recommender trained on those of `train` until those of
+        `valid` gain nothing; kept."""
         key = {
             "kind": "scores", "backbone": backbone, "seed": seed, "version": 1,
-            "columns": inputs_digest(columns), "labels": _hash(labels),
+            "columns": inputs_digest(columns), "labels": _hash([x.tobytes() for x in labels]),
             "ctr": {name: getattr(self.ctr, name) for name in _DECIDES},
         }  # fmt: skip
 
         def compute() -> dict[str, NDArray[Any]]:
             return {
                 "score": train_and_predict(
-                    backbone, columns["train"], task.train.label, columns["valid"],
-                    task.valid.label, columns["test"], self.ctr, seed,
+                    backbone, columns["train"], labels[0], columns["valid"], labels[1],
+                    columns["test"], self.ctr, seed,
                 )
             }  # fmt: skip
 
-        score = self.store.get(key, compute)["score"]
-        return score[: len(task.test)], score[len(task.test) :]
+        return self.store.get(key, compute)["score"]
 
     def _codes(self, seed: int) -> dict[str, Any]:
         """`describe_codes` of the profiles that test rows read, or of half histories."""

@@ -317,10 +317,13 @@ class Inputs:
         return out
 
 
-def joined(a: Input, b: Input) -> Input:
-    """An input of the rows of both."""
-    values: Any = np.concatenate([a.values, b.values])
-    return replace(a, values=values)
+def some_rows(columns: list[Input], rows: Int64) -> list[Input]:
+    """Columns of some rows."""
+
+    def taken(column: Any) -> Any:
+        return replace(column, values=column.values[rows])
+
+    return [taken(c) for c in columns]
 
 
 def inputs_digest(columns: Mapping[str, list[Input]]) -> str:

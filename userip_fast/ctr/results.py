@@ -36,11 +36,11 @@ from userip_fast.core.errors import ConfigError, DataError
 from userip_fast.core.files import atomic_file, read_json, write_json
 from userip_fast.ctr.config import CHOSEN, CLUSTERS, DIN, CTRConfig
 from userip_fast.ctr.evaluate import evaluate_ctr
-from userip_fast.ctr.warm import UNHURT, left_out_in_words
+from userip_fast.ctr.warm import UNHURT
 from userip_fast.data import read_interactions
 from userip_fast.em.calibrate import TABLE_RECIPE
 from userip_fast.lm.embedded import RECIPE
-from userip_fast.report.words import codes_in_words, in_words
+from userip_fast.report.words import codes_in_words, in_words, left_out_in_words
 
 LABELS = {"ratings": None, "choices": CHOSEN}
 HEADLINE, BACKBONE = "new users, 10 events", "lightgbm"
@@ -400,7 +400,7 @@ def _verdict(done: list[Any]) -> list[str]:
         lines += [
             "",
             f"Of {len(left)} pairs of warm users codes are left out in {sum(left)}, where"
-            " validation rows do not show that they do no harm: these are level by construction.",
+            " held-out rows do not show that they do no harm: these are level by construction.",
         ]
     return [*lines, ""]
 

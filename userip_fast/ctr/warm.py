@@ -1,19 +1,20 @@
-"""Codes of warm users: left out unless validation rows show that they do no harm.
+"""Codes of warm users: left out unless held-out rows show that they do no harm.
 
 A recommender that has learned from twenty rows of a user's own, and knows his statistics and id,
 has little to gain from a code, and columns that tell nothing cost a little. So users with
-`warm_rows` training rows or more are scored by the recommender that has no codes, unless on the
-validation rows of such users the one with codes is not worse by more than `-UNHURT`: the lower
-bound of the difference in AUC, users and seeds resampled. Validation rows are a tenth of the
-training rows, which end the training of both recommenders too; no test row is looked at.
+`warm_rows` training rows or more are scored by the recommender that has no codes, unless on
+training rows of such users the one with codes is not worse by more than `-UNHURT`: the lower bound
+of the difference in AUC, users and seeds resampled. Each of these rows is scored by a recommender
+that was trained without it, four times three quarters of them and all rows of others; no test row
+is looked at.
 
 Whoever owns a recommender can decide the same way: train it with and without codes, keep scores of
-validation rows, and ask `judge_codes`.
+rows of such users that it was not trained on, and ask `judge_codes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,13 @@ from userip_fast.core.errors import DataError
 from userip_fast.ctr.config import CTRConfig
 from userip_fast.ctr.protocols import Task
 from userip_fast.ctr.statistics import Bootstrap, auc, paired
+from userip_fast.prompts.packing import Int64
 
 UNHURT = -0.002
 """AUC that codes may cost users who have rows of their own: the least lower bound."""
 CODED = ("ids", "ids_prob")
 """Features that are left out of warm users' scores where they may hurt."""
+_PARTS = 4
 
 Scores = Sequence[NDArray[np.float32]]
 
@@ -44,7 +47,7 @@ def judge_codes(
     """Whether users who have rows of their own keep their codes.
 
     Args:
-        label: [N] 0 or 1, of validation rows of such users.
+        label: [N] 0 or 1, of rows of such users that no recommender was trained on.
         user: [N] whose rows they are.
         without, coded: [N] scores of the same recommender without codes and with them, one for each
             seed of its training.
@@ -89,39 +92,54 @@ def compare(
     return paired(next(both), next(both), float(ours - theirs))
 
 
+def warm_rows(task: Task, ctr: CTRConfig) -> NDArray[np.bool_]:
+    """[N] training rows of users who have `ctr.warm_rows` or more."""
+    rows = np.zeros(task.data.num_users, np.int64)
+    rows[task.data.user_index(task.pool.user_keys)] = task.pool.history_lengths
+    return np.asarray(rows[task.train.user] >= ctr.warm_rows)
+
+
+def held_out_parts(task: Task, ctr: CTRConfig) -> Iterator[tuple[Int64, Int64]]:
+    """(training rows to train on, training rows to score) so that each of `warm_rows` is scored
+    once, by what was trained without it."""
+    warm = np.flatnonzero(warm_rows(task, ctr))
+    part = np.random.default_rng(ctr.split_seed + 29).integers(0, _PARTS, len(warm))
+    for p in range(_PARTS):
+        if len(out := warm[part == p]):
+            yield np.setdiff1d(np.arange(len(task.train)), out), out
+
+
 def leave_out(
     task: Task,
     ctr: CTRConfig,
     scores: dict[str, dict[str, list[NDArray[np.float32]]]],
     judging: Mapping[str, Mapping[str, Scores]],
 ) -> dict[str, dict[str, Any]] | None:
-    """Puts the scores without codes in the place of those with codes where validation rows do not
+    """Puts the scores without codes in the place of those with codes where held-out rows do not
     show that warm users keep theirs: these are then such users' scores.
 
     Args:
         scores: Feature -> backbone -> of each seed [test rows]; changed in place.
-        judging: The same of validation rows.
+        judging: The same of `warm_rows`, each held out.
 
     Returns:
         By feature and backbone `rows_from`, the training rows from which a user is warm;
-        `left_out`; `validation`, see `judge_codes`; and `kept_in`, the difference on test rows if
+        `left_out`; `held_out`, see `judge_codes`; and `kept_in`, the difference on test rows if
         codes had stayed, which decides nothing. None for other protocols, or without `none`.
     """
     if ctr.protocol != "warm" or "none" not in scores:
         return None
-    valid, test = task.valid, task.test
-    rows = np.zeros(task.data.num_users, np.int64)
-    rows[task.data.user_index(task.pool.user_keys)] = task.pool.history_lengths
-    warm, counts = rows[valid.user] >= ctr.warm_rows, test.kind == 0
+    test, judge = task.test, task.train.take(warm_rows(task, ctr))
+    counts = test.kind == 0
     out: dict[str, dict[str, Any]] = {}
     for feature in (f for f in CODED if f in scores):
         for backbone, own in scores[feature].items():
-            plain, judged = scores["none"][backbone], judging["none"][backbone]
+            plain = scores["none"][backbone]
             found = judge_codes(
-                valid.label[warm],
-                valid.user[warm],
-                [s[warm] for s in judged],
-                [s[warm] for s in judging[feature][backbone]],
+                judge.label,
+                judge.user,
+                judging["none"][backbone],
+                judging[feature][backbone],
                 resamplings=ctr.bootstrap,
             )
             kept_in = compare(
@@ -136,34 +154,7 @@ def leave_out(
             out.setdefault(feature, {})[backbone] = {
                 "rows_from": ctr.warm_rows,
                 "left_out": left_out,
-                "validation": found,
+                "held_out": found,
                 "kept_in": kept_in,
             }
     return out
-
-
-def left_out_in_words(told: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
-    """A sentence of each feature and recommender of `leave_out`."""
-    lines = []
-    for feature, by in (told or {}).items():
-        for backbone, d in by.items():
-            seen = d["validation"]
-            if seen["difference"] is None:
-                why = f"{seen['rows']:,} validation rows of such users have one label alone"
-            else:
-                why = (
-                    f"on {seen['rows']:,} validation rows of {seen['users']:,} such users "
-                    f"{feature} - none is {_told(seen)}"
-                )
-            kept = "are left out of" if d["left_out"] else "stay in"
-            lines.append(
-                f"{backbone}, {feature}: codes {kept} the scores of users with {d['rows_from']} "
-                f"training rows or more: {why}"
-                + (f"; kept in, it is {_told(d['kept_in'])} on test rows" * d["left_out"])
-            )
-    return lines
-
-
-def _told(d: Mapping[str, Any]) -> str:
-    low, high = d["ci95"]
-    return f"{d['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
