@@ -153,7 +153,7 @@ def joint(each: Sequence[NDArray[np.float32]], codes: NDArray[np.int64]) -> NDAr
     `codes` [Z, J]. What 16 bits rounded to nothing is still possible."""
     out = np.ones((len(each[0]), len(codes)))
     for p, k in zip(each, codes.T):
-        out *= np.maximum(p, _LEAST)[:, k]
+        out *= np.maximum(p, _LEAST, dtype=np.float32)[:, k]
     return np.asarray(out / out.sum(1, keepdims=True), np.float32)
 
 
