@@ -1,12 +1,12 @@
-"""Codes of warm users: left out unless held-out rows show that they do no harm.
+"""Codes of warm users: left out unless held-out rows show that they help.
 
 A recommender that has learned from twenty rows of a user's own, and knows his statistics and id,
 has little to gain from a code, and columns that tell nothing cost a little. So users with
-`warm_rows` training rows or more are scored by the recommender that has no codes, unless on
-training rows of such users the one with codes is not worse by more than `-UNHURT`: the lower bound
-of the difference in AUC, users and seeds resampled. Each of these rows is scored by a recommender
-that was trained without it, four times three quarters of them and all rows of others; no test row
-is looked at.
+`warm_rows` training rows or more are scored by the recommender that has no codes, unless the one
+with codes is better on training rows of such users: the 95 % interval of the difference in AUC,
+users and seeds resampled, lies above 0. Each of these rows is scored by a recommender that was
+trained without it, four times three quarters of them and all rows of others; no test row is looked
+at.
 
 Whoever owns a recommender can decide the same way: train it with and without codes, keep scores of
 rows of such users that it was not trained on, and ask `judge_codes`.
@@ -26,10 +26,10 @@ from userip_fast.ctr.protocols import Task
 from userip_fast.ctr.statistics import Bootstrap, auc, paired
 from userip_fast.prompts.packing import Int64
 
-UNHURT = -0.002
-"""AUC that codes may cost users who have rows of their own: the least lower bound."""
+RULE = "interval above 0"
+"""When codes of warm users are kept."""
 CODED = ("ids", "ids_prob")
-"""Features that are left out of warm users' scores where they may hurt."""
+"""Features that are left out of warm users' scores where they do not help."""
 _PARTS = 4
 
 Scores = Sequence[NDArray[np.float32]]
@@ -55,9 +55,9 @@ def judge_codes(
         seed: Of the resampling.
 
     Returns:
-        `keep`: whether the lower bound of the difference is at least `UNHURT`; `difference`, `ci95`
-        and `p` of AUC with codes less that without, None where the rows have one label alone (then
-        codes are not kept: nothing shows that they do no harm); `rows` and `users`.
+        `keep`: whether the interval of the difference lies above 0; `difference`, `ci95` and `p` of
+        AUC with codes less that without, None where the rows have one label alone (then codes are
+        not kept: nothing shows that they help); `rows` and `users`.
 
     Raises:
         DataError: Scores are not one for each row, or there are not as many with codes as without.
@@ -74,7 +74,7 @@ def judge_codes(
     if not len(label) or label.min() == label.max():
         return {"keep": False, "difference": None, "ci95": None, "p": None, **about}
     found = compare(label, user, without, coded, resamplings, seed)
-    return {"keep": found["ci95"][0] >= UNHURT, **found, **about}
+    return {"keep": found["ci95"][0] > 0, **found, **about}
 
 
 def compare(
@@ -116,7 +116,7 @@ def leave_out(
     judging: Mapping[str, Mapping[str, Scores]],
 ) -> dict[str, dict[str, Any]] | None:
     """Puts the scores without codes in the place of those with codes where held-out rows do not
-    show that warm users keep theirs: these are then such users' scores.
+    show that they help: these are then such users' scores.
 
     Args:
         scores: Feature -> backbone -> of each seed [test rows]; changed in place.
