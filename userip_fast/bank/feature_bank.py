@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from userip_fast.bank.checks import Field, split_fields
 from userip_fast.bank.feast import write_feast
 from userip_fast.bank.generations import current_generation
 from userip_fast.bank.index import (
@@ -29,14 +27,7 @@ from userip_fast.bank.index import (
     name_some,
     unknown_users,
 )
-from userip_fast.bank.layout import (
-    OPTIONAL,
-    PAGE_SUMS,
-    VERSION,
-    Field,
-    Generation,
-    split_fields,
-)
+from userip_fast.bank.layout import Generation
 from userip_fast.bank.pages import PagedArray
 from userip_fast.bank.parquet import (
     Best,
@@ -325,7 +316,7 @@ class FeatureBank:
         self._generation.verify()
 
     def to_arrow(self, best: Best | None = None) -> pa.Table:
-        """Everything, in memory: `user_id`, a column of codes per field and, if there are any,
+        """Everything, in memory: `user_id`, codes of each field as `FIELD` and, if there are any,
         `FIELD_probability` and `FIELD_p`, a list of the probabilities of all codes.
 
         Args:
@@ -422,9 +413,7 @@ class FeatureBank:
     @property
     def digest(self) -> str:
         """SHA-256 over fields, users and codes: banks of equal digests give equal look-ups."""
-        files = {n: e["sha256"] for n, e in self._generation.files.items() if n != PAGE_SUMS}
-        about = json.dumps([self.fields, self.model_fingerprint, files], sort_keys=True)
-        return hashlib.sha256(about.encode()).hexdigest()
+        return self._generation.digest
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -443,9 +432,8 @@ class FeatureBank:
 
     @property
     def probabilities(self) -> NDArray[np.float32] | None:
-        """[U, J] float32 of the users' codes, rows as in `keys()`; mapped, read-only, or taken from
-        `profiles`; checked as a whole, once. None if the bank has neither.
-        """
+        """[U, J] float32 of the users' codes, rows as in `keys()`; mapped, or taken from `profiles`;
+        checked as a whole, once. None if the bank has neither."""
         if (p := self._generation.values.get("probabilities")) is not None:
             return p.rows()
         if (profiles := self.profiles) is None:
@@ -457,32 +445,13 @@ class FeatureBank:
     @property
     def profiles(self) -> NDArray[np.float16] | None:
         """[U, sum of K_j] float16, the probabilities of all codes, field after field, rows as in
-        `keys()`; mapped, read-only; checked as a whole, once. None if the bank has none.
-        """
+        `keys()`; mapped, read-only; checked as a whole, once. None if the bank has none."""
         p = self._generation.values.get("profiles")
         return None if p is None else p.rows()
 
     def info(self) -> dict[str, Any]:
         """What is in the bank and what it costs, as JSON values."""
-        sizes = {  # by the manifest: the files may be gone
-            name: np.dtype(entry["dtype"]).itemsize * math.prod(entry["shape"])
-            for name, entry in self._generation.files.items()
-        }
-        return {
-            "path": str(self.path),
-            "generation": self._generation.folder.name,
-            "version": VERSION,
-            "users": len(self),
-            "key_type": self.key_type,
-            "code_dtype": self._codes.unchecked.dtype.name,
-            "fields": self.fields,
-            **{name: name in self._generation.values for name in OPTIONAL},
-            "page_sums": PAGE_SUMS in self._generation.files,
-            "model_fingerprint": self.model_fingerprint,
-            "metadata": self.metadata,
-            "file_bytes": sizes,
-            "bytes_per_user": sum(sizes.values()) / max(1, len(self)),
-        }
+        return {"path": str(self.path), **self._generation.info()}
 
     # What is opened stays as it is, so a copy is the same thing. Another process maps it anew.
     def __copy__(self) -> FeatureBank:

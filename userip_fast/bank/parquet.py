@@ -15,14 +15,8 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from userip_fast.bank.layout import (
-    FORMAT,
-    VERSION,
-    Field,
-    check_fields,
-    check_metadata,
-    split_fields,
-)
+from userip_fast.bank.checks import Field, check_fields, check_metadata, split_fields
+from userip_fast.bank.layout import FORMAT, VERSION
 from userip_fast.core.errors import ConfigError, FormatError
 from userip_fast.core.files import atomic_file
 from userip_fast.core.keys import hash_keys

@@ -28,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from userip_fast.bank.checks import Field, check_fields, code_dtype
 from userip_fast.bank.index import ON_UNKNOWN, bad_on_unknown, keys_of_type, unknown_users
-from userip_fast.bank.layout import Field, check_fields, code_dtype
 from userip_fast.bank.parquet import Best, no_profiles
 from userip_fast.core.errors import (
     ConfigError,

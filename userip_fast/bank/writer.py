@@ -16,19 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from userip_fast.bank.generations import CURRENT, current_generation, publish, write_lock
-from userip_fast.bank.index import as_keys, key_type
-from userip_fast.bank.layout import (
-    OPTIONAL,
-    PAGE_SUMS,
-    Generation,
+from userip_fast.bank.checks import (
     check_codes,
     check_fields,
     check_metadata,
     check_probabilities,
     check_profiles,
-    write_generation,
 )
+from userip_fast.bank.generations import CURRENT, current_generation, publish, write_lock
+from userip_fast.bank.index import as_keys, key_type
+from userip_fast.bank.layout import OPTIONAL, PAGE_SUMS, Generation, write_generation
 from userip_fast.bank.spool import Spool, Users
 from userip_fast.core.errors import ConfigError, MismatchError
 from userip_fast.core.keys import hash_keys, shard_of

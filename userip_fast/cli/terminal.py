@@ -183,7 +183,7 @@ def print_codes(
 ) -> None:
     """Codes of users given as text, and what they mean. Of a bank with profiles also how likely
     they are, with what else is likely; and with `best` the best items."""
-    from userip_fast.bank.layout import split_fields
+    from userip_fast.bank.checks import split_fields
 
     keys, names = bank.coerce_keys(users), [f["name"] for f in bank.fields]
     codes = bank.lookup(keys, on_unknown=on_unknown)
