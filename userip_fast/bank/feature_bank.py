@@ -432,7 +432,7 @@ class FeatureBank:
 
     @property
     def probabilities(self) -> NDArray[np.float32] | None:
-        """[U, J] float32 of the users' codes, rows as in `keys()`; mapped, or taken from `profiles`;
+        """[U, J] float32 of the users' codes, rows as in `keys()`; mapped, or out of `profiles`;
         checked as a whole, once. None if the bank has neither."""
         if (p := self._generation.values.get("probabilities")) is not None:
             return p.rows()
