@@ -1,9 +1,11 @@
 """Warm users keep their codes where these help, and are scored without them elsewhere."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_planted import GENRES
 
@@ -11,7 +13,7 @@ from userip_fast.core.errors import DataError
 from userip_fast.ctr import CTRConfig, evaluate_ctr
 from userip_fast.ctr.features import Profiles
 from userip_fast.ctr.protocols import make_task
-from userip_fast.ctr.results import UNHURT, write_page
+from userip_fast.ctr.results import UNHURT, run_plan, write_page
 from userip_fast.ctr.warm import held_out_parts, judge_codes, warm_rows
 from userip_fast.data import read_interactions
 from userip_fast.report.words import left_out_in_words
@@ -169,3 +171,38 @@ def test_other_protocols_leave_nothing_out():
     found = evaluated("hurt", protocol="new-users", first=3, seeds=1, features=("none", "ids"))
     assert found["left_out"] is None
     assert found["auc"]["ids"] != found["auc"]["none"]
+
+
+def test_results_of_another_rule_are_measured_anew(tmp_path, monkeypatch):
+    """What was measured before codes were left out stands on the page until then."""
+    pq.write_table(log("help")[0].items, tmp_path / "items.parquet")
+    pq.write_table(
+        pa.table({"user_id": [1, 1], "item_id": [0, 1], "rating": [1, 5]}), tmp_path / "log.parquet"
+    )
+    plan = {
+        "evaluations": {"warm": {"protocol": "warm"}, "new": {"protocol": "new-users"}},
+        "datasets": {"made up": {"interactions": "log.parquet", "items": "items.parquet",
+                                 "labels": ["ratings"],
+                                 "data": {"rating": "rating", "text": "{genres}"}}},
+    }  # fmt: skip
+    ran = []
+
+    def evaluate(data, *, ctr, **_):
+        ran.append(ctr.protocol)
+        return {"number": len(ran)}
+
+    monkeypatch.setattr("userip_fast.ctr.results.evaluate_ctr", evaluate)
+
+    def run(**how):
+        found = run_plan(plan, tmp_path, tmp_path / "out", show=False, **how)
+        return {e: r["number"] for e, r in found["made up"]["ratings"].items()}
+
+    assert run() == run() == {"warm": 1, "new": 2}
+    for name in ("warm", "new"):
+        stamp = tmp_path / "out" / "made up" / "ratings" / name / "settings.json"
+        said = json.loads(stamp.read_text())
+        said.pop("codes_kept", None)  # as a release wrote it that kept them all
+        stamp.write_text(json.dumps(said))
+    assert run(seconds=0) == {"warm": 1, "new": 2}
+    assert ran == ["warm", "new-users"]
+    assert run() == {"warm": 3, "new": 2}
