@@ -105,6 +105,12 @@ def test_columns_of_profiles_do_not_hide_a_field(tmp_path):
     bank.to_parquet(tmp_path / "b.parquet")
     again = FeatureBank.from_parquet(tmp_path / "b.parquet", tmp_path / "c")
     assert again.profiles is None
+    fields = [{"name": "b", "codebook_size": 2}, {"name": "b_p_1", "codebook_size": 1}]
+    numbered = {"fields": fields, "model_fingerprint": "m", "profiles": [[0.5, 0.5, 1]]}
+    bank = FeatureBank.write(tmp_path / "e", [1], [[1, 0]], **numbered)
+    with pytest.raises(ConfigError, match=r"\['b_p_1'\] are used twice"):
+        bank.to_csv(tmp_path / "e.csv")
+    assert not (tmp_path / "e.csv").exists()
     with pytest.raises(ConfigError, match=r"\['a_p'\] are used twice"):
         FeatureBank.write(tmp_path / "d", [1], codes, profiles=[[1, 1]], **named)
 

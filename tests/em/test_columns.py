@@ -343,10 +343,11 @@ def test_profiles_and_a_bank_of_them_are_the_joint_of_columns(fitted, few, tmp_p
     table = pq.read_table(tmp_path / "p.parquet")
     names = [f.name for f in model.config.fields]
     each = [np.stack(table[f"{n}_p"].to_numpy()) for n in names]
-    for p, size, codes in zip(each, sizes, (table[n].to_numpy() for n in names)):
+    for p, size in zip(each, sizes):
         assert p.shape == (data.num_users, size)
         np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)
-        np.testing.assert_array_equal(p.argmax(1), codes)
+    codes = np.stack([table[n].to_numpy() for n in names], axis=1)
+    assert np.array_equal(codes, model.infer(data))
     product = np.prod([p[:, k] for p, k in zip(each, some.T)], axis=0)
     product /= product.sum(1, keepdims=True)
     items, scores = model.top_items(product, 3)

@@ -72,16 +72,20 @@ def write_csv(bank: FeatureBank, path: str | os.PathLike[str], best: Best | None
 
 def _flat(table: pa.Table) -> pa.Table:
     """Lists as a column for each place."""
-    columns: dict[str, Any] = {}
+    names: list[str] = []
+    columns: list[Any] = []
     for name, column in zip(table.column_names, table.columns):
         if pa.types.is_fixed_size_list(column.type):
-            values = column.combine_chunks().flatten()
-            n = column.type.list_size
+            values, n = column.combine_chunks().flatten(), column.type.list_size
             places = np.arange(0, len(values), n)
-            columns |= {f"{name}_{i}": values.take(pa.array(places + i)) for i in range(n)}
+            names += [f"{name}_{i}" for i in range(n)]
+            columns += [values.take(pa.array(places + i)) for i in range(n)]
         else:
-            columns[name] = column
-    return pa.table(columns)
+            names.append(name)
+            columns.append(column)
+    if clash := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"fields: the column names {clash} are used twice; rename a field")
+    return pa.table(columns, names=names)
 
 
 def tables(bank: FeatureBank, best: Best | None = None) -> Iterator[pa.Table]:
