@@ -164,19 +164,22 @@ class Reading:
     def __init__(self, name: str, titles: list[str], asked: str, folder: Path) -> None:
         self.name, self.folder = name, folder
         folder.mkdir(parents=True, exist_ok=True)
-        lm, tokenizer = _small()
+        lm, tokenizer = small()
 
         def ids(text: str) -> list[int]:
             return tokenizer.encode(text, add_special_tokens=False)[:MOST]
 
-        self.reader = FrozenReader(lm, (ids(YES)[0], ids(NO)[0]))
+        self.words = ids(YES)[0], ids(NO)[0]
+        self.reader = FrozenReader(lm, self.words)
         self.begin = self.reader.embedding[ids(BEGIN)[0]]
         self.rms = float(self.reader.embedding.square().mean().sqrt())
         self.cost: dict[str, float] = {}
         path = folder / "texts.pt"
         if not path.is_file():
             began = time.process_time()
-            texts = self.reader.read([ids(asked.format(title)) for title in titles])
+            every = [ids(asked.format(title)) for title in titles]
+            self._check(lm, every[:8])
+            texts = self.reader.read(every)
             cost = {"titles": len(titles), "tokens": texts.tokens,
                     "seconds": time.process_time() - began,
                     "bytes": texts.kept.numel() * 2}  # fmt: skip
@@ -184,6 +187,17 @@ class Reading:
                 torch.save((texts.kept, texts.offsets, texts.tokens, cost), tmp)
         kept, offsets, tokens, self.cost = torch.load(path, mmap=True, weights_only=False)
         self.texts = Texts(kept, offsets, {}, tokens)
+
+    @torch.no_grad()
+    def _check(self, lm: Any, texts: list[list[int]]) -> None:
+        """Whole readings by transformers, in fp32, say the same as far as bfloat16 goes."""
+        own = self.reader.odds(
+            self.reader.read(texts), np.arange(len(texts)), self.begin.expand(len(texts), 1, 1, -1)
+        )[:, 0]
+        for text, odds in zip(texts, own.tolist()):
+            rows = torch.cat([self.reader.embedding[text], self.begin[None]])
+            logits = lm(inputs_embeds=rows[None]).logits[0, -1, list(self.words)]
+            assert abs(odds - float(logits[0] - logits[1])) < 0.2, (odds, logits)
 
     def learn(self, lesson: Lesson, events: int, until: float) -> Teller | None:
         """W and b, learned from so many events; None where time was up before."""
@@ -262,7 +276,7 @@ class Reading:
         return out
 
 
-def _small() -> tuple[Any, Any]:
+def small() -> tuple[Any, Any]:
     """SmolLM2-135M and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
