@@ -4,7 +4,7 @@
 
 What a text leaves of itself are the keys and values of its tokens in all layers. A user costs his
 soft rows, which see the text and one another, and the last of them gives the answer; gradients go
-to the soft rows alone. Rows are bfloat16 in products and float32 in the residual stream; weights of
+to the soft rows alone. Products are in bfloat16, the residual stream in float32; weights of
 norms are folded into the products behind them, and of the vocabulary only two rows are needed.
 """
 
@@ -24,7 +24,7 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Layer:
-    """`qkv` [H + 2 G, D], `out` [D, H], `gate_up` [2 M, D], `down` [D, M], bfloat16."""
+    """`qkv` [H + 2 G, D], `out` [D, H], `gate_up` [2 M, D], `down` [D, M]."""
 
     qkv: Tensor
     out: Tensor
@@ -37,15 +37,13 @@ class Texts:
     """Texts as they were read.
 
     Attributes:
-        kept: [tokens, layers, 2, G] bfloat16 keys, turned to their places, and values.
+        kept: [tokens, layers, 2, G] keys, turned to their places, and values.
         offsets: [I + 1]; text i has tokens `offsets[i]:offsets[i + 1]`.
-        states: Layer -> [I, D] float32, the residual stream of each text's last token.
         tokens: How many the LM read.
     """
 
     kept: Tensor
     offsets: Int64
-    states: dict[int, Tensor]
     tokens: int
 
 
@@ -55,14 +53,17 @@ class FrozenReader:
     Args:
         lm: A Llama of transformers, in float32.
         words: Two token ids: the answer's log odds are of the first over the second.
+        dtype: Of products.
 
     Attributes:
         rows: How many soft rows were read, forward.
     """
 
-    def __init__(self, lm: Any, words: tuple[int, int]) -> None:
+    def __init__(
+        self, lm: Any, words: tuple[int, int], dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         c = lm.config
-        self.eps, self.dim = c.rms_norm_eps, c.hidden_size
+        self.dtype, self.eps, self.dim = dtype, c.rms_norm_eps, c.hidden_size
         self.heads, self.groups = c.num_attention_heads, c.num_key_value_heads
         self.head_dim = self.dim // self.heads
         self.embedding = lm.get_input_embeddings().weight.detach()
@@ -76,7 +77,7 @@ class FrozenReader:
                     qkv * m.input_layernorm.weight, a.o_proj.weight,
                     gate_up * m.post_attention_layernorm.weight, f.down_proj.weight,
                 )  # fmt: skip
-                self.layers.append(_Layer(*(p.bfloat16().contiguous() for p in parts)))
+                self.layers.append(_Layer(*(p.to(dtype).contiguous() for p in parts)))
             head = lm.lm_head.weight.detach()[list(words)]
             self.answer = ((head[0] - head[1]) * lm.model.norm.weight).float().clone()
         rope = c.rope_parameters["rope_theta"]
@@ -86,13 +87,12 @@ class FrozenReader:
         self.rows = 0
 
     @torch.no_grad()
-    def read(self, ids: list[list[int]], states: tuple[int, ...] = (), batch: int = 64) -> Texts:
+    def read(self, ids: list[list[int]], batch: int = 64) -> Texts:
         """Reads texts, each alone."""
         lengths = np.asarray([len(x) for x in ids])
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         layers, width = len(self.layers), self.groups * self.head_dim
-        kept = torch.empty(int(offsets[-1]), layers, 2, width, dtype=torch.bfloat16)
-        found = {at: torch.empty(len(ids), self.dim) for at in states}
+        kept = torch.empty(int(offsets[-1]), layers, 2, width, dtype=self.dtype)
         for length in np.unique(lengths).tolist():  # of equal length: nothing is padded
             those = np.flatnonzero(lengths == length)
             for part in np.array_split(those, -(-len(those) // batch)):
@@ -101,26 +101,20 @@ class FrozenReader:
                 place = torch.arange(length).expand(len(part), -1)
                 for i, layer in enumerate(self.layers):
                     q, k, v = self._qkv(layer, x, place)
-                    kept[at, i, 0] = k.flatten(2).flatten(0, 1).bfloat16()
-                    kept[at, i, 1] = v.flatten(2).flatten(0, 1).bfloat16()
+                    kept[at, i, 0] = k.flatten(2).flatten(0, 1).to(self.dtype)
+                    kept[at, i, 1] = v.flatten(2).flatten(0, 1).to(self.dtype)
                     told = F.scaled_dot_product_attention(
                         *(y.transpose(1, 2) for y in (q, k, v)), is_causal=True, enable_gqa=True
                     )
                     x = self._rest(layer, x, told.transpose(1, 2).flatten(2))
-                    if i + 1 in found:
-                        found[i + 1][part] = x[:, -1]
-        return Texts(kept, offsets, found, int(offsets[-1]))
+        return Texts(kept, offsets, int(offsets[-1]))
 
-    def odds(
-        self, texts: Texts, items: Int64, soft: Tensor, prefix: Tensor | None = None
-    ) -> Tensor:
+    def odds(self, texts: Texts, items: Int64, soft: Tensor) -> Tensor:
         """[P, Q] log odds of the answer to P items about Q users each.
 
         Args:
             items: [P] rows of `texts`.
             soft: [P, Q, R, D] soft rows; a row sees the text and the rows of its user up to itself.
-            prefix: [P, Q, S, layers, 2, G] further keys and values, a pair a layer, seen by all
-                rows of the user.
         """
         p, q, r, _ = soft.shape
         lengths = np.diff(texts.offsets)[items]
@@ -133,16 +127,9 @@ class FrozenReader:
         mask = torch.zeros(p, 1, 1, longest).masked_fill(beyond[:, None, None], -torch.inf)
         x = soft.flatten(0, 1)
         own_mask = torch.full((r, r), -torch.inf).triu(1)
-        if prefix is not None:
-            own_mask = torch.cat([torch.zeros(r, prefix.shape[2]), own_mask], dim=1)
-            prefix = prefix.flatten(0, 1)
         for i, layer in enumerate(self.layers):
-            own_q, k, v = self._qkv(layer, x, place)
-            if prefix is not None:
-                kept = prefix[:, :, i].unflatten(-1, (self.groups, -1))
-                k = torch.cat([kept[:, :, 0], k], dim=1)
-                v = torch.cat([kept[:, :, 1], v], dim=1)
-            x = self._rest(layer, x, self._attend(own_q, k, v, text[:, :, i], mask, own_mask))
+            told = self._attend(*self._qkv(layer, x, place), text[:, :, i], mask, own_mask)
+            x = self._rest(layer, x, told)
         self.rows += p * q * r
         return self._norm(x[:, -1]).mv(self.answer).view(p, q)
 
@@ -174,15 +161,15 @@ class FrozenReader:
 
     def _qkv(self, layer: _Layer, x: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[N, R, heads, d] each, float32; queries and keys turned to their places."""
-        told = F.linear(self._norm(x).bfloat16(), layer.qkv).float()
+        told = F.linear(self._norm(x).to(self.dtype), layer.qkv).float()
         told = told.unflatten(-1, (-1, self.head_dim))
         q, k, v = told.split([self.heads, self.groups, self.groups], dim=2)
         cos, sin = self.cos[place][:, :, None], self.sin[place][:, :, None]
         return _turned(q, cos, sin), _turned(k, cos, sin), v
 
     def _rest(self, layer: _Layer, x: Tensor, told: Tensor) -> Tensor:
-        x = x + F.linear(told.bfloat16(), layer.out).float()
-        gate, up = F.linear(self._norm(x).bfloat16(), layer.gate_up).chunk(2, dim=-1)
+        x = x + F.linear(told.to(self.dtype), layer.out).float()
+        gate, up = F.linear(self._norm(x).to(self.dtype), layer.gate_up).chunk(2, dim=-1)
         return x + F.linear(F.silu(gate) * up, layer.down).float()
 
     def _norm(self, x: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ class Reading:
             with atomic_file(path) as tmp:
                 torch.save((texts.kept, texts.offsets, texts.tokens, cost), tmp)
         kept, offsets, tokens, self.cost = torch.load(path, mmap=True, weights_only=False)
-        self.texts = Texts(kept, offsets, {}, tokens)
+        self.texts = Texts(kept, offsets, tokens)
 
     @torch.no_grad()
     def _check(self, lm: Any, texts: list[list[int]]) -> None:
