@@ -258,9 +258,9 @@ class Reading:
         return {"judges": float(nll), "judges_right": float(right.mean())}
 
     @torch.no_grad()
-    def _odds(self, teller: Teller, title: Int64, v: Tensor) -> Tensor:
-        """[P, Q] of P titles and Q users each."""
-        size = max(1, 512 // v.shape[1])
+    def _odds(self, teller: Teller, title: Int64, v: Tensor, rows: int = 512) -> Tensor:
+        """[P, Q] of P titles and Q users each, so many rows at a time."""
+        size = max(1, rows // v.shape[1])
         return torch.cat(
             [
                 self.reader.odds(self.texts, title[a : a + size], teller(v[a : a + size]))
@@ -273,6 +273,14 @@ class Reading:
         order = np.argsort(np.diff(self.texts.offsets), kind="stable")
         out = torch.empty(len(order), len(v))
         out[order] = self._odds(teller, order, v.expand(len(order), -1, -1))
+        return out
+
+    def pairs(self, teller: Teller, title: Int64, v: Tensor) -> NDArray[np.float32]:
+        """[N] of pairs of a title and a user v [N, r]."""
+        order = np.lexsort((title, np.diff(self.texts.offsets)[title]))
+        out = np.empty(len(title), np.float32)
+        told = self._odds(teller, title[order], v[torch.from_numpy(order)][:, None], 256)
+        out[order] = told[:, 0].numpy()
         return out
 
 

@@ -23,6 +23,7 @@ its section of docs/results.md is written by `results_table.py --render`.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -36,6 +37,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import yaml
+from _real_lm_section import DIFFERENCES, FEATURES, HELD, KNOWN, TITLES
 from _whose_choice import FIRST, JUDGE, USERS, Lesson, Reading, Teller, sums_of
 from numpy.typing import NDArray
 from torch import Tensor
@@ -60,8 +62,6 @@ from userip_fast.prompts.packing import Int64
 
 HERE = Path(__file__).resolve().parent
 ASKED = {"goodbooks-10k-sample": "Book: {}\nReader:", "movietweetings-142k": "Movie: {}\nViewer:"}
-KNOWN = "new users, 10 events"
-HELD = "new users, 10 events, a fifth of the items held out"
 CODES = 16
 
 
@@ -86,15 +86,17 @@ class Log:
         alone = read_interactions(*files, **{**told, "text": "{title}"})
         title = dict(zip(alone.item_keys.to_pylist(), alone.item_text.to_pylist()))
         self.tasks = {e: make_task(data, ctr) for e, ctr in self.ctr.items()}
+        self.alone = make_task(alone, self.ctr[HELD])
         asked = {**plan["config"], "fields": dataset["fields"]}
         self.config = Config.from_dict({**asked, "data": {**asked["data"], **told}})
+        self.config_alone = replace(self.config, data=replace(self.config.data, text="{title}"))
         keys = self.tasks[KNOWN].data.item_keys
         self.of_key = {k: title[k] for k in keys.to_pylist()}
         self.titles = sorted(set(self.of_key.values()))
         number = {t: i for i, t in enumerate(self.titles)}
         self.of_item = np.asarray([number[self.of_key[k]] for k in keys.to_pylist()], np.int64)
-        for task in self.tasks.values():
-            assert task.data.item_keys.equals(keys), "both tasks number the same items"
+        for task in (*self.tasks.values(), self.alone):
+            assert task.data.item_keys.equals(keys), "all tasks number the same items"
         # Who judges is new to W in both: of all items a teacher more may have a history.
         learn = self.tasks[HELD].learn
         self.judges = learn.user_keys.filter(pa.array(judging(learn.num_users, JUDGE)))
@@ -189,14 +191,54 @@ class Table:
         return profile_posterior(values, kinds, ends, prior.double(), weights)[0].exp()
 
 
+def told_of_users(
+    log: Log,
+    task: Task,
+    reading: Reading,
+    teller: Teller,
+    lesson: Lesson,
+    codes: Codes,
+    folder: Path,
+) -> NDArray[np.float32]:
+    """[test rows] log of how many times likelier the item is chosen, the LM told of the user by his
+    own vector instead of codes: what codes may reach."""  # fmt: skip
+    path = folder / f"told-{hash_of(task)}.npy"
+    if not path.is_file():
+        offsets, title = log.choices(task.views[0])
+        user = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        sums = sums_of(lesson.vectors[title], user, len(offsets) - 1)
+        vectors = lesson.vectors.any(1)
+        v = fold_in(sums, np.bincount(user, vectors[title], len(offsets) - 1))
+        counts = np.flatnonzero(task.test.kind == 0)
+        asked = log.of_item[task.test.item[counts]]
+        at = task.view_rows(0)[task.test.user[counts]]
+        found = np.zeros(len(task.test), np.float32)
+        found[counts] = reading.pairs(teller, asked, torch.from_numpy(v)[at])
+        found[counts] -= codes.usual.numpy()[asked].astype(np.float32)
+        with atomic_file(path) as tmp, tmp.open("wb") as file:
+            np.save(file, found)
+    return np.asarray(np.load(path))
+
+
+def hash_of(task: Task) -> str:
+    rows = np.concatenate([task.test.user, task.test.item, task.views[0].item_index])
+    return hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()[:16]
+
+
 class Evaluation:
     """LightGBM on the rows of one task, by feature."""
 
-    def __init__(self, log: Log, evaluation: str, cells: Path, codes: Codes) -> None:
+    def __init__(
+        self, log: Log, evaluation: str, cells: Path, codes: Codes, told: NDArray[np.float32]
+    ) -> None:
+        self.told, self.features = told, FEATURES[evaluation]
         self.log, self.task, self.ctr = log, log.tasks[evaluation], log.ctr[evaluation]
         self.codes, self.table = codes, Table(log, self.task, codes)
         profiles = Profiles(self.task.learn, log.config, self.ctr.attributes, cells, True)
         self.inputs = Inputs(self.task, self.ctr, profiles, Cells(cells))
+        # The same rows, of which the embedded LM and TF-IDF read titles alone too.
+        profiles = Profiles(log.alone.learn, log.config_alone, self.ctr.attributes, cells, True)
+        self.alone = Inputs(log.alone, self.ctr, profiles, Cells(cells))
         offsets, title = log.choices(self.task.views[0])
         self.view = self.task.view_rows(0)
         self.probabilities = self.table.posterior(offsets, title)
@@ -217,6 +259,8 @@ class Evaluation:
 
     def columns(self, feature: str) -> dict[str, list[Input]]:
         """Side -> what LightGBM is given."""
+        if feature in TITLES:
+            return self.alone.of(TITLES[feature], 0)
         first, _, ours = feature.partition("+")
         if first == "smollm2":
             first, ours = "none", "affinity"
@@ -244,9 +288,9 @@ class Evaluation:
             z = np.clip((x[side] - mean) / deviation, -5, 5)
             to[side].append(Number(name, z.astype(np.float32)))
 
-    def run(self, features: tuple[str, ...]) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         task, scores = self.task, {}
-        for feature in features:
+        for feature in self.features:
             began, columns = time.monotonic(), self.columns(feature)
             scores[feature] = train_and_predict(
                 "lightgbm", columns["train"], task.train.label, columns["valid"],
@@ -257,7 +301,8 @@ class Evaluation:
         met = self.inputs.numbers.fit(-1).counts[task.test.item] > 0
         alone = {
             "affinity of SmolLM2": self.numbers["affinity"]["test"],
-            "the LM's word alone": self.numbers["affinity_alone"]["test"],
+            "its word alone": self.numbers["affinity_alone"]["test"],
+            "SmolLM2 told of the user": self.told,
             "affinity of the embedded LM": self.inputs.affinities(0)["test"]["affinity"],
             "mixture": self.inputs.mixture_scores(0)["test"]["mixture"],
             **self.inputs.number_part("foldin")["test"],
@@ -302,97 +347,13 @@ class Evaluation:
                 drawn[a], drawn[b], self._auc(scores[a], mask) - self._auc(scores[b], mask)
             )
             for a, b in DIFFERENCES
+            if a in scores and b in scores
         }
 
 
 def _perplexity(code: Tensor) -> float:
     p = torch.bincount(code, minlength=CODES) / len(code)
     return float(torch.special.entr(p).sum().exp())
-
-
-FEATURES = (
-    "none", "text", "mixture", "foldin", "affinity", "smollm2_alone", "smollm2", "all", "all+ids",
-    "all+smollm2",
-)  # fmt: skip
-"""`affinity` and `ids` are of the embedded LM, which also reads genres (and authors)."""
-DIFFERENCES = (
-    ("smollm2", "none"), ("smollm2", "text"), ("smollm2", "mixture"), ("smollm2", "foldin"),
-    ("smollm2", "affinity"), ("smollm2_alone", "none"), ("smollm2_alone", "text"),
-    ("all+smollm2", "all"), ("all+smollm2", "all+ids"),
-)  # fmt: skip
-
-
-NAMES = {
-    "affinity": "affinity of the embedded LM",
-    "smollm2_alone": "affinity of SmolLM2, its word alone",
-    "smollm2": "affinity of SmolLM2, counts added",
-    "all+ids": "all + codes of the embedded LM",
-    "all+smollm2": "all + codes of SmolLM2",
-}
-
-
-def section(result: Mapping[str, Any]) -> list[str]:
-    """Its section of docs/results.md."""
-    lines = [
-        "## A frozen LM of 135M parameters that reads titles alone",
-        "",
-        "SmolLM2-135M, none of whose weights is trained (`benchmarks/real_lm.py`), reads an item's"
-        " title, and behind it one soft row, a linear map of the user's fold-in vector, that asks"
-        ' for " yes" or " no"; the map alone is learned, from teachers, by whose choice an item is.'
-        " The fifth of the items that the second evaluation holds out was held out for both: of"
-        " those the map and the codes knew nothing, only counts and baselines did. 16 codes begin"
-        " at the groups of the mixture without an LM and stay there; judges choose how they are"
-        " read, as in a fit. The embedded LM beside it was trained from nothing on the same"
-        " teachers' texts, which also name genres (and authors). Choices, new users known by 10"
-        " events, rows of the tables above, LightGBM, one seed; differences with a 95 % interval"
-        " over users. *Never met*: rows of items that nothing in training knows.",
-        "",
-    ]
-    for name, log in result["logs"].items():
-        read, table = log["read"], log["table"]
-        first, last = log["learning"][0], log["learning"][-1]
-        hours = (read["seconds"] + last["seconds"] + table["seconds"]) / 3600
-        lines += [
-            f"### {name}, SmolLM2",
-            "",
-            f"{read['tokens']:,} tokens of {read['titles']:,} titles read once in"
-            f" {read['seconds']:.0f} s ({read['bytes'] / 1e9:.1f} GB of keys and values);"
-            f" {log['events']:,} choices of {log['users']:,} teachers, each beside {USERS - 1}"
-            f" other users, in {last['seconds']:.0f} s; the table of all titles under {CODES} codes"
-            f" {table['rows']:,} rows in {table['seconds']:.0f} s: {hours:.2f} h of one core."
-            f" Whose choice of {USERS} users, judges: {first['judges']:.3f} nats before,"
-            f" {last['judges']:.3f} in the end (guessing {np.log(USERS):.3f}); the chooser is"
-            f" before another in {last['judges_right']:.1%}.",
-            "",
-        ]
-        found = log["evaluations"]
-        heads = [
-            f"{'a fifth of the items held out' if e == HELD else 'all items'}, {where}"
-            for e in found for where in ("all rows", "never met")
-        ]  # fmt: skip
-        lines += ["| feature | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-        for f in FEATURES:
-            cells = [f"{r['auc'][w][f]:.4f}" for r in found.values() for w in ("all", "unmet")]
-            lines.append(f"| {NAMES.get(f, f)} | " + " | ".join(cells) + " |")
-        for a, b in DIFFERENCES:
-            every = (r["differences"][w] for r in found.values() for w in ("all", "unmet"))
-            cells = [_interval(d[f"{a} - {b}"]) for d in every]
-            lines.append(f"| {NAMES.get(a, a)} - {NAMES.get(b, b)} | " + " | ".join(cells) + " |")
-        lines.append("")
-        for e, r in found.items():
-            told = [
-                f"{n.replace('_', ' ')} {x:.4f} ({r['numbers']['unmet'][n]:.4f})"
-                for n, x in r["numbers"]["all"].items()
-            ]
-            rows = f"{r['rows']['all']:,} rows, {r['rows']['unmet']:,} never met"
-            lines.append(f"- {e} ({rows}), single numbers (never met): {', '.join(told)}.")
-        lines.append("")
-    return lines
-
-
-def _interval(d: Mapping[str, Any]) -> str:
-    low, high = d["ci95"]
-    return f"{d['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -424,10 +385,15 @@ def main(arguments: list[str] | None = None) -> int:
                     torch.save(Codes(log, reading, teller, lesson), tmp)
             codes = torch.load(path, weights_only=False)
             found = {
-                "read": reading.cost, "events": args.events, "users": int((~lesson.judge).sum()),
+                "read": reading.cost, "events": args.events, "codes": CODES,
+                "beside": USERS - 1, "users": int((~lesson.judge).sum()),
                 "learning": reading.history, "table": codes.cost,
                 "evaluations": {
-                    e: Evaluation(log, e, args.cells, codes).run(FEATURES) for e in log.tasks
+                    e: Evaluation(
+                        log, e, args.cells, codes,
+                        told_of_users(log, task, reading, teller, lesson, codes, folder),
+                    ).run()
+                    for e, task in log.tasks.items()
                 },
             }  # fmt: skip
             with atomic_file(done) as tmp:

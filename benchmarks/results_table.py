@@ -78,7 +78,7 @@ def _real_lm() -> list[str]:
     result = HERE / "results" / "cpu" / "real_lm.json"
     if not result.is_file():
         return []
-    from real_lm import section
+    from _real_lm_section import section
 
     return section(json.loads(result.read_text(encoding="utf-8")))
 
