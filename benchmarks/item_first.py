@@ -280,6 +280,22 @@ def auc(score: NDArray[Any], liked: NDArray[Any], weight: NDArray[Any] | None = 
     return float((np.bincount(tie, w * y) * below).sum() / ((w * y).sum() * bad.sum()))
 
 
+def resampled(found: dict[str, Any], a: NDArray[Any], b: NDArray[Any], seed: int) -> list[float]:
+    """AUC of `a` less that of `b`, of users drawn again and again."""
+    random, user, out = np.random.default_rng(seed), found["user"], []
+    those = np.unique(user)
+    for _ in range(200):
+        drawn = random.choice(those, len(those))
+        weight = np.bincount(drawn, minlength=those[-1] + 1)[user]
+        out.append(auc(a, found["liked"], weight) - auc(b, found["liked"], weight))
+    return out
+
+
+def interval(d: list[float]) -> list[float]:
+    """Mean, and the ends of its 95 % interval."""
+    return [round(float(x), 4) for x in (np.mean(d), *np.quantile(d, [0.025, 0.975]))]
+
+
 def judged(
     reader: Reader | Frozen, log: Log, order: str, codes: Tensor
 ) -> tuple[dict[str, Any], Any]:
@@ -331,19 +347,12 @@ def frozen(log: Log, args: argparse.Namespace) -> None:
     train(reader, log, ORDERS[1], args.steps, args.batch, 0)
     training = {"rows": reader.read, "processor_seconds": time.process_time() - began}
     found, cost = judged(reader, log, ORDERS[1], codes)
-    liked, user, scores = found["liked"], found["user"], found["scores"]
-    random, apart = np.random.default_rng(0), []
-    for _ in range(200):
-        drawn = random.choice(np.unique(user), len(np.unique(user)))
-        weight = np.bincount(drawn, minlength=len(log.new))[user]
-        both = [auc(scores[name], liked, weight) for name in ("told", "counts, generosity")]
-        apart.append(both[0] - both[1])
+    scores = found["scores"]
+    apart = resampled(found, scores["told"], scores["counts, generosity"], 0)
     result = {
         "texts": reader.cost, "training": training, "table": cost,
-        "auc": {name: auc(score, liked) for name, score in scores.items()},
-        "told - counts, generosity": [
-            round(float(x), 4) for x in (np.mean(apart), *np.quantile(apart, [0.025, 0.975]))
-        ],
+        "auc": {name: auc(score, found["liked"]) for name, score in scores.items()},
+        "told - counts, generosity": interval(apart),
     }  # fmt: skip
     print(json.dumps(result))
 
@@ -384,19 +393,11 @@ def main() -> None:
             result[f"seed {seed}, {order}"] = one
             print(seed, order, one, flush=True)
         before, after = (found[order] for order in ORDERS)
-        random = np.random.default_rng(seed)
-        for _ in range(200):
-            users = random.choice(np.unique(after["user"]), len(np.unique(after["user"])))
-            weight = np.bincount(users, minlength=len(log.new))[after["user"]]
-            for name, score in after["scores"].items():
-                if name.startswith("counts"):
-                    continue
-                both = [auc(s, after["liked"], weight) for s in (score, before["scores"][name])]
-                apart.setdefault(name, []).append(both[0] - both[1])
-    result["item first - profile first"] = {
-        name: [round(float(x), 4) for x in (np.mean(d), *np.quantile(d, [0.025, 0.975]))]
-        for name, d in apart.items()
-    }
+        for name, score in after["scores"].items():
+            if not name.startswith("counts"):
+                own = resampled(after, score, before["scores"][name], seed)
+                apart.setdefault(name, []).extend(own)
+    result["item first - profile first"] = {name: interval(d) for name, d in apart.items()}
     costs = [[result[f"seed {s}, {o}"]["table"] for o in ORDERS] for s in range(args.seeds)]
     for what in "tokens", "processor_seconds":
         result[f"ratios.{what}"] = float(np.median([a[what] / b[what] for a, b in costs]))
