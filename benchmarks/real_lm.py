@@ -308,6 +308,10 @@ class Evaluation:
             **self.inputs.number_part("foldin")["test"],
             **self.inputs.number_part("text")["test"],
         }
+        if "text_titles" in scores:
+            told = {**self.alone.affinities(0)["test"], **self.alone.number_part("text")["test"]}
+            alone["affinity of the embedded LM, titles alone"] = told["affinity"]
+            alone["text near, titles alone"] = told["text_near"]
         how, wheres = self.table.how, {"all": counts, "unmet": counts & ~met}
         return {
             "rows": {"all": int(counts.sum()), "unmet": int((counts & ~met).sum())},
