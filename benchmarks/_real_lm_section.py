@@ -65,7 +65,8 @@ def section(result: Mapping[str, Any]) -> list[str]:
             f" {log['codes'] * (read['tokens'] + read['titles']):,} rows.) Whose choice of"
             f" {log['beside'] + 1} users, judges: {first['judges']:.3f} nats before,"
             f" {last['judges']:.3f} in the end, guessing {math.log(log['beside'] + 1):.3f}; the"
-            f" chooser comes before another in {last['judges_right']:.1%}.",
+            f" chooser comes before another in {last['judges_right']:.1%}. Codes of both LMs by"
+            f" the event table's recipe {log['table_recipe']}.",
             "",
         ]
         found = log["evaluations"]

@@ -42,6 +42,7 @@ from _whose_choice import FIRST, JUDGE, USERS, Lesson, Reading, Teller, sums_of
 from numpy.typing import NDArray
 from torch import Tensor
 
+from userip_fast.codebook.books import Codebook
 from userip_fast.core.config import Config
 from userip_fast.core.files import atomic_file
 from userip_fast.ctr.backbones import train_and_predict
@@ -52,7 +53,8 @@ from userip_fast.ctr.inputs import SIDES, Column, Input, Inputs, Number
 from userip_fast.ctr.protocols import Task, make_task
 from userip_fast.ctr.statistics import Bootstrap, auc, paired
 from userip_fast.data import Interactions, read_interactions
-from userip_fast.em.calibrate import calibrate
+from userip_fast.em.calibrate import TABLE_RECIPE, calibrate
+from userip_fast.em.columns import Grid
 from userip_fast.em.free import FreeMixture
 from userip_fast.em.lifts import Calibration
 from userip_fast.lm.foldin import fold_in
@@ -165,8 +167,11 @@ class Table:
         # What `calibrate` asks of an event table.
         self.texts, self.values, self.log_prior = log.titles, codes.lifts, codes.log_prior
         self.calibration = Calibration(neutral=torch.zeros(1, 1))
-        self.grid = self.engine = self.lm = self
+        self.engine = self.lm = self
         self.tokenizer = None
+        book = Codebook(torch.zeros(CODES, 1))
+        book.log_prior = codes.log_prior.float()
+        self.grid = Grid([book], None)
         offsets, title = log.choices(task.learn)
         fmt = BehaviourFormat.fit(log.config.told, replace(task.learn, rating=None), 0)
         source = _Told(fmt, log.titles, offsets, title)
@@ -182,6 +187,11 @@ class Table:
 
     def rows_told(self, told: Told) -> Int64:
         return told.kinds
+
+    def codes_of(self, p: Tensor) -> Int64:
+        """[U] the one code that users are given, from [U, K]."""
+        found = self.grid.likeliest(p.log(), self.how.code_prior, self.prior)[1]
+        return found[:, 0].numpy()
 
     def posterior(self, offsets: Int64, title: Int64, counted: bool = True) -> Tensor:
         """[U, K] of users by their choices."""
@@ -271,11 +281,11 @@ class Evaluation:
             self._add(found, ours, self.numbers[ours])
         elif ours == "smollm2":
             self._add(found, "affinity_smollm2", self.numbers["affinity"])
-            p = self.probabilities.numpy()
+            p, code = self.probabilities.numpy(), self.table.codes_of(self.probabilities)
             for side in SIDES:
                 rows = getattr(self.task, side)
-                own = p[self.view[rows.user]]
-                found[side].append(Column("smollm2_0", CODES + 1, own.argmax(1)))
+                own = code[self.view[rows.user]]
+                found[side].append(Column("smollm2_0", CODES + 1, own))
             for k in range(CODES):
                 own = {side: p[self.view[getattr(self.task, side).user], k] for side in SIDES}
                 self._add(found, f"smollm2_p{k}", own)
@@ -312,27 +322,27 @@ class Evaluation:
             told = {**self.alone.affinities(0)["test"], **self.alone.number_part("text")["test"]}
             alone["affinity of the embedded LM, titles alone"] = told["affinity"]
             alone["text near, titles alone"] = told["text_near"]
-        how, wheres = self.table.how, {"all": counts, "unmet": counts & ~met}
+        how, masks = self.table.how, {"all": counts, "unmet": counts & ~met}
         return {
             "rows": {"all": int(counts.sum()), "unmet": int((counts & ~met).sum())},
             "users": len(np.unique(task.test.user[counts])),
             "auc": {
                 where: {f: self._auc(s, mask) for f, s in scores.items()}
-                for where, mask in wheres.items()
+                for where, mask in masks.items()
             },
             "numbers": {
                 where: {f: self._auc(s, mask) for f, s in alone.items()}
-                for where, mask in wheres.items()
+                for where, mask in masks.items()
             },
             "differences": {
                 where: self._differences(scores, mask)
-                for where, mask in wheres.items()
+                for where, mask in masks.items()
             },
             "codes": {
                 "half_events": how.finite_half,
                 "counted": how.counted is not None,
                 "largest_probability": float(self.probabilities.amax(1).mean()),
-                "perplexity": _perplexity(self.probabilities.argmax(1)),
+                "perplexity": _perplexity(self.table.codes_of(self.probabilities)),
             },
         }  # fmt: skip
 
@@ -355,8 +365,8 @@ class Evaluation:
         }
 
 
-def _perplexity(code: Tensor) -> float:
-    p = torch.bincount(code, minlength=CODES) / len(code)
+def _perplexity(code: Int64) -> float:
+    p = torch.from_numpy(np.bincount(code, minlength=CODES) / len(code))
     return float(torch.special.entr(p).sum().exp())
 
 
@@ -390,6 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
             codes = torch.load(path, weights_only=False)
             found = {
                 "read": reading.cost, "events": args.events, "codes": CODES,
+                "table_recipe": TABLE_RECIPE,
                 "beside": USERS - 1, "users": int((~lesson.judge).sum()),
                 "learning": reading.history, "table": codes.cost,
                 "evaluations": {
