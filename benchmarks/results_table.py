@@ -26,11 +26,12 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).resolve().parent
+PLAN = HERE / "results.yaml"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--plan", type=Path, default=HERE / "results.yaml")
+    parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--out", type=Path, help="runs/results, or runs/results-quick")
     parser.add_argument("--page", type=Path, help="docs/results.md; quick: results.md in --out")
@@ -63,9 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     found = run(seconds=0, show=False)
     command = "python benchmarks/results_table.py --data DATA" + " --quick" * args.quick
     picture = _draw(found, page.with_suffix(".png"))
-    write_page(
-        page, plan, found, command, picture=picture, further=[] if args.quick else _real_lm()
-    )
+    further = _real_lm() if args.plan == PLAN and not args.quick else []
+    write_page(page, plan, found, command, picture=picture, further=further)
     write_figures(page.with_suffix(".json"), found)
     every = [r for labels in found.values() for by in labels.values() for r in by.values()]
     missing = sum(r is None for r in every)
