@@ -32,6 +32,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from userip_fast.ops.soft_prompt_attention.context import Context
+
 LOG2E = tl.constexpr(1.4426950408889634)
 NOBODY = tl.constexpr(2**31 - 1)  # segment of a column past the end: no row sees it
 
@@ -497,70 +499,75 @@ def _descriptors_fit(tensors: tuple[Tensor, ...]) -> bool:
     )
 
 
-def _source(x: Tensor, rows: int, block_d: int, desc: bool) -> Tensor | TensorDescriptor:
+def _source(x: Tensor, rows: int, desc: bool) -> Tensor | TensorDescriptor:
     """What `_load` reads `rows` rows from: x [T, h, d], or its descriptor [h, T, d]."""
     if not desc:
         return x
     shape, strides = (x.shape[i] for i in (1, 0, 2)), (x.stride(i) for i in (1, 0, 2))
-    return TensorDescriptor(x, list(shape), list(strides), [1, rows, block_d])
+    return TensorDescriptor(x, list(shape), list(strides), [1, rows, _padded(x.shape[2])])
 
 
-def _constants(
-    q: Tensor, v: Tensor, window: int, softcap: float, chunk: int, desc: bool
-) -> dict[str, int]:
+def _padded(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _constants(q: Tensor, v: Tensor, context: Context, desc: bool, cut: Tiling) -> dict[str, int]:
+    """What all three kernels are compiled for, and how they are launched."""
     return {
         "H": q.shape[1],
         "HKV": v.shape[1],
         "DIM": q.shape[2],
-        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[2])),
+        "BLOCK_D": _padded(q.shape[2]),
         "DIM_V": v.shape[2],
-        "BLOCK_V": max(16, triton.next_power_of_2(v.shape[2])),
-        "WINDOW": 1 if window > 0 else 2 if chunk > 0 else 0,
-        "SOFTCAP": softcap > 0.0,
+        "BLOCK_V": _padded(v.shape[2]),
+        "WINDOW": 1 if context.window > 0 else 2 if context.chunk > 0 else 0,
+        "SOFTCAP": context.softcap > 0.0,
         "DESC": desc,
+        "num_warps": cut.num_warps,
+        "num_stages": cut.num_stages,
     }
 
 
+def _strides(*tensors: Tensor) -> list[int]:
+    return [n for x in tensors for n in x.stride()[:2]]
+
+
+def _mask(context: Context) -> tuple[float, ...]:
+    """num_fields, scale, window and softcap as the kernels take them."""
+    return (
+        context.num_fields, context.scale, context.window or context.chunk, context.softcap
+    )  # fmt: skip
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor,
-    segment: Tensor, prefix_segment: Tensor, cu_seqlens: Tensor, position: Tensor,
-    prefix_position: Tensor, sinks: Tensor | None, num_fields: int, scale: float, window: int,
-    softcap: float, chunk: int, lists: WorkLists | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out [T, H, dv] and lse [H, T] fp32; arguments as `soft_prompt_attention_reference`."""
+    q: Tensor, k: Tensor, v: Tensor, context: Context, lists: WorkLists | None = None
+) -> tuple[Tensor, Tensor]:
+    """out [T, H, dv] and lse [H, T] fp32."""
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
+    prefix_k, prefix_v, sinks = context.prefix_k, context.prefix_v, context.sinks
     desc = _descriptors_fit((q, k, v, prefix_k, prefix_v))
-    constants = _constants(q, v, window, softcap, chunk, desc)
-    block_d, block_v = constants["BLOCK_D"], constants["BLOCK_V"]
     cut = tiling("fwd", max(q.shape[2], v.shape[2]), q.dtype, desc)
-    work, capacity = _work_list(cu_seqlens, q.shape[0], cut.own, last_first=True, lists=lists)
+    work, capacity = _work_list(context.cu_seqlens, q.shape[0], cut.own, True, lists=lists)
     _fwd_kernel[(capacity * q.shape[1],)](
-        _source(q, cut.own, block_d, desc),
-        *(
-            _source(x, cut.step, width, desc)
-            for x, width in zip((k, v, prefix_k, prefix_v), (block_d, block_v) * 2)
-        ),
+        _source(q, cut.own, desc),
+        *(_source(x, cut.step, desc) for x in (k, v, prefix_k, prefix_v)),
         out, lse, lse if sinks is None else sinks.float().contiguous(), work,
-        segment, prefix_segment, position, prefix_position,
-        *(n for x in (q, k, v, prefix_k, prefix_v) for n in x.stride()[:2]),
-        q.shape[0], prefix_k.shape[0], num_fields, scale, window or chunk, softcap,
-        BLOCK_M=cut.own, BLOCK_N=cut.step, SINKS=sinks is not None, **constants,
-        num_warps=cut.num_warps, num_stages=cut.num_stages,
+        context.segment, context.prefix_segment, context.position, context.prefix_position,
+        *_strides(q, k, v, prefix_k, prefix_v), q.shape[0], prefix_k.shape[0], *_mask(context),
+        BLOCK_M=cut.own, BLOCK_N=cut.step, SINKS=sinks is not None,
+        **_constants(q, v, context, desc, cut),
     )  # fmt: skip
     return out, lse
 
 
 def backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor,
-    segment: Tensor, prefix_segment: Tensor, cu_seqlens: Tensor, position: Tensor,
-    prefix_position: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor,
-    num_fields: int, scale: float, window: int, softcap: float, chunk: int,
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, context: Context,
     lists: WorkLists | None = None, into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq [T, H, d], dk [T, Hkv, d], dv [T, Hkv, dv]; arguments as the reference's backward pass.
+    """dq [T, H, d], dk [T, Hkv, d], dv [T, Hkv, dv].
 
     Sinks are in lse already. `into`: where to write them; heads lie side by side, and rows may be
     any number of heads apart, the same for dk and dv.
@@ -571,42 +578,32 @@ def backward(
     if q.numel() == 0:
         return dq, dk, dv
     d_out, delta, rows = d_out.contiguous(), torch.empty_like(lse), q.shape[0]
+    prefix_k, prefix_v = context.prefix_k, context.prefix_v
     desc = _descriptors_fit((q, k, v, prefix_k, prefix_v, d_out, out))
-    constants = _constants(q, v, window, softcap, chunk, desc)
-    block_d, block_v = constants["BLOCK_D"], constants["BLOCK_V"]
     widest = max(q.shape[2], v.shape[2])
 
     cut = tiling("dq", widest, q.dtype, desc)
-    work, capacity = _work_list(cu_seqlens, rows, cut.own, last_first=True, lists=lists)
+    work, capacity = _work_list(context.cu_seqlens, rows, cut.own, True, lists=lists)
     _dq_kernel[(capacity * q.shape[1],)](
-        _source(q, cut.own, block_d, desc),
-        *(
-            _source(x, cut.step, width, desc)
-            for x, width in zip((k, v, prefix_k, prefix_v), (block_d, block_v) * 2)
-        ),
-        *(_source(x, cut.own, block_v, desc) for x in (d_out, out)),
-        lse, delta, dq, work, segment, prefix_segment, position, prefix_position,
-        *(n for x in (q, k, v, prefix_k, prefix_v) for n in x.stride()[:2]),
-        rows, prefix_k.shape[0], num_fields, scale, window or chunk, softcap,
-        BLOCK_M=cut.own, BLOCK_N=cut.step, ROW_HEADS=dq.stride(0) // q.shape[2], **constants,
-        num_warps=cut.num_warps, num_stages=cut.num_stages,
+        _source(q, cut.own, desc),
+        *(_source(x, cut.step, desc) for x in (k, v, prefix_k, prefix_v)),
+        *(_source(x, cut.own, desc) for x in (d_out, out)),
+        lse, delta, dq, work,
+        context.segment, context.prefix_segment, context.position, context.prefix_position,
+        *_strides(q, k, v, prefix_k, prefix_v), rows, prefix_k.shape[0], *_mask(context),
+        BLOCK_M=cut.own, BLOCK_N=cut.step, ROW_HEADS=dq.stride(0) // q.shape[2],
+        **_constants(q, v, context, desc, cut),
     )  # fmt: skip
 
-    desc = (
-        desc and max(block_d, block_v) <= 128
-    )  # at 256 wgmma's layouts of dk and dv spill, mma.sync's do not
+    # At 256 wgmma's layouts of dk and dv spill, mma.sync's do not.
+    desc = desc and _padded(widest) <= 128
     cut = tiling("dkdv", widest, q.dtype, desc)
-    constants["DESC"] = desc
-    work, capacity = _work_list(cu_seqlens, rows, cut.own, last_first=False, lists=lists)
+    work, capacity = _work_list(context.cu_seqlens, rows, cut.own, False, lists=lists)
     _dkdv_kernel[(capacity * k.shape[1],)](
-        _source(q, cut.step, block_d, desc),
-        _source(k, cut.own, block_d, desc),
-        _source(v, cut.own, block_v, desc),
-        _source(d_out, cut.step, block_v, desc),
-        lse, delta, dk, dv, work, segment, position,
-        *(n for x in (q, k, v) for n in x.stride()[:2]),
-        rows, num_fields, scale, window or chunk, softcap,
-        BLOCK_M=cut.step, BLOCK_N=cut.own, ROW_HEADS=dk.stride(0) // k.shape[2], **constants,
-        num_warps=cut.num_warps, num_stages=cut.num_stages,
+        _source(q, cut.step, desc), _source(k, cut.own, desc), _source(v, cut.own, desc),
+        _source(d_out, cut.step, desc), lse, delta, dk, dv, work,
+        context.segment, context.position, *_strides(q, k, v), rows, *_mask(context),
+        BLOCK_M=cut.step, BLOCK_N=cut.own, ROW_HEADS=dk.stride(0) // k.shape[2],
+        **_constants(q, v, context, desc, cut),
     )  # fmt: skip
     return dq, dk, dv

@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from userip_fast.ops.soft_prompt_attention.context import Context
+
 
 def visible(
     row_segment: Tensor,
@@ -45,127 +47,73 @@ def user_bounds(cu_seqlens: Tensor, rows: int) -> list[int]:
     return bounds
 
 
-def _user_scores(
-    q: Tensor,  # [n, H, d], rows of one user
-    columns: Tensor,  # [P + n, Hkv, d], prefix rows then own rows
-    segment: Tensor,  # [P + n]
-    position: Tensor,  # [P + n]
-    num_fields: int,
-    scale: float,
-    window: int,
-    softcap: float,
-    chunk: int,
-) -> Tensor:
-    """Scaled, capped and masked scores [Hkv, H / Hkv, n, P + n]."""
+def _user_scores(q: Tensor, columns: Tensor, own: slice, context: Context) -> Tensor:
+    """Scaled, capped and masked scores [Hkv, H / Hkv, n, P + n] of the n rows `own` of one user.
+
+    Args:
+        q: [n, H, d].
+        columns: [P + n, Hkv, d], prefix rows, then own rows.
+        own: Of the pack.
+        context: Of the pack.
+    """
     n, prefix = q.shape[0], columns.shape[0] - q.shape[0]
     grouped = q.reshape(n, columns.shape[1], -1, q.shape[2])
-    scores = torch.einsum("rhgd,chd->hgrc", grouped, columns) * scale
-    if softcap > 0.0:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = torch.einsum("rhgd,chd->hgrc", grouped, columns) * context.scale
+    if context.softcap > 0.0:
+        scores = context.softcap * torch.tanh(scores / context.softcap)
+    segment = torch.cat([context.prefix_segment, context.segment[own]])
+    position = torch.cat([context.prefix_position, context.position[own]])
     rows = segment[prefix:, None], segment, position[prefix:, None], position
-    ok = visible(*rows, num_fields, window, chunk)
+    ok = visible(*rows, context.num_fields, context.window, context.chunk)
     ok = ok & ok.new_ones(n, prefix + n).tril(prefix)
     return scores.masked_fill(~ok, -math.inf)
 
 
-def soft_prompt_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    segment: Tensor,
-    prefix_segment: Tensor,
-    cu_seqlens: Tensor,
-    position: Tensor,
-    prefix_position: Tensor,
-    sinks: Tensor | None,
-    num_fields: int,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    chunk: int = 0,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     """The oracle, user by user: out [T, H, dv] and natural-log lse [H, T] fp32 (fp64 of fp64)."""
     acc = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros(*q.shape[:2], v.shape[2])
     lse = q.new_zeros(q.shape[1], q.shape[0], dtype=acc)
-    bounds = user_bounds(cu_seqlens, q.shape[0])
+    bounds = user_bounds(context.cu_seqlens, q.shape[0])
     for start, end in pairwise(bounds):
         if start == end:
             continue
         own = slice(start, end)
-        scores = _user_scores(
-            q[own].to(acc),
-            torch.cat([prefix_k, k[own]]).to(acc),
-            torch.cat([prefix_segment, segment[own]]),
-            torch.cat([prefix_position, position[own]]),
-            num_fields,
-            scale,
-            window,
-            softcap,
-            chunk,
-        )
-        values = torch.cat([prefix_v, v[own]]).to(acc)
+        columns = torch.cat([context.prefix_k, k[own]]).to(acc)
+        scores = _user_scores(q[own].to(acc), columns, own, context)
+        values = torch.cat([context.prefix_v, v[own]]).to(acc)
         top = scores.logsumexp(-1, keepdim=True)
-        if sinks is not None:
-            top = torch.logaddexp(top, sinks.to(acc).view(values.shape[1], -1, 1, 1))
+        if context.sinks is not None:
+            top = torch.logaddexp(top, context.sinks.to(acc).view(values.shape[1], -1, 1, 1))
         out[own] = torch.einsum("hgrc,chd->rhgd", (scores - top).exp(), values).flatten(1, 2)
         lse[:, own] = top.squeeze(-1).flatten(0, 1)
     return out, lse
 
 
-def soft_prompt_attention_backward_reference(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    segment: Tensor,
-    prefix_segment: Tensor,
-    cu_seqlens: Tensor,
-    position: Tensor,
-    prefix_position: Tensor,
-    sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    num_fields: int,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    chunk: int = 0,
+def backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, context: Context
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The oracle's dq [T, H, d], dk [T, Hkv, d] and dv [T, Hkv, dv]; zero in slack rows."""
     acc = lse.dtype
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-    prefix, kv_heads = prefix_k.shape[0], k.shape[1]
-    bounds = user_bounds(cu_seqlens, q.shape[0])
+    prefix, kv_heads = context.prefix_k.shape[0], k.shape[1]
+    bounds = user_bounds(context.cu_seqlens, q.shape[0])
     for start, end in pairwise(bounds):
         if start == end:
             continue
         own = slice(start, end)
-        columns = torch.cat([prefix_k, k[own]]).to(acc)
-        scores = _user_scores(
-            q[own].to(acc),
-            columns,
-            torch.cat([prefix_segment, segment[own]]),
-            torch.cat([prefix_position, position[own]]),
-            num_fields,
-            scale,
-            window,
-            softcap,
-            chunk,
-        )
+        columns = torch.cat([context.prefix_k, k[own]]).to(acc)
+        values = torch.cat([context.prefix_v, v[own]]).to(acc)
+        scores = _user_scores(q[own].to(acc), columns, own, context)
         grad, rows, result = (
             x[own].to(acc).reshape(end - start, kv_heads, -1, x.shape[2]) for x in (d_out, q, out)
         )  # [n, Hkv, G, d or dv]
         p = torch.exp(scores - lse[:, own].reshape(kv_heads, -1, end - start, 1))
-        dp = torch.einsum("rhgd,chd->hgrc", grad, torch.cat([prefix_v, v[own]]).to(acc))
+        dp = torch.einsum("rhgd,chd->hgrc", grad, values)
         delta = (grad * result).sum(-1).permute(1, 2, 0).unsqueeze(-1)
-        ds = p * (dp - delta) * scale
-        if softcap > 0.0:
-            ds = ds * (1 - (scores.masked_fill(p == 0, 0.0) / softcap).square())
+        ds = p * (dp - delta) * context.scale
+        if context.softcap > 0.0:
+            ds = ds * (1 - (scores.masked_fill(p == 0, 0.0) / context.softcap).square())
         dq[own] = torch.einsum("hgrc,chd->rhgd", ds, columns).flatten(1, 2)
         dk[own] = torch.einsum("hgrc,rhgd->chd", ds[..., prefix:], rows)
         dv[own] = torch.einsum("hgrc,rhgd->chd", p[..., prefix:], grad)
