@@ -23,6 +23,9 @@ from userip_fast.ops import isa
 
 logger = logging.getLogger("userip_fast.ops")
 
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Of the extension's arguments `type` and `dtype`."""
+
 _announced: set[tuple[str, str, str]] = set()
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
@@ -41,9 +44,7 @@ WhyNot = Callable[[], str | None]
 """Returns None where the implementation can run the call at hand, else the reason why it cannot."""
 
 
-def by_device(
-    x: Tensor, cpu: WhyNot | None = None, **on_device: WhyNot
-) -> dict[str, WhyNot]:
+def by_device(x: Tensor, cpu: WhyNot | None = None, **on_device: WhyNot) -> dict[str, WhyNot]:
     """Implementations for tensors like x, best first, the reference among them.
 
     What comes after the reference is never chosen by "auto": Triton's interpreter is for tests.

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 
-def watched(x: Tensor) -> bool:
-    """Whether an operator on x must go through the dispatcher."""
+def watched(x: Any) -> bool:
+    """Whether an operator on x, a tensor or begun by one, must go through the dispatcher."""
+    x = x[0] if isinstance(x, tuple) else x
     return torch.compiler.is_compiling() or (
         (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
         or x.is_meta
@@ -94,7 +95,7 @@ def operator(
 
     Args:
         name: Of the operator.
-        reference: Its oracle, fully annotated, the first argument a tensor.
+        reference: Its oracle, fully annotated; its first argument a tensor or begun by one.
         fake: `fake(*arguments, impl)`, its results on tensors without values.
         mutates: Names of the arguments that it writes to.
     """

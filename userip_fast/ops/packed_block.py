@@ -144,9 +144,7 @@ def gated_halves_e4m3(x: Tensor, act: str, impl: str) -> tuple[Tensor, Tensor]:
     return y, scale
 
 
-def gated_halves_backward_e4m3_reference(
-    dy: Tensor, x: Tensor, act: str
-) -> tuple[Tensor, Tensor]:
+def gated_halves_backward_e4m3_reference(dy: Tensor, x: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """The oracle: in fp32, then cast."""
     return cast_rows_reference(gated_halves_backward_reference(_wide(dy), _wide(x), act))
 
@@ -227,9 +225,7 @@ def norm_turn_backward_reference(d: Tensor, x: Tensor, norm: HeadNorm) -> None:
         d[:, part] = dx.view(g.shape).to(d.dtype)
 
 
-@operator(
-    "norm_turn_backward_", norm_turn_backward_reference, fake=lambda *_: None, mutates=("d",)
-)
+@operator("norm_turn_backward_", norm_turn_backward_reference, fake=lambda *_: None, mutates=("d",))
 def norm_turn_backward_(d: Tensor, x: Tensor, norm: HeadNorm, impl: str) -> None:
     """The gradient of `norm_turn`, in place of that of its result."""
     from userip_fast.kernels import packed_block as kernels

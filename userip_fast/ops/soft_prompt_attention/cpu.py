@@ -26,9 +26,7 @@ def _factor(context: Context) -> float:
     return context.scale / context.softcap if context.softcap > 0.0 else context.scale
 
 
-def _blocks(
-    context: Context, heads: int, element_size: int
-) -> Iterator[list[tuple[int, int]]]:
+def _blocks(context: Context, heads: int, element_size: int) -> Iterator[list[tuple[int, int]]]:
     """Users of similar length, as (length, first row), shortest first."""
     bounds = user_bounds(context.cu_seqlens, context.segment.shape[0])
     block: list[tuple[int, int]] = []
@@ -150,9 +148,7 @@ def backward(
     return dq[:-1], dk[:-1], dv[:-1]
 
 
-def scratch_bytes(
-    q: Tensor, k: Tensor, v: Tensor, context: Context, *, backward: bool
-) -> int:
+def scratch_bytes(q: Tensor, k: Tensor, v: Tensor, context: Context, *, backward: bool) -> int:
     """Memory of the largest block beside the results, for `userip_fast.lm.memory`.
 
     Args:
