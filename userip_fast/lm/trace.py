@@ -265,7 +265,8 @@ def _attention_scratch(device_type: str, args: Any, op: Any, backward: bool) -> 
     from userip_fast.ops.soft_prompt_attention.cpu import scratch_bytes
 
     *tensors, context, _ = op.arguments.grouped(args)
-    return scratch_bytes(*tensors[backward:][:3], context, backward=backward)
+    q, k, v = tensors[backward : backward + 3]
+    return scratch_bytes(q, k, v, context, backward=backward)
 
 
 _SCRATCH = {

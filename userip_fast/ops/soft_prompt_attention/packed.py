@@ -56,13 +56,13 @@ def backward_reference(
 def _backward(*args: Any) -> Tensor:
     *inputs, impl = args
     if impl == "triton":
-        return _by_triton(*inputs, None)
+        return _by_triton(*inputs)
     return torch.cat(attention_backward(*args), 1)
 
 
 def _by_triton(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, context: Context,
-    lists: Any,
+    lists: Any = None,
 ) -> Tensor:  # fmt: skip
     from userip_fast.kernels import soft_prompt_attention as kernels
 

@@ -68,10 +68,10 @@ class TorchFlash:
         return out, lse
 
     def backward(self, d_out: Tensor, q: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *saved, at = saved
+        *tensors, at = saved
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)
         return torch.ops.aten._flash_attention_backward(
-            d_out, q, *saved, *at[:4], 0.0, at.causal, *no_dropout, scale=at.scale
+            d_out, q, *tensors, *at[:4], 0.0, at.causal, *no_dropout, scale=at.scale
         )
 
 
@@ -89,10 +89,10 @@ class FlashAttn:
     def backward(self, d_out: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn import flash_attn_interface as flash
 
-        *saved, at = saved
-        dq, dk, dv = (x.new_empty(x.shape) for x in saved[:3])
+        *tensors, at = saved
+        dq, dk, dv = (x.new_empty(x.shape) for x in tensors[:3])
         flash._flash_attn_varlen_backward(
-            d_out, *saved, dq, dk, dv, *at[:4], dropout_p=0.0, softmax_scale=at.scale,
+            d_out, *tensors, dq, dk, dv, *at[:4], dropout_p=0.0, softmax_scale=at.scale,
             causal=at.causal, window_size_left=-1, window_size_right=-1, softcap=0.0,
             alibi_slopes=None, deterministic=True,
         )  # fmt: skip
