@@ -80,10 +80,10 @@ def test_a_user_does_not_depend_on_the_batch_and_runs_repeat(small_tiles):
     [([0, 5, 5, 40, 41], 64), ([0], 9), ([0, 16], 16), ([0, *range(3, 90, 4)], 100)],
 )
 def test_the_work_list_covers_every_row_once_longest_first(cu, rows, last_first):
-    from userip_fast.kernels.soft_prompt_attention import _work_list
+    from userip_fast.kernels.soft_prompt_attention_shared import work_list
 
     with poisoned_memory():
-        work, capacity = _work_list(
+        work, capacity = work_list(
             torch.tensor(cu, dtype=torch.int32), rows, 16, last_first, block=8
         )
     owners, walks = torch.full((rows,), -7), []

@@ -4,6 +4,7 @@ those of `userip_fast.ops.soft_prompt_attention`."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -69,19 +70,24 @@ def _user_scores(q: Tensor, columns: Tensor, own: slice, context: Context) -> Te
     return scores.masked_fill(~ok, -math.inf)
 
 
+def _users(
+    q: Tensor, k: Tensor, v: Tensor, context: Context, acc: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Of each user with rows: these, keys and values [P + n, Hkv, d or dv], and scores."""
+    for start, end in pairwise(user_bounds(context.cu_seqlens, q.shape[0])):
+        if start < end:
+            own = slice(start, end)
+            keys = torch.cat([context.prefix_k, k[own]]).to(acc)
+            values = torch.cat([context.prefix_v, v[own]]).to(acc)
+            yield own, keys, values, _user_scores(q[own].to(acc), keys, own, context)
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     """The oracle, user by user: out [T, H, dv] and natural-log lse [H, T] fp32 (fp64 of fp64)."""
     acc = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros(*q.shape[:2], v.shape[2])
     lse = q.new_zeros(q.shape[1], q.shape[0], dtype=acc)
-    bounds = user_bounds(context.cu_seqlens, q.shape[0])
-    for start, end in pairwise(bounds):
-        if start == end:
-            continue
-        own = slice(start, end)
-        columns = torch.cat([context.prefix_k, k[own]]).to(acc)
-        scores = _user_scores(q[own].to(acc), columns, own, context)
-        values = torch.cat([context.prefix_v, v[own]]).to(acc)
+    for own, _, values, scores in _users(q, k, v, context, acc):
         top = scores.logsumexp(-1, keepdim=True)
         if context.sinks is not None:
             top = torch.logaddexp(top, context.sinks.to(acc).view(values.shape[1], -1, 1, 1))
@@ -97,24 +103,18 @@ def backward(
     acc = lse.dtype
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     prefix, kv_heads = context.prefix_k.shape[0], k.shape[1]
-    bounds = user_bounds(context.cu_seqlens, q.shape[0])
-    for start, end in pairwise(bounds):
-        if start == end:
-            continue
-        own = slice(start, end)
-        columns = torch.cat([context.prefix_k, k[own]]).to(acc)
-        values = torch.cat([context.prefix_v, v[own]]).to(acc)
-        scores = _user_scores(q[own].to(acc), columns, own, context)
+    for own, keys, values, scores in _users(q, k, v, context, acc):
+        n = own.stop - own.start
         grad, rows, result = (
-            x[own].to(acc).reshape(end - start, kv_heads, -1, x.shape[2]) for x in (d_out, q, out)
+            x[own].to(acc).reshape(n, kv_heads, -1, x.shape[2]) for x in (d_out, q, out)
         )  # [n, Hkv, G, d or dv]
-        p = torch.exp(scores - lse[:, own].reshape(kv_heads, -1, end - start, 1))
+        p = torch.exp(scores - lse[:, own].reshape(kv_heads, -1, n, 1))
         dp = torch.einsum("rhgd,chd->hgrc", grad, values)
         delta = (grad * result).sum(-1).permute(1, 2, 0).unsqueeze(-1)
         ds = p * (dp - delta) * context.scale
         if context.softcap > 0.0:
             ds = ds * (1 - (scores.masked_fill(p == 0, 0.0) / context.softcap).square())
-        dq[own] = torch.einsum("hgrc,chd->rhgd", ds, columns).flatten(1, 2)
+        dq[own] = torch.einsum("hgrc,chd->rhgd", ds, keys).flatten(1, 2)
         dk[own] = torch.einsum("hgrc,rhgd->chd", ds[..., prefix:], rows)
         dv[own] = torch.einsum("hgrc,rhgd->chd", p[..., prefix:], grad)
     return dq, dk, dv
