@@ -25,16 +25,9 @@ _CHUNK_BYTES = 64 << 20  # logits of one chunk: the scratch, whatever vocabulary
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    loss_weight: Tensor,
-    cu_rows: Tensor,
-    bias: Tensor | None = None,
-    softcap: float = 0.0,
-    scale: float = 1.0,
-    need_grad: bool = False,
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, target: Tensor, loss_weight: Tensor, cu_rows: Tensor,
+    bias: Tensor | None = None, softcap: float = 0.0, scale: float = 1.0, need_grad: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The oracle: `linear_cross_entropy`'s nll [U] fp32, and d_hidden [R, D] (or [0, D])."""
     rows, dim = hidden.shape
     token_nll = hidden.new_empty(rows, dtype=torch.float32)
