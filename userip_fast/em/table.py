@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from userip_fast.codebook.books import Codebook
+from userip_fast.core import heap
 from userip_fast.core.config import Config, EMConfig
 from userip_fast.core.progress import Progress, progress
 from userip_fast.core.segments import Part, Segments
@@ -195,6 +196,7 @@ class EventTable:
         self._take([part])
         if self.calibration.raw:
             self._raw.append((texts, own, told))
+        heap.trim()
 
     def calibrated(self, how: Calibration, codebooks: list[Codebook]) -> EventTable:
         """A raw table's likelihoods or lifts, read as `how` says; the codebooks may have other

@@ -16,7 +16,7 @@ from torch import Tensor
 from userip_fast._version import __version__
 from userip_fast.bank import FeatureBank
 from userip_fast.codebook.names import CodeCard, ItemCounts, Traits, code_cards, named_share
-from userip_fast.core import threads
+from userip_fast.core import heap, threads
 from userip_fast.core.config import Config
 from userip_fast.core.distributed import Processes, start_processes
 from userip_fast.core.errors import ConfigError, DataError
@@ -178,6 +178,7 @@ def prepare(
     if lm is None:
         some = data.head_users(_LM_USERS) if isinstance(data, InteractionStream) else data
         lm = load_lm(BehaviourSource(fmt.events(some, catalogue), fmt), config, show=show)
+    heap.trim()  # of what the LM was trained on
     trainer = make_trainer(config, lm, show)
     source = behaviour_source(data, fmt, catalogue, lm.tokenizer, config.data.on_bad)
     return Model(config, fmt, lm, [], torch.zeros(0, 0), catalogue, {}, trainer), source
