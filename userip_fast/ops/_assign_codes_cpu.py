@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from userip_fast.core import _extension
 from userip_fast.ops._dispatch import ELEMENT_TYPES
-from userip_fast.ops.assign_codes import Assignment, Problem
+
+if TYPE_CHECKING:
+    from userip_fast.ops.assign_codes import Assignment, Problem
 
 
 def assign_codes(problem: Problem, isa: str = "") -> Assignment:
