@@ -369,8 +369,8 @@ def _padded(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def _constants(q: Tensor, v: Tensor, context: Context, desc: bool, cut: Tiling) -> dict[str, int]:
-    """What all three kernels are compiled for, and how they are launched."""
+def _constants(q: Tensor, v: Tensor, context: Context) -> dict[str, int]:
+    """What all three kernels are compiled for."""
     return {
         "H": q.shape[1],
         "HKV": v.shape[1],
@@ -380,9 +380,6 @@ def _constants(q: Tensor, v: Tensor, context: Context, desc: bool, cut: Tiling) 
         "BLOCK_V": _padded(v.shape[2]),
         "WINDOW": 1 if context.window > 0 else 2 if context.chunk > 0 else 0,
         "SOFTCAP": context.softcap > 0.0,
-        "DESC": desc,
-        "num_warps": cut.num_warps,
-        "num_stages": cut.num_stages,
     }
 
 
@@ -416,7 +413,7 @@ def forward(
         context.segment, context.prefix_segment, context.position, context.prefix_position,
         *_strides(q, k, v, prefix_k, prefix_v), q.shape[0], prefix_k.shape[0], *_mask(context),
         BLOCK_M=cut.own, BLOCK_N=cut.step, SINKS=sinks is not None,
-        **_constants(q, v, context, desc, cut),
+        DESC=desc, **_constants(q, v, context), num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     return out, lse
 
@@ -438,7 +435,7 @@ def backward(
     d_out, delta, rows = d_out.contiguous(), torch.empty_like(lse), q.shape[0]
     prefix_k, prefix_v = context.prefix_k, context.prefix_v
     desc = _descriptors_fit((q, k, v, prefix_k, prefix_v, d_out, out))
-    widest = max(q.shape[2], v.shape[2])
+    widest, constants = max(q.shape[2], v.shape[2]), _constants(q, v, context)
 
     cut = tiling("dq", widest, q.dtype, desc)
     work, capacity = work_list(context.cu_seqlens, rows, cut.own, True, lists=lists)
@@ -450,7 +447,7 @@ def backward(
         context.segment, context.prefix_segment, context.position, context.prefix_position,
         *_strides(q, k, v, prefix_k, prefix_v), rows, prefix_k.shape[0], *_mask(context),
         BLOCK_M=cut.own, BLOCK_N=cut.step, ROW_HEADS=dq.stride(0) // q.shape[2],
-        **_constants(q, v, context, desc, cut),
+        DESC=desc, **constants, num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
 
     # At 256 wgmma's layouts of dk and dv spill, mma.sync's do not.
@@ -462,6 +459,6 @@ def backward(
         _source(d_out, cut.step, desc), lse, delta, dk, dv, work,
         context.segment, context.position, *_strides(q, k, v), rows, *_mask(context),
         BLOCK_M=cut.step, BLOCK_N=cut.own, ROW_HEADS=dk.stride(0) // k.shape[2],
-        **_constants(q, v, context, desc, cut),
+        DESC=desc, **constants, num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     return dq, dk, dv
