@@ -292,7 +292,7 @@ class EventTable:
         """Of the users of `told`; what was read since the last ones costs each of them alike."""
         rows, offsets = self.rows_told(told), told.offsets
         log_resp, evidence = self.posterior(rows, offsets)
-        marginals, codes, at = self.grid.likeliest(log_resp)
+        marginals, codes, at = self.grid.likeliest(log_resp, self.calibration.code_prior)
         each = at.numpy().repeat(np.diff(offsets))
         nll = -_sums(self.values.numpy()[rows, each].astype(np.float64), offsets)
         own = self._tokens[rows].sum() + self.engine.layout.num_soft * len(hashes)
