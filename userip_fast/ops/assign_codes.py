@@ -112,9 +112,12 @@ def _why_not_triton(x: Tensor) -> str | None:
 
 
 def _resolve(impl: str, x: Tensor) -> str:
+    if impl == "cuda":
+        raise ValueError(
+            "assign_codes: impl='cuda' was removed, being slower than Triton's; use 'auto'"
+        )
     found = by_device(x, cpu=lambda: _why_not_cpu(x), triton=lambda: _why_not_triton(x))
-    gone = "it was removed, being slower than Triton's; use 'auto'"
-    return resolve("assign_codes", impl, found | {"cuda": lambda: gone})
+    return resolve("assign_codes", impl, found)
 
 
 def _of_reference(problem: Problem, need_distance: bool) -> Assignment:
