@@ -133,6 +133,16 @@ def compare(
     return out
 
 
+def worst_ratios(results: list[dict[str, Any]]) -> dict[str, float]:
+    """How many times as long as ours each contender takes, at the shape where it is the least."""
+
+    def best(result: dict[str, Any], name: str) -> float:
+        return float(result["times"][name]["best_ms"])
+
+    others = [name for name in results[0]["times"] if name != "ours"]
+    return {n: round(min(best(r, n) / best(r, "ours") for r in results), 3) for n in others}
+
+
 def peak_mib(run: Run, device: str) -> float:
     """Tensor memory in MiB that one call holds at its peak, its result included."""
     return round(peak_bytes(run, device) / 2**20, 2)

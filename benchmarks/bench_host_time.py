@@ -10,7 +10,7 @@ one thread, medians.
 
 - `operator`: through torch's dispatcher, as under torch.compile: an operator with registered
   autograd (what every call cost before).
-- `direct`: by `torch.autograd.Function`, as outside of it (`userip_fast.ops._step`).
+- `direct`: by `torch.autograd.Function`, as outside of it (`userip_fast.ops._operator`).
 - `in a layer`: the step of `userip_fast.lm.halves`, inside a layer's own autograd function, with
   the pack's work lists made by an earlier layer.
 """
@@ -36,8 +36,10 @@ from triton.runtime.driver import driver
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from userip_fast.ops import _step, packed_attention, soft_prompt_attention
+from userip_fast.ops import _operator, soft_prompt_attention
 from userip_fast.ops.isa import cpu_name
+from userip_fast.ops.soft_prompt_attention import packed
+from userip_fast.ops.soft_prompt_attention.context import Context
 
 OP = sys.modules["userip_fast.ops.soft_prompt_attention"]
 CALLS, TURNS = 200, 7
@@ -80,42 +82,41 @@ class Nothing:
         pass
 
 
-def inputs() -> tuple[tuple[torch.Tensor, ...], packed_attention.Mask]:
-    """q, k, v, prefix_k, prefix_v, and who sees whom."""
+def inputs() -> tuple[list[torch.Tensor], Context]:
+    """q, k, v, and what they are read in."""
     rows, prefix = USERS * ROWS, 16
-    tensors = [torch.zeros(rows, h, DIM, dtype=torch.bfloat16) for h in (HEADS, KV_HEADS, KV_HEADS)]
-    tensors += [torch.zeros(prefix, KV_HEADS, DIM, dtype=torch.bfloat16) for _ in range(2)]
+    qkv = [torch.zeros(rows, h, DIM, dtype=torch.bfloat16) for h in (HEADS, KV_HEADS, KV_HEADS)]
+    prefix_kv = [torch.zeros(prefix, KV_HEADS, DIM, dtype=torch.bfloat16) for _ in range(2)]
     segment = torch.full((rows,), FIELDS, dtype=torch.int32)
     cu = torch.arange(0, rows + 1, ROWS, dtype=torch.int32)
     position = torch.arange(rows, dtype=torch.int32)
-    mask = packed_attention.Mask(segment, segment[:prefix] * 0, cu, position, position[:prefix])
-    return tuple(tensors), mask
+    mask = (segment, segment[:prefix] * 0, cu, position, position[:prefix])
+    return qkv, Context(*prefix_kv, *mask, None, FIELDS, 0.1, max_seqlen=ROWS)
 
 
 def contenders() -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
     """Name: (forward, backward of what forward gave)."""
-    (q, k, v, *prefix), mask = inputs()
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    qkv, context = inputs()
+    q, leaves = qkv[0], [x.clone().requires_grad_() for x in qkv]
     d_out = torch.zeros_like(q)
 
     def forward(watch: bool) -> torch.Tensor:
-        _step.watched = (lambda x: True) if watch else watched
+        _operator.watched = (lambda x: True) if watch else watched
         return soft_prompt_attention(
-            *leaves, *prefix, *mask, num_fields=FIELDS, scale=0.1, max_seqlen=ROWS, impl="triton"
+            *leaves, *context[:7], num_fields=FIELDS, scale=0.1, max_seqlen=ROWS, impl="triton"
         )
 
     def backward(out: torch.Tensor) -> Any:
         return torch.autograd.grad(out, leaves, d_out)
 
-    watched = _step.watched
-    settings = (FIELDS, 0.1, 0, 0.0, 0, ROWS, "triton")
+    watched = _operator.watched
     lists: dict[Any, Any] = {}
 
     def layer() -> Any:
-        return packed_attention.forward(q, k, v, *prefix, mask, settings, lists)
+        return packed.forward(*qkv, context, "triton", lists)
 
     def layer_backward(out: Any) -> Any:
-        return packed_attention.backward(d_out, q, k, v, *prefix, mask, *out, settings, lists)
+        return packed.backward(d_out, *qkv, *out, context, "triton", lists)
 
     return {
         "operator": (lambda: forward(True), backward),

@@ -20,7 +20,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from _timing import add_arguments, apply_arguments, ceilings, compare, machine, peak_mib, run_script
+from _timing import (
+    add_arguments,
+    apply_arguments,
+    ceilings,
+    compare,
+    machine,
+    peak_mib,
+    run_script,
+    worst_ratios,
+)
 
 from userip_fast import ops
 
@@ -97,15 +106,9 @@ def run(device: str, shapes: list[tuple[int, int, int]], seconds: float) -> dict
                 "scratch_mib": round(mib["ours"] - rows * dim * itemsize / 2**20, 2),
             }
         )
-    others = [name for name in results[0]["times"] if name != "ours"]
     return {
         "benchmark": "linear_cross_entropy",
-        "ratios": {
-            name: round(
-                min(r["times"][name]["best_ms"] / r["times"]["ours"]["best_ms"] for r in results), 3
-            )
-            for name in others
-        },
+        "ratios": worst_ratios(results),
         "largest_scratch_mib": max(r["scratch_mib"] for r in results),
         "ceilings": limits,
         "results": results,

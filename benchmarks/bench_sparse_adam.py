@@ -19,7 +19,16 @@ from typing import Any
 
 import pytest
 import torch
-from _timing import add_arguments, apply_arguments, ceilings, compare, machine, peak_mib, run_script
+from _timing import (
+    add_arguments,
+    apply_arguments,
+    ceilings,
+    compare,
+    machine,
+    peak_mib,
+    run_script,
+    worst_ratios,
+)
 
 from userip_fast import ops
 
@@ -106,13 +115,7 @@ def run(device: str, tables: list[int], dim: int, active: int, seconds: float) -
         del runs
     return {
         "benchmark": "sparse_adam",
-        "ratios": {
-            name: round(
-                min(r["times"][name]["best_ms"] / r["times"]["ours"]["best_ms"] for r in results), 3
-            )
-            for name in CONTENDERS
-            if name != "ours"
-        },
+        "ratios": worst_ratios(results),
         "dim": dim,
         "active": active,
         "ceilings": limits,

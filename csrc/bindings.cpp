@@ -18,7 +18,6 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
     bind_threads(m);
 #ifdef USERIP_FAST_WITH_CUDA
     m.attr("cuda_architectures") = USERIP_FAST_CUDA_ARCHITECTURES;
-    bind_assign_codes_cuda(m);
     bind_device(m);
     bind_nf4_cuda(m);
 #else

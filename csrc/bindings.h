@@ -20,7 +20,6 @@ void bind_threads(py::module_& m);
 
 #ifdef USERIP_FAST_WITH_CUDA
 // csrc/cuda/
-void bind_assign_codes_cuda(py::module_& m);
 void bind_device(py::module_& m);
 void bind_nf4_cuda(py::module_& m);
 #endif

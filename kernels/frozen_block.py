@@ -1,9 +1,9 @@
 """Triton kernels of `userip_fast.ops.frozen_block`; the formulas are there.
 
-Tensors are contiguous (but for the rows of RoPE's input, which have a stride), fp32, bf16 or fp16;
-sums and products are in fp32 and rounded once. Norms: a program owns a row and holds it. The gated
-activation: a program owns _TILE values. RoPE: a program owns a row and a block of its heads. No
-atomics, and nothing depends on how many rows there are.
+Tensors are contiguous, fp32, bf16 or fp16; sums and products are in fp32 and rounded once, or cast
+to e4m3 with a scale a row. Norms: a program owns a row and holds it. The gated activation: a
+program owns _TILE values. RoPE is that of `packed_block`. No atomics, and nothing depends on how
+many rows there are.
 """
 
 from __future__ import annotations
@@ -13,23 +13,28 @@ import triton.language as tl
 from torch import Tensor
 
 _TILE = 1024  # values per program of the gated activation
-_HEADS = 8  # heads per program of RoPE
+LARGEST = tl.constexpr(448.0)  # of e4m3
+
+
+@triton.jit
+def row_scale(top):
+    """Of e4m3 values of a row whose largest magnitude is `top`; a row of zeros has scale 1."""
+    return tl.where(top > 0, tl.div_rn(top, 448.0), 1.0)
+
+
+@triton.jit
+def to_e4m3(x, scale):
+    x = tl.div_rn(x, scale)
+    # NaN stays what it is: minimum and maximum would turn it into a number.
+    x = tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))
+    return x.to(tl.float8e4nv)
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    y_ptr,
-    total_ptr,
-    r_ptr,
-    D,
-    eps,
-    offset,
-    JOINED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, y_ptr, scale_ptr, total_ptr, r_ptr, D, eps, offset,
+    JOINED: tl.constexpr, E4M3: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_D)
     inside = k < D
@@ -41,23 +46,22 @@ def _rms_norm_kernel(
         x = rounded.to(tl.float32)
     r = 1.0 / tl.sqrt(tl.sum(x * x, 0) / D + eps)
     w = tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32) + offset
-    tl.store(y_ptr + row * D + k, (x * r * w).to(y_ptr.dtype.element_ty), mask=inside)
+    y = x * r * w
+    if E4M3:
+        y = tl.where(inside, y, 0.0)
+        scale = row_scale(tl.max(tl.abs(y), 0))
+        tl.store(y_ptr + row * D + k, to_e4m3(y, scale + tl.zeros_like(y)), mask=inside)
+        tl.store(scale_ptr + row, scale)
+    else:
+        tl.store(y_ptr + row * D + k, y.to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(r_ptr + row, r)
 
 
 @triton.jit
 def _rms_norm_backward_kernel(
-    dy_ptr,
-    d_total_ptr,
-    x_ptr,
-    r_ptr,
-    weight_ptr,
-    dx_ptr,
-    D,
-    offset,
-    JOINED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    dy_ptr, d_total_ptr, x_ptr, r_ptr, weight_ptr, dx_ptr, D, offset,
+    JOINED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_D)
     inside = k < D
@@ -107,14 +111,7 @@ def _gated_kernel(gate_ptr, up_ptr, y_ptr, n, GELU: tl.constexpr, TILE: tl.const
 
 @triton.jit
 def _gated_backward_kernel(
-    dy_ptr,
-    gate_ptr,
-    up_ptr,
-    d_gate_ptr,
-    d_up_ptr,
-    n,
-    GELU: tl.constexpr,
-    TILE: tl.constexpr,
+    dy_ptr, gate_ptr, up_ptr, d_gate_ptr, d_up_ptr, n, GELU: tl.constexpr, TILE: tl.constexpr
 ):
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = i < n
@@ -125,56 +122,23 @@ def _gated_backward_kernel(
     tl.store(d_up_ptr + i, (d * value).to(d_up_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _rotate_kernel(
-    x_ptr,
-    cosine_ptr,
-    sine_ptr,
-    y_ptr,
-    stride_xt,
-    H,
-    DIM: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
-    k = tl.arange(0, BLOCK_HALF)[None, :]
-    half: tl.constexpr = DIM // 2
-    inside = (head < H) & (k < half)
-    angle, of_angle = row * DIM + k, k < half
-    c1 = tl.load(cosine_ptr + angle, mask=of_angle, other=0.0).to(tl.float32)
-    c2 = tl.load(cosine_ptr + angle + half, mask=of_angle, other=0.0).to(tl.float32)
-    s1 = tl.load(sine_ptr + angle, mask=of_angle, other=0.0).to(tl.float32)
-    s2 = tl.load(sine_ptr + angle + half, mask=of_angle, other=0.0).to(tl.float32)
-    source = x_ptr + row * stride_xt + head * DIM + k
-    a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
-    if BACKWARD:
-        y1, y2 = a * c1 + b * s2, b * c2 - a * s1
-    else:
-        y1, y2 = a * c1 - b * s1, b * c2 + a * s2
-    target = y_ptr + (row * H + head) * DIM + k
-    tl.store(target, y1.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(target + half, y2.to(y_ptr.dtype.element_ty), mask=inside)
-
-
 def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
 def rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, y: Tensor, total: Tensor, r: Tensor,
-    eps: float, offset: float,
+    x: Tensor, residual: Tensor | None, weight: Tensor, y: Tensor, scale: Tensor | None,
+    total: Tensor, r: Tensor, eps: float, offset: float,
 ) -> None:  # fmt: skip
-    """Writes y, r and, with a residual, total; one launch."""
+    """Writes y (in e4m3 with a scale a row, where `scale` is given), r and, with a residual, total;
+    one launch."""
     if x.shape[0] == 0:
         return
     block = triton.next_power_of_2(x.shape[1])
     _rms_norm_kernel[(x.shape[0],)](
-        x, residual, weight, y, total, r, x.shape[1], eps, offset,
-        JOINED=residual is not None, BLOCK_D=block, num_warps=_warps(block),
+        x, residual, weight, y, scale, total, r, x.shape[1], eps, offset,
+        JOINED=residual is not None, E4M3=scale is not None, BLOCK_D=block,
+        num_warps=_warps(block),
     )  # fmt: skip
 
 
@@ -208,15 +172,3 @@ def gated_backward(
         _gated_backward_kernel[(triton.cdiv(n, _TILE),)](
             dy, gate, up, d_gate, d_up, n, GELU=act == 1, TILE=_TILE
         )
-
-
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor, y: Tensor, backward: bool) -> None:
-    """Writes y [T, H, d]; one launch."""
-    rows, heads, dim = x.shape
-    if x.numel() == 0:
-        return
-    block = min(_HEADS, triton.next_power_of_2(heads))
-    _rotate_kernel[(rows, triton.cdiv(heads, block))](
-        x, cosine, sine, y, x.stride(0), heads, DIM=dim, BACKWARD=backward,
-        BLOCK_H=block, BLOCK_HALF=triton.next_power_of_2(dim // 2), num_warps=4,
-    )  # fmt: skip

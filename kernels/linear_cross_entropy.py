@@ -32,18 +32,9 @@ def _logit(logits_ptr, bias_ptr, at, k, V, softcap, HAS_BIAS: tl.constexpr, SOFT
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits_ptr,
-    bias_ptr,
-    target_ptr,
-    loss_weight_ptr,
-    token_nll_ptr,
-    V,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    NEED_GRAD: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    logits_ptr, bias_ptr, target_ptr, loss_weight_ptr, token_nll_ptr, V, softcap,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, NEED_GRAD: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = row * V
     target = tl.load(target_ptr + row)
@@ -83,29 +74,15 @@ def _cross_entropy_kernel(
 
 
 def cross_entropy_rows(
-    logits: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    loss_weight: Tensor,
-    token_nll: Tensor,
-    softcap: float,
-    need_grad: bool,
-) -> None:
+    logits: Tensor, bias: Tensor | None, target: Tensor, loss_weight: Tensor, token_nll: Tensor,
+    softcap: float, need_grad: bool,
+) -> None:  # fmt: skip
     """Writes `token_nll` and, with `need_grad`, overwrites `logits`; one launch."""
     rows, vocab = logits.shape
     if rows == 0:
         return
     _cross_entropy_kernel[(rows,)](
-        logits,
-        bias,
-        target,
-        loss_weight,
-        token_nll,
-        vocab,
-        softcap,
-        HAS_BIAS=bias is not None,
-        SOFTCAP=softcap > 0.0,
-        NEED_GRAD=need_grad,
-        BLOCK_V=min(4096, triton.next_power_of_2(vocab)),
-        num_warps=8,
-    )
+        logits, bias, target, loss_weight, token_nll, vocab, softcap,
+        HAS_BIAS=bias is not None, SOFTCAP=softcap > 0.0, NEED_GRAD=need_grad,
+        BLOCK_V=min(4096, triton.next_power_of_2(vocab)), num_warps=8,
+    )  # fmt: skip

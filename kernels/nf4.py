@@ -14,27 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from userip_fast.ops.nf4_format import NF4_LEVELS
+from userip_fast.ops.nf4_format import NESTED_BLOCKSIZE, NF4_LEVELS, Stored
 
 _TILE = 4096  # values per program
 
 
 @triton.jit
 def _nf4_dequantize_kernel(
-    packed_ptr,
-    absmax_ptr,
-    nested_absmax_ptr,
-    nested_map_ptr,
-    offset_ptr,
-    levels_ptr,
-    out_ptr,
-    n,
-    num_blocks,
-    BLOCKSIZE: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr,
-    NESTED: tl.constexpr,
+    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_map_ptr, offset_ptr, levels_ptr, out_ptr,
+    n, num_blocks, BLOCKSIZE: tl.constexpr, TILE_BLOCKS: tl.constexpr, NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
-):
+):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
     inside = block < num_blocks
     if NESTED:
@@ -52,32 +42,16 @@ def _nf4_dequantize_kernel(
     tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=at < n)
 
 
-def dequantize(
-    tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], out: Tensor
-) -> None:
+def dequantize(weight: Stored, out: Tensor) -> None:
     """Writes the weight to `out` [rows, cols], in one launch."""
-    rows, cols, blocksize = sizes
-    packed, absmax, nested_absmax, nested_map, offset = (
-        None if t is None else t.contiguous() for t in tensors
-    )
-    tile_blocks = max(1, _TILE // blocksize)
-    _nf4_dequantize_kernel[(triton.cdiv(absmax.shape[0], tile_blocks),)](
-        packed,
-        absmax,
-        nested_absmax,
-        nested_map,
-        offset,
-        _levels(packed.device),
-        out,
-        rows * cols,
-        absmax.shape[0],
-        BLOCKSIZE=blocksize,
-        TILE_BLOCKS=tile_blocks,
-        NESTED=nested_absmax is not None,
-        NESTED_BLOCKSIZE=256,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    tensors = (None if t is None else t.contiguous() for t in weight.tensors)
+    tile_blocks, blocks = max(1, _TILE // weight.blocksize), weight.absmax.shape[0]
+    _nf4_dequantize_kernel[(triton.cdiv(blocks, tile_blocks),)](
+        *tensors, _levels(out.device), out, out.numel(), blocks,
+        BLOCKSIZE=weight.blocksize, TILE_BLOCKS=tile_blocks,
+        NESTED=weight.nested_absmax is not None, NESTED_BLOCKSIZE=NESTED_BLOCKSIZE,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 _LEVELS: dict[torch.device, Tensor] = {}

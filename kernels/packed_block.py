@@ -11,25 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from userip_fast.kernels.frozen_block import _act, _warps
+from userip_fast.kernels.frozen_block import _act, _warps, row_scale, to_e4m3
 
 _TILE = 1024  # values per program, or per step of one
 _HEADS = 8  # heads per program of RoPE
-LARGEST = tl.constexpr(448.0)  # of e4m3
-
-
-@triton.jit
-def _scale(top):
-    """Of a row whose largest magnitude is `top`; a row of zeros has scale 1."""
-    return tl.where(top > 0, tl.div_rn(top, 448.0), 1.0)
-
-
-@triton.jit
-def _e4m3(x, scale):
-    x = tl.div_rn(x, scale)
-    # NaN stays what it is: minimum and maximum would turn it into a number.
-    x = tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))
-    return x.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -38,44 +23,20 @@ def _cast_rows_kernel(x_ptr, y_ptr, scale_ptr, D, stride_x, TILE: tl.constexpr, 
     k = tl.arange(0, TILE)
     if HELD:
         x = tl.load(x_ptr + row * stride_x + k, mask=k < D, other=0.0).to(tl.float32)
-        scale = _scale(tl.max(tl.abs(x), 0))
-        tl.store(y_ptr + row * D + k, _e4m3(x, scale + tl.zeros_like(x)), mask=k < D)
+        scale = row_scale(tl.max(tl.abs(x), 0))
+        tl.store(y_ptr + row * D + k, to_e4m3(x, scale + tl.zeros_like(x)), mask=k < D)
     else:
         top = tl.zeros((TILE,), tl.float32)
         for d0 in range(0, D, TILE):
             at = d0 + k
             x = tl.load(x_ptr + row * stride_x + at, mask=at < D, other=0.0).to(tl.float32)
             top = tl.maximum(top, tl.abs(x))
-        scale = _scale(tl.max(top, 0))
+        scale = row_scale(tl.max(top, 0))
         for d0 in range(0, D, TILE):
             at = d0 + k
             x = tl.load(x_ptr + row * stride_x + at, mask=at < D, other=0.0).to(tl.float32)
-            tl.store(y_ptr + row * D + at, _e4m3(x, scale + tl.zeros_like(x)), mask=at < D)
+            tl.store(y_ptr + row * D + at, to_e4m3(x, scale + tl.zeros_like(x)), mask=at < D)
     tl.store(scale_ptr + row, scale)
-
-
-@triton.jit
-def _rms_norm_e4m3_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, scale_ptr, total_ptr, r_ptr, D, eps, offset,
-    JOINED: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK_D)
-    inside = k < D
-    x = tl.load(x_ptr + row * D + k, mask=inside, other=0.0).to(tl.float32)
-    if JOINED:
-        x += tl.load(residual_ptr + row * D + k, mask=inside, other=0.0).to(tl.float32)
-        rounded = x.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + row * D + k, rounded, mask=inside)
-        x = rounded.to(tl.float32)
-    r = 1.0 / tl.sqrt(tl.sum(x * x, 0) / D + eps)
-    w = tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32) + offset
-    y = x * r * w
-    y = tl.where(inside, y, 0.0)
-    scale = _scale(tl.max(tl.abs(y), 0))
-    tl.store(y_ptr + row * D + k, _e4m3(y, scale + tl.zeros_like(y)), mask=inside)
-    tl.store(scale_ptr + row, scale)
-    tl.store(r_ptr + row, r)
 
 
 @triton.jit
@@ -113,13 +74,13 @@ def _halves_e4m3_kernel(x_ptr, y_ptr, scale_ptr, F, GELU: tl.constexpr, TILE: tl
         value, _ = _act(tl.load(gate, mask=at < F, other=0.0).to(tl.float32), GELU)
         y = value * tl.load(gate + F, mask=at < F, other=0.0).to(tl.float32)
         top = tl.maximum(top, tl.abs(y))
-    scale = _scale(tl.max(top, 0))
+    scale = row_scale(tl.max(top, 0))
     for f0 in range(0, F, TILE):
         at = f0 + k
         gate = x_ptr + row * 2 * F + at
         value, _ = _act(tl.load(gate, mask=at < F, other=0.0).to(tl.float32), GELU)
         y = value * tl.load(gate + F, mask=at < F, other=0.0).to(tl.float32)
-        tl.store(y_ptr + row * F + at, _e4m3(y, scale + tl.zeros_like(y)), mask=at < F)
+        tl.store(y_ptr + row * F + at, to_e4m3(y, scale + tl.zeros_like(y)), mask=at < F)
     tl.store(scale_ptr + row, scale)
 
 
@@ -142,13 +103,13 @@ def _halves_backward_e4m3_kernel(
     for f0 in range(0, F, TILE):
         d_gate, d_up = _halves_gradients(dy_ptr, x_ptr, row, f0 + k, F, GELU)
         top = tl.maximum(top, tl.maximum(tl.abs(d_gate), tl.abs(d_up)))
-    scale = _scale(tl.max(top, 0))
+    scale = row_scale(tl.max(top, 0))
     for f0 in range(0, F, TILE):
         at = f0 + k
         d_gate, d_up = _halves_gradients(dy_ptr, x_ptr, row, at, F, GELU)
         wide = scale + tl.zeros_like(d_gate)
-        tl.store(dx_ptr + row * 2 * F + at, _e4m3(d_gate, wide), mask=at < F)
-        tl.store(dx_ptr + row * 2 * F + F + at, _e4m3(d_up, wide), mask=at < F)
+        tl.store(dx_ptr + row * 2 * F + at, to_e4m3(d_gate, wide), mask=at < F)
+        tl.store(dx_ptr + row * 2 * F + F + at, to_e4m3(d_up, wide), mask=at < F)
     tl.store(scale_ptr + row, scale)
 
 
@@ -263,17 +224,3 @@ def cast_rows(x: Tensor, y: Tensor, scale: Tensor) -> None:
     _cast_rows_kernel[(rows,)](
         x, y, scale, width, x.stride(0), TILE=tile, HELD=held, num_warps=_warps(tile)
     )
-
-
-def rms_norm_e4m3(
-    x: Tensor, residual: Tensor | None, weight: Tensor, y: Tensor, scale: Tensor, total: Tensor,
-    r: Tensor, eps: float, offset: float,
-) -> None:  # fmt: skip
-    """Writes y in e4m3, its scales, r and, with a residual, total; one launch."""
-    if x.shape[0] == 0:
-        return
-    block = triton.next_power_of_2(x.shape[1])
-    _rms_norm_e4m3_kernel[(x.shape[0],)](
-        x, residual, weight, y, scale, total, r, x.shape[1], eps, offset,
-        JOINED=residual is not None, BLOCK_D=block, num_warps=_warps(block),
-    )  # fmt: skip

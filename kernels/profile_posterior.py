@@ -16,20 +16,9 @@ from torch import Tensor
 
 @triton.jit
 def _profile_posterior_kernel(
-    table_ptr,
-    kinds_ptr,
-    offsets_ptr,
-    log_prior_ptr,
-    weights_ptr,
-    log_resp_ptr,
-    evidence_ptr,
-    U,
-    E,
-    Z,
-    HAS_WEIGHTS: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-    BLOCK_Z: tl.constexpr,
-):
+    table_ptr, kinds_ptr, offsets_ptr, log_prior_ptr, weights_ptr, log_resp_ptr, evidence_ptr,
+    U, E, Z, HAS_WEIGHTS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_Z: tl.constexpr,
+):  # fmt: skip
     u = tl.program_id(0).to(tl.int64) * BLOCK_U + tl.arange(0, BLOCK_U)
     z = tl.arange(0, BLOCK_Z)
     there, code = u < U, z < Z
@@ -55,35 +44,18 @@ def _profile_posterior_kernel(
 
 
 def profile_posterior(
-    table: Tensor,
-    kinds: Tensor,
-    offsets: Tensor,
-    log_prior: Tensor,
-    weights: Tensor | None,
-    log_resp: Tensor,
-    evidence: Tensor,
-) -> None:
+    table: Tensor, kinds: Tensor, offsets: Tensor, log_prior: Tensor, weights: Tensor | None,
+    log_resp: Tensor, evidence: Tensor,
+) -> None:  # fmt: skip
     """Launches one program per `block_shape` users."""
     users, (num_kinds, codes) = len(evidence), table.shape
     if users == 0:
         return
     block_u, block_z, num_warps = block_shape(codes)
     _profile_posterior_kernel[(triton.cdiv(users, block_u),)](
-        table,
-        kinds,
-        offsets,
-        log_prior,
-        weights,
-        log_resp,
-        evidence,
-        users,
-        num_kinds,
-        codes,
-        HAS_WEIGHTS=weights is not None,
-        BLOCK_U=block_u,
-        BLOCK_Z=block_z,
-        num_warps=num_warps,
-    )
+        table, kinds, offsets, log_prior, weights, log_resp, evidence, users, num_kinds, codes,
+        HAS_WEIGHTS=weights is not None, BLOCK_U=block_u, BLOCK_Z=block_z, num_warps=num_warps,
+    )  # fmt: skip
 
 
 def block_shape(codes: int) -> tuple[int, int, int]:

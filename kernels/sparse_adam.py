@@ -17,22 +17,11 @@ from torch import Tensor
 
 @triton.jit
 def _sparse_adam_kernel(
-    theta_ptr,
-    m_ptr,
-    v_ptr,
-    step_ptr,
-    rows_ptr,
-    grad_ptr,
-    lr,
-    eps,
-    N,
-    D,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-    LOG_BETA1: tl.constexpr,  # natural; -inf for 0
-    LOG_BETA2: tl.constexpr,
+    theta_ptr, m_ptr, v_ptr, step_ptr, rows_ptr, grad_ptr, lr, eps, N, D,
+    BETA1: tl.constexpr, BETA2: tl.constexpr,
+    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr,  # natural; -inf for 0
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + i)
     fits = (row >= 0) & (row < N)
@@ -59,37 +48,16 @@ def _sparse_adam_kernel(
 
 
 def sparse_adam(
-    theta: Tensor,
-    m: Tensor,
-    v: Tensor,
-    step: Tensor,
-    rows: Tensor,
-    grad: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
+    theta: Tensor, m: Tensor, v: Tensor, step: Tensor, rows: Tensor, grad: Tensor,
+    lr: float, beta1: float, beta2: float, eps: float,
+) -> None:  # fmt: skip
     """Launches one program per row."""
-    if rows.shape[0] == 0 or theta.shape[1] == 0:
+    n, dim = theta.shape
+    if rows.shape[0] == 0 or dim == 0:
         return
-    dim = theta.shape[1]
     log1, log2 = (math.log(b) if b > 0 else -math.inf for b in (beta1, beta2))
     _sparse_adam_kernel[(rows.shape[0],)](
-        theta,
-        m,
-        v,
-        step,
-        rows.contiguous(),
-        grad.contiguous(),
-        lr,
-        eps,
-        theta.shape[0],
-        dim,
-        BETA1=beta1,
-        BETA2=beta2,
-        LOG_BETA1=log1,
-        LOG_BETA2=log2,
-        BLOCK_D=min(2048, triton.next_power_of_2(dim)),
-        num_warps=8,
-    )
+        theta, m, v, step, rows.contiguous(), grad.contiguous(), lr, eps, n, dim,
+        BETA1=beta1, BETA2=beta2, LOG_BETA1=log1, LOG_BETA2=log2,
+        BLOCK_D=min(2048, triton.next_power_of_2(dim)), num_warps=8,
+    )  # fmt: skip

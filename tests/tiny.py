@@ -20,6 +20,23 @@ TEXTS = [
 ]  # fmt: skip
 
 
+def write_log(folder: Path, users: int) -> None:
+    """log.parquet and items.parquet: three rated events of each of so many users."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    random = np.random.default_rng(0)
+    user = np.repeat(np.arange(users), 3)
+    log = {
+        "user_id": user,
+        "item_id": random.integers(0, len(TEXTS), len(user)),
+        "rating": random.integers(1, 6, len(user)),
+    }
+    pq.write_table(pa.table(log), folder / "log.parquet")
+    items = pa.table({"item_id": range(len(TEXTS)), "title": TEXTS})
+    pq.write_table(items, folder / "items.parquet")
+
+
 @cache
 def tokenizer(bos: bool = True) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -12,40 +12,20 @@
 #endif
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cstdint>
 #include <vector>
 
-#include "check.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
+#include "nf4_format.h"
 
 namespace userip_fast {
 namespace {
 
-constexpr int64_t kNestedBlock = 256;
-constexpr int64_t kMaxDecode = 4096;  // codes per decode() call: bounds the scales on its stack
-constexpr int64_t kMinBlock = 32;
+using namespace nf4;
 
-alignas(32) constexpr float kLevels[16] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
-};
+constexpr int64_t kMaxDecode = 4096;  // codes per decode() call: bounds the scales on its stack
 
 // Byte b of level i at plane[b][i].
 struct LevelBytes {
@@ -58,15 +38,6 @@ struct LevelBytes {
     }
 };
 constexpr LevelBytes kLevelBytes;
-
-struct Weight {
-    const uint8_t* packed;
-    const void* absmax;  // float, or uint8_t with nested_absmax
-    const float* nested_absmax;
-    const float* nested_map;
-    const float* offset;
-    int64_t rows, cols, blocksize;
-};
 
 // Not inlined into the FMA code below: there a compiler may join the product and the sum, and the
 // bits would differ from the reference's two roundings.
@@ -147,36 +118,13 @@ void linear(const Weight& w, const float* x, int64_t ldx, int64_t batch, const f
     });
 }
 
-// What Python passes: addresses of (packed, absmax, nested_absmax, nested_map, offset), the last
-// three 0 without double quantisation; and (rows, cols, blocksize).
-using Addresses = std::array<uintptr_t, 5>;
-using Sizes = std::array<int64_t, 3>;
-
-Weight weight_from(const Addresses& a, const Sizes& s) {
-    USERIP_CHECK(a[0] != 0 && a[1] != 0, "weight", "addresses", 0);
-    USERIP_CHECK((a[2] == 0) == (a[3] == 0) && (a[2] == 0) == (a[4] == 0), "nested scales",
-                 "all three addresses or none", "some");
-    USERIP_CHECK(s[0] > 0 && s[1] > 0, "rows, cols", "positive", std::min(s[0], s[1]));
-    USERIP_CHECK(s[2] >= kMinBlock, "blocksize", "at least 32", s[2]);
-    return {reinterpret_cast<const uint8_t*>(a[0]),
-            reinterpret_cast<const void*>(a[1]),
-            reinterpret_cast<const float*>(a[2]),
-            reinterpret_cast<const float*>(a[3]),
-            reinterpret_cast<const float*>(a[4]),
-            s[0],
-            s[1],
-            s[2]};
-}
-
-// dtype of a weight value: 0 float32, 1 bfloat16, 2 float16.
 void nf4_dequantize(const Addresses& addresses, const Sizes& sizes, int64_t r0, int64_t r1,
                     int64_t c0, int64_t c1, uintptr_t out, int dtype, bool as_float) {
-    const Weight w = weight_from(addresses, sizes);
+    const Weight w = weight_from(addresses, sizes, dtype);
     USERIP_CHECK(0 <= r0 && r0 <= r1 && r1 <= w.rows, "rows", "a range of the weight's", r1);
     USERIP_CHECK(0 <= c0 && c0 <= c1 && c1 <= w.cols, "columns", "a range of the weight's", c1);
     auto* wide = reinterpret_cast<float*>(out);
     auto* half = reinterpret_cast<uint16_t*>(out);
-    USERIP_CHECK(0 <= dtype && dtype <= 2, "dtype", "0, 1 or 2", dtype);
     const Kernels k = USERIP_OF_SET(kNf4, kernels)();
     if (dtype == 0 || as_float) {
         dequantize(w, r0, r1, c0, c1, wide, k.decode[dtype]);
@@ -187,9 +135,8 @@ void nf4_dequantize(const Addresses& addresses, const Sizes& sizes, int64_t r0, 
 
 void nf4_linear(const Addresses& addresses, const Sizes& sizes, uintptr_t x, int64_t ldx,
                 int64_t batch, uintptr_t bias, uintptr_t y, int dtype) {
-    const Weight w = weight_from(addresses, sizes);
+    const Weight w = weight_from(addresses, sizes, dtype);
     USERIP_CHECK(ldx >= w.cols, "ldx", "at least cols", ldx);
-    USERIP_CHECK(0 <= dtype && dtype <= 2, "dtype", "0, 1 or 2", dtype);
     linear(w, reinterpret_cast<const float*>(x), ldx, batch, reinterpret_cast<const float*>(bias),
            reinterpret_cast<float*>(y), USERIP_OF_SET(kNf4, kernels)().linear[dtype]);
 }

@@ -8,41 +8,24 @@ struct StoreFloat {
     static void put(float* out, Vec x) { store(out, kLanes, x); }
 };
 
-#if USERIP_WIDE
-
-// Round to nearest even on the upper 16 bits.
-inline __m512i round_bf16(Vec x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-}
 struct StoreBf16 {
     using Out = uint16_t;
-    static void put(uint16_t* out, Vec x) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                            _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(x), 16)));
-    }
+    static void put(uint16_t* out, Vec x) { store_bf16(out, x); }
 };
 struct StoreFp16 {
     using Out = uint16_t;
-    static void put(uint16_t* out, Vec x) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                            _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-    }
+    static void put(uint16_t* out, Vec x) { store_fp16(out, x); }
 };
 struct StoreRoundedBf16 {
     using Out = float;
-    static void put(float* out, Vec x) {
-        const __m512i kept = _mm512_and_si512(round_bf16(x), _mm512_set1_epi32(~0xffff));
-        _mm512_storeu_ps(out, _mm512_castsi512_ps(kept));
-    }
+    static void put(float* out, Vec x) { store(out, kLanes, as_bf16(x)); }
 };
 struct StoreRoundedFp16 {
     using Out = float;
-    static void put(float* out, Vec x) {
-        _mm512_storeu_ps(out, _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)));
-    }
+    static void put(float* out, Vec x) { store(out, kLanes, as_fp16(x)); }
 };
+
+#if USERIP_WIDE
 
 // 64 levels from 32 bytes. Every lane gets the four bytes its code is in, shifts it to the front,
 // and picks its level out of a register of 16.
@@ -62,41 +45,6 @@ inline void levels(const uint8_t* packed, Vec* out) {
 }
 
 #else
-
-inline __m256i round_bf16(Vec x) {
-    const __m256i bits = _mm256_castps_si256(x);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-}
-struct StoreBf16 {
-    using Out = uint16_t;
-    static void put(uint16_t* out, Vec x) {
-        const __m256i high = _mm256_srli_epi32(round_bf16(x), 16);
-        const __m128i packed =
-            _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
-    }
-};
-struct StoreFp16 {
-    using Out = uint16_t;
-    static void put(uint16_t* out, Vec x) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
-                         _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-    }
-};
-struct StoreRoundedBf16 {
-    using Out = float;
-    static void put(float* out, Vec x) {
-        const __m256i kept = _mm256_and_si256(round_bf16(x), _mm256_set1_epi32(~0xffff));
-        _mm256_storeu_ps(out, _mm256_castsi256_ps(kept));
-    }
-};
-struct StoreRoundedFp16 {
-    using Out = float;
-    static void put(float* out, Vec x) {
-        _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)));
-    }
-};
 
 // 32 levels from 16 bytes: one vpshufb per byte of the float (a table of 16), and the four planes
 // interleaved. The bytes are dealt to the halves of the register so that interleaving, which works
@@ -171,8 +119,7 @@ void decode(const Weight& w, int64_t begin, int64_t count, typename Store::Out* 
     const int64_t first = begin / w.blocksize, end = begin + count;
     block_scales(w, first, (end - 1) / w.blocksize - first + 1, scales);
     auto one = [&](int64_t i, float scale) {  // the ends of a run, through a vector
-        const uint8_t byte = w.packed[i / 2];
-        const float value = kLevels[i % 2 == 0 ? byte >> 4 : byte & 15] * scale;
+        const float value = kLevels[code_at(w, i)] * scale;
         typename Store::Out lanes[kLanes];
         Store::put(lanes, splat(value));
         *out++ = lanes[0];

@@ -68,6 +68,29 @@ inline Vec load(const float* p, int64_t left, float other) {
 inline void store(float* p, int64_t left, Vec x) {
     left >= kLanes ? _mm256_storeu_ps(p, x) : _mm256_maskstore_ps(p, first_lanes(left), x);
 }
+// Rounded to nearest even, of finite numbers: in 16 bits, or in fp32 with their precision.
+inline __m256i bf16_above(Vec x) {  // in the upper 16 bits
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+inline __m128i fp16_of(Vec x) {
+    return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
+inline void store_bf16(uint16_t* p, Vec x) {
+    const __m256i high = _mm256_srli_epi32(bf16_above(x), 16);
+    const __m128i low = _mm256_castsi256_si128(high), rest = _mm256_extracti128_si256(high, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, rest));
+}
+inline void store_fp16(uint16_t* p, Vec x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), fp16_of(x));
+}
+inline Vec as_bf16(Vec x) {
+    return _mm256_castsi256_ps(_mm256_and_si256(bf16_above(x), _mm256_set1_epi32(~0xffff)));
+}
+inline Vec as_fp16(Vec x) {
+    return _mm256_cvtph_ps(fp16_of(x));
+}
 // Sixteen numbers, v[0] before v[1], to eight: those eight apart are joined.
 template <class Join>
 inline __m256 fold(const Vec (&v)[2], const Join& join) {

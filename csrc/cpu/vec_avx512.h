@@ -63,6 +63,27 @@ inline Vec load(const float* p, int64_t left, float other) {
 inline void store(float* p, int64_t left, Vec x) {
     left >= kLanes ? _mm512_storeu_ps(p, x) : _mm512_mask_storeu_ps(p, first_lanes(left), x);
 }
+inline __m512i bf16_above(Vec x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+}
+inline __m256i fp16_of(Vec x) {
+    return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
+inline void store_bf16(uint16_t* p, Vec x) {
+    const __m512i high = _mm512_srli_epi32(bf16_above(x), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+}
+inline void store_fp16(uint16_t* p, Vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), fp16_of(x));
+}
+inline Vec as_bf16(Vec x) {
+    return _mm512_castsi512_ps(_mm512_and_si512(bf16_above(x), _mm512_set1_epi32(~0xffff)));
+}
+inline Vec as_fp16(Vec x) {
+    return _mm512_cvtph_ps(fp16_of(x));
+}
 template <class Join>
 inline __m256 fold(const Vec (&v)[1], const Join& join) {
     return join(_mm512_castps512_ps256(v[0]), _mm512_extractf32x8_ps(v[0], 1));

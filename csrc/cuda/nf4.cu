@@ -15,26 +15,9 @@
 namespace userip_fast {
 namespace {
 
-constexpr int kThreads = 256, kUnroll = 4, kGroup = 8, kNestedShift = 8;
+using namespace nf4;
 
-__constant__ const float kLevels[16] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
-};
+constexpr int kThreads = 256, kUnroll = 4, kGroup = 8;
 
 template <class T>
 __device__ T rounded(float x);
@@ -53,24 +36,23 @@ __device__ __half rounded<__half>(float x) {
 
 // The product and the sum are rounded one after the other, as in the reference: no FMA.
 template <bool kNested>
-__device__ float block_scale(const Nf4Params& p, int64_t block) {
+__device__ float block_scale(const Weight& w, int64_t block) {
     if constexpr (kNested) {
-        const uint8_t code = static_cast<const uint8_t*>(p.absmax)[block];
-        return __fadd_rn(
-            __fmul_rn(__ldg(p.nested_map + code), __ldg(p.nested_absmax + (block >> kNestedShift))),
-            __ldg(p.offset));
+        const uint8_t code = static_cast<const uint8_t*>(w.absmax)[block];
+        const float* nested = w.nested_absmax + (block >> kNestedShift);
+        return __fadd_rn(__fmul_rn(__ldg(w.nested_map + code), __ldg(nested)), __ldg(w.offset));
     } else {
-        return static_cast<const float*>(p.absmax)[block];
+        return static_cast<const float*>(w.absmax)[block];
     }
 }
 
 template <class T, bool kNested>
-__global__ void __launch_bounds__(kThreads) nf4_dequantize_kernel(Nf4Params p, int block_shift) {
+__global__ void __launch_bounds__(kThreads)
+    nf4_dequantize_kernel(Weight w, int64_t values, T* out, int block_shift) {
     constexpr unsigned kAll = 0xffffffffu;
     const float level = kLevels[threadIdx.x % 16];
-    const int64_t groups = p.values / kGroup;  // whole ones; the rest is at the end
+    const int64_t groups = values / kGroup;  // whole ones; the rest is at the end
     const int64_t base = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
-    auto* out = static_cast<T*>(p.out);
 
     uint32_t codes[kUnroll];
     float scale[kUnroll];
@@ -78,60 +60,58 @@ __global__ void __launch_bounds__(kThreads) nf4_dequantize_kernel(Nf4Params p, i
     for (int u = 0; u < kUnroll; ++u) {
         const int64_t group = base + u * kThreads;
         const bool inside = group < groups;
-        codes[u] = inside ? __ldg(reinterpret_cast<const uint32_t*>(p.packed) + group) : 0u;
-        scale[u] = inside ? block_scale<kNested>(p, (group * kGroup) >> block_shift) : 0.0f;
+        codes[u] = inside ? __ldg(reinterpret_cast<const uint32_t*>(w.packed) + group) : 0u;
+        scale[u] = inside ? block_scale<kNested>(w, (group * kGroup) >> block_shift) : 0.0f;
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
         const int64_t group = base + u * kThreads;
-        alignas(16) T values[kGroup];
+        alignas(16) T some[kGroup];
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
             const int shift = (i / 2) * 8 + (i % 2 == 0 ? 4 : 0);  // high nibble first
             // All lanes take part in a shuffle, also those past the end. The source lane is taken
             // modulo 32, so bit 4 of what lies above the nibble only picks the other copy.
             const float x = __shfl_sync(kAll, level, static_cast<int>(codes[u] >> shift));
-            values[i] = rounded<T>(__fmul_rn(x, scale[u]));
+            some[i] = rounded<T>(__fmul_rn(x, scale[u]));
         }
         if (group < groups) {
             auto* to = reinterpret_cast<uint4*>(out + group * kGroup);
-            const auto* from = reinterpret_cast<const uint4*>(values);
+            const auto* from = reinterpret_cast<const uint4*>(some);
 #pragma unroll
-            for (int i = 0; i < static_cast<int>(sizeof(values) / sizeof(uint4)); ++i)
+            for (int i = 0; i < static_cast<int>(sizeof(some) / sizeof(uint4)); ++i)
                 to[i] = from[i];
         }
     }
     // Fewer than 8 values are left over: one thread each.
     const int64_t last = groups * kGroup + threadIdx.x;
-    if (blockIdx.x == 0 && last < p.values) {
-        const uint8_t byte = p.packed[last / 2];
-        const float x = kLevels[last % 2 == 0 ? byte >> 4 : byte & 15];
-        out[last] = rounded<T>(__fmul_rn(x, block_scale<kNested>(p, last >> block_shift)));
+    if (blockIdx.x == 0 && last < values) {
+        const float x = kLevels[code_at(w, last)];
+        out[last] = rounded<T>(__fmul_rn(x, block_scale<kNested>(w, last >> block_shift)));
     }
 }
 
 template <class T>
-void launch(const Nf4Params& p, cudaStream_t stream) {
+void launch(const Weight& w, void* out, cudaStream_t stream) {
     int block_shift = 0;
-    while ((int64_t{1} << block_shift) < p.blocksize) ++block_shift;
-    const int64_t per_block = int64_t{kThreads} * kUnroll * kGroup;
-    const auto grid = static_cast<unsigned>((p.values + per_block - 1) / per_block);
-    const auto kernel = p.nested_absmax == nullptr ? nf4_dequantize_kernel<T, false>
+    while ((int64_t{1} << block_shift) < w.blocksize) ++block_shift;
+    const int64_t values = w.rows * w.cols, per_block = int64_t{kThreads} * kUnroll * kGroup;
+    const auto grid = static_cast<unsigned>((values + per_block - 1) / per_block);
+    const auto kernel = w.nested_absmax == nullptr ? nf4_dequantize_kernel<T, false>
                                                    : nf4_dequantize_kernel<T, true>;
-    kernel<<<grid, kThreads, 0, stream>>>(p, block_shift);
+    kernel<<<grid, kThreads, 0, stream>>>(w, values, static_cast<T*>(out), block_shift);
     USERIP_LAUNCH_CHECK("nf4_dequantize");
 }
 
 }  // namespace
 
-void nf4_dequantize_launch(const Nf4Params& params, cudaStream_t stream) {
-    if (params.values == 0) return;
-    if (params.dtype == 0) {
-        launch<float>(params, stream);
-    } else if (params.dtype == 1) {
-        launch<__nv_bfloat16>(params, stream);
+void nf4_dequantize_launch(const Weight& weight, void* out, int dtype, cudaStream_t stream) {
+    if (dtype == 0) {
+        launch<float>(weight, out, stream);
+    } else if (dtype == 1) {
+        launch<__nv_bfloat16>(weight, out, stream);
     } else {
-        launch<__half>(params, stream);
+        launch<__half>(weight, out, stream);
     }
 }
 

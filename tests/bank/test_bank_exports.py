@@ -251,25 +251,31 @@ def test_a_name_that_is_used_again_holds_no_user_of_before(server, tmp_path, mon
     assert len(list(stored)) == 200
 
 
-def test_a_redis_that_goes_away_keeps_the_version_before(own_server, tmp_path, monkeypatch):
+def at_execution(monkeypatch, number, happens):
+    """Something happens before the pipeline's n-th execution."""
     import redis
 
-    keys = np.arange(1000)
-    first, _ = bank(tmp_path / "a", keys, 0)
-    second, codes = bank(tmp_path / "b", keys, 1)
-    export_redis(first, own_server.url)
-    client = connect(own_server.url)
     done = 0
     real = redis.client.Pipeline.execute
 
     def execute(self, *args, **kwargs):
         nonlocal done
         done += 1
-        if done == 4:
-            own_server.stop()
+        if done == number:
+            happens()
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(redis.client.Pipeline, "execute", execute)
+
+
+def test_a_redis_that_goes_away_keeps_the_version_before(own_server, tmp_path, monkeypatch):
+
+    keys = np.arange(1000)
+    first, _ = bank(tmp_path / "a", keys, 0)
+    second, codes = bank(tmp_path / "b", keys, 1)
+    export_redis(first, own_server.url)
+    client = connect(own_server.url)
+    at_execution(monkeypatch, 4, own_server.stop)
     with pytest.raises(UnavailableError, match="still see the version from before") as e:
         export_redis(second, own_server.url, batch=100)
     assert "secret" not in str(e.value)
@@ -287,17 +293,11 @@ def test_an_interrupted_export_leaves_the_pointer(server, tmp_path, monkeypatch)
     first, codes = bank(tmp_path / "a", keys, 0)
     second, _ = bank(tmp_path / "b", keys, 1)
     export_redis(first, server.url)
-    done = 0
-    real = redis.client.Pipeline.execute
 
-    def execute(self, *args, **kwargs):
-        nonlocal done
-        done += 1
-        if done == 5:
-            raise redis.ConnectionError(f"lost {server.url}")
-        return real(self, *args, **kwargs)
+    def lost():
+        raise redis.ConnectionError(f"lost {server.url}")
 
-    monkeypatch.setattr(redis.client.Pipeline, "execute", execute)
+    at_execution(monkeypatch, 5, lost)
     with pytest.raises(UnavailableError) as e:
         export_redis(second, server.url, batch=100)
     assert "secret" not in f"{e.value} {e.value.__cause__}"

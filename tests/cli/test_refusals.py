@@ -33,8 +33,7 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("USERIP_FAST_CACHE", str(root / "cache"))
-        log, items = small_log.write(root)
-        data = read_interactions(log, items, rating="rating", time="timestamp")
+        data = read_interactions(*small_log.write(root), rating="rating", time="timestamp")
         config = Config().override(
             {**dict(s.split("=") for s in small_log.TINY), "em.steps": 1, "data.max_tokens": 60,
              "fields": [{"name": "taste", "prompt": "likes", "codebook_size": 4}]}

@@ -215,6 +215,14 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
         lock_file(tmp_path / "LOCK", 0.0, "")
 
 
+def at_once(run, count):
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_one_at_a_time_makes_a_file_and_sweeps_what_was_killed(tmp_path):
     target = tmp_path / "made"
     for name in (".made.0123.tmp", ".made.0123.old", ".made2.0123.tmp", ".x.0123.tmp"):
@@ -228,11 +236,7 @@ def test_one_at_a_time_makes_a_file_and_sweeps_what_was_killed(tmp_path):
                 time.sleep(0.05)
                 target.touch()
 
-    threads = [threading.Thread(target=make) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(make, 4)
     assert made == [1]
     assert sorted(os.listdir(tmp_path)) == [".made2.0123.tmp", ".x.0123.tmp", "made"]
     with pytest.raises(ZeroDivisionError), one_writer(target, "another"):
@@ -251,11 +255,7 @@ def test_a_lock_whose_file_its_holder_removes_is_handed_on(tmp_path):
             time.sleep(0.01)
             inside.pop()
 
-    threads = [threading.Thread(target=enter) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(enter, 8)
     assert most == [1] * 8
     assert os.listdir(tmp_path / "RUN") == []
 

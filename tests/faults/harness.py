@@ -105,16 +105,7 @@ class World:
         torch.set_num_threads(1)  # no thread pool exists when children are forked
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        draw = np.random.default_rng(0)
-        user = np.repeat(np.arange(USERS), 3)
-        log = {
-            "user_id": user,
-            "item_id": draw.integers(0, len(tiny.TEXTS), len(user)),
-            "rating": draw.integers(1, 6, len(user)),
-        }
-        pq.write_table(pa.table(log), folder / "log.parquet")
-        items = pa.table({"item_id": range(len(tiny.TEXTS)), "title": tiny.TEXTS})
-        pq.write_table(items, folder / "items.parquet")
+        tiny.write_log(folder, USERS)
         self.lm = tiny.frozen("llama")
         self.lm.fingerprint  # noqa: B018  computed once, before the forks
         self.model: Any = None
@@ -180,6 +171,21 @@ def contents(run: Path) -> dict[str, str]:
 # Attempts
 
 
+def in_child(job: Callable[[], None]) -> int:
+    """Starts `job` in a child; its process id. What it raises is printed, and its status is 1."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            job()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return pid
+
+
 def attempt(job: Callable[[], None], call: int | None, seconds: float) -> int:
     """Runs `job` in a child; its wait status.
 
@@ -187,21 +193,15 @@ def attempt(job: Callable[[], None], call: int | None, seconds: float) -> int:
         call: Kills it around its n-th change of a file (before, where n is even); None: does not.
         seconds: Kills it after so long, where `call` is None and this is not 0.
     """
+
+    def silent() -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if call is not None:
+            _die_at(call)
+        job()
+
     sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            if call is not None:
-                _die_at(call)
-            job()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+    pid = in_child(silent)
     if call is None and seconds:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -834,19 +834,7 @@ def two_at_once(world: World, folder: Path, rounds: int, counts: Counts) -> None
 
 def together(*jobs: Callable[[], None]) -> None:
     """Runs jobs in a child each, at once; all must end well."""
-    pids = []
-    for job in jobs:
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                job()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        pids.append(pid)
+    pids = [in_child(job) for job in jobs]
     statuses = [os.waitpid(pid, 0)[1] for pid in pids]
     assert not any(statuses), "a child failed, see above"
 

@@ -8,8 +8,6 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import tiny
 
@@ -37,16 +35,7 @@ def _small_parts(monkeypatch):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    random = np.random.default_rng(0)
-    user = np.repeat(np.arange(USERS), 3)
-    log = {
-        "user_id": user,
-        "item_id": random.integers(0, len(tiny.TEXTS), len(user)),
-        "rating": random.integers(1, 6, len(user)),
-    }
-    pq.write_table(pa.table(log), folder / "log.parquet")
-    items = pa.table({"item_id": range(len(tiny.TEXTS)), "title": tiny.TEXTS})
-    pq.write_table(items, folder / "items.parquet")
+    tiny.write_log(folder, USERS)
     tiny.save("llama", folder / "lm")
     return folder
 

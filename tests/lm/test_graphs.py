@@ -163,9 +163,10 @@ class Kernel:
 def kernel_launches(monkeypatch):
     """What the layers' kernels are launched with; a value that is looked at raises."""
     from userip_fast.kernels import frozen_block, packed_block, soft_prompt_attention
+    from userip_fast.kernels import soft_prompt_attention_shared as shared
 
     seen = []
-    for module in (frozen_block, packed_block, soft_prompt_attention):
+    for module in (frozen_block, packed_block, soft_prompt_attention, shared):
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(name, seen))
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from userip_fast.ops import soft_prompt_attention
+from userip_fast.ops.soft_prompt_attention.context import Context
 from userip_fast.testing import assert_close_to_oracle, poisoned_memory
 
 
@@ -20,6 +21,13 @@ class Case:
     tensors: tuple[Tensor, ...]  # q, k, v, prefix_k, prefix_v
     pack: tuple[Tensor, ...]  # segment, prefix_segment, cu_seqlens, position, prefix_position
     options: dict
+
+    @property
+    def context(self) -> Context:
+        """All but q, k and v, as implementations take it."""
+        names = Context._fields[:7]
+        constant = dict(zip(names, (*self.tensors[3:], *self.pack), strict=True))
+        return Context(**constant, **self.options)
 
     def cast(self, dtype: torch.dtype) -> Case:
         return Case(tuple(x.to(dtype) for x in self.tensors), self.pack, self.options)

@@ -5,14 +5,13 @@ import pytest
 import torch
 
 from userip_fast.core import _extension
-from userip_fast.core.errors import UnavailableError
 from userip_fast.ops import (
     assign_codes,
     assign_codes_reference,
     assign_codes_with_margin,
     assign_codes_with_stats,
 )
-from userip_fast.ops.assign_codes import _assign_codes
+from userip_fast.ops.assign_codes import Problem, _assign_codes
 from userip_fast.testing import assert_close_to_oracle, poisoned_memory
 
 IMPLS = [
@@ -292,10 +291,9 @@ def test_opcheck_and_full_graph_compile(impl):
     x, c = torch.randn(2, 11, 8), torch.randn(7, 8)
     for active in (None, torch.tensor([True, False, True, True, True, True, False])):
         for normalize in (False, True):
-            for second, stats in ((False, False), (True, True)):
-                torch.library.opcheck(
-                    _assign_codes, (x, c, [3, 4], active, normalize, second, stats, True, impl)
-                )
+            for more in ((False, False), (True, True)):
+                problem = Problem(x, c, [3, 4], active, normalize, *more)
+                torch.library.opcheck(_assign_codes.op, (*problem, True, impl))
     compiled = torch.compile(
         lambda x, c: assign_codes(x, c, impl=impl), fullgraph=True, backend="eager"
     )
@@ -339,19 +337,19 @@ def test_bad_arguments_are_named():
 
 @pytest.mark.skipif(_extension.why_not() is not None, reason=str(_extension.why_not()))
 def test_every_instruction_set_of_this_processor():
-    from userip_fast.ops._assign_codes_native import assign_codes_cpu
+    from userip_fast.ops._assign_codes_cpu import assign_codes as on_cpu
 
     names = _extension.load().instruction_sets()["assign_codes"]
     assert names[0] == "baseline"
     for name in names:
         for k in (1, 7, 16, 40, 300):
             x, c = torch.randn(1, 70, 90), torch.randn(k, 90)
-            out = assign_codes_cpu(x, c, [k], None, False, True, True, isa=name)
-            want = assign_codes_reference(x, c, [k], None, False, True, True)
+            problem = Problem(x, c, [k], need_second=True, need_stats=True)
+            out, want = on_cpu(problem, name), assign_codes_reference(*problem)
             assert torch.equal(out[0], want[0]), name
             torch.testing.assert_close(out[1:], want[1:])
     with pytest.raises(ValueError, match="instruction_sets"):
-        assign_codes_cpu(x, c, [k], None, False, True, True, isa="mmx")
+        on_cpu(problem, "mmx")
 
 
 @pytest.mark.skipif(_extension.why_not() is not None, reason=str(_extension.why_not()))
@@ -399,29 +397,6 @@ def test_cpu_sums_of_many_rows_stay_accurate(k):
     torch.testing.assert_close(sums[k - 1].double(), x.double().sum(0), rtol=1e-5, atol=0)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("k", [1, 2, 15, 16, 17, 32])
-@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (33, 100), (5000, 257), (1000, 4096)])
-def test_one_pass_on_gpu(rows, dim, k, dtype):
-    x, c = (torch.randn(n, dim, device="cuda").to(dtype) for n in (rows, k))
-    check(x, c, "cuda")
-    check(x, c, "cuda", metric="cosine")
-    active = torch.rand(k, device="cuda") < 0.5
-    active[k - 1] = True
-    check(x, c, "cuda", active=active)
-
-
-@pytest.mark.gpu
-@pytest.mark.sanitizer
-def test_one_pass_on_gpu_repeats_bitwise():
-    x, c = torch.randn(3000, 300, device="cuda"), torch.randn(16, 300, device="cuda")
-    first = assign_codes_with_stats(x, c, impl="cuda")
-    for _ in range(20):
-        again = assign_codes_with_stats(x, c, impl="cuda")
-        torch.testing.assert_close(again, first, rtol=0, atol=0)
-
-
-def test_cuda_is_refused_off_the_gpu():
-    with pytest.raises(UnavailableError, match="x is on cpu"):
+def test_what_was_removed_says_so():
+    with pytest.raises(ValueError, match="removed, being slower"):
         assign_codes(torch.randn(3, 4), torch.randn(2, 4), impl="cuda")

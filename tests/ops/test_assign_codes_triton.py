@@ -7,18 +7,19 @@ pytest.importorskip("triton")
 
 import test_assign_codes as shared
 from userip_fast.kernels import assign_codes as kernel
+from userip_fast.kernels import assign_codes_many as many
 
 from userip_fast import ops
 from userip_fast.core.errors import UnavailableError
 from userip_fast.ops import assign_codes, assign_codes_with_stats
-from userip_fast.ops.assign_codes import assign_codes_reference
+from userip_fast.ops.assign_codes import Problem, assign_codes_reference
 
 ON_GPU = torch.cuda.is_available()
 
 
 @pytest.fixture
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(kernel, "TF32", kernel.Config(32, 32, 32, 4, 2))
+    monkeypatch.setattr(many, "TF32", many.Config(32, 32, 32, 4, 2))
 
 
 @pytest.mark.usefixtures("_small_tiles")
@@ -32,8 +33,8 @@ def test_nearest_across_tiles(rows, k, dim, tma, slices):
     active = torch.rand(k + 3) < 0.8
     active[0] = active[k] = True
     for normalize in (False, True):
-        args = (x, c, [k, 3], active, normalize, True, True)
-        got = kernel.assign_codes(*args, tma=tma, slices=slices).out
+        args = Problem(x, c, [k, 3], active, normalize, True, True)
+        got = kernel.assign_codes(args, tma=tma, slices=slices).out
         want = assign_codes_reference(*args)
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[3], want[3])
@@ -73,8 +74,8 @@ def test_few_codes_in_one_read(rows, k, dim, tma, dtype):
     active[k - 1] = True
     for words in (c, torch.cat([c, c])[torch.randperm(2 * k)][:k], x[0, torch.arange(k) % rows]):
         for mask in (None, active):
-            args = (x, words, [k], mask, False, False, True)
-            got = kernel.assign_codes(*args, tma=tma, few=True).out
+            args = Problem(x, words, [k], mask, need_stats=True)
+            got = kernel.assign_codes(args, tma=tma, few=True).out
             want = assign_codes_reference(*args)
             assert torch.equal(got[0], want[0])
             assert torch.equal(got[3], want[3])
@@ -207,7 +208,7 @@ def test_the_packed_best_two_are_the_best_two_to_within_their_lost_bits():
     def both(score_ptr, out_ptr, at_ptr, ROWS: tl.constexpr, K: tl.constexpr):
         k, n = tl.arange(0, K), tl.arange(0, ROWS)
         score = tl.load(score_ptr + n[:, None] * K + k[None, :])
-        top, at, second, second_at = kernel._packed_top_two(score, k, K)
+        top, at, second, second_at = many._packed_top_two(score, k, K)
         tl.store(out_ptr + n, top)
         tl.store(out_ptr + ROWS + n, second)
         tl.store(at_ptr + n, at)
@@ -239,8 +240,7 @@ def test_ids_alone_and_one_look_at_the_flags(monkeypatch):
     plain = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: looks.append(t.shape) or plain(t))
     for few in (False, True):
-        found = kernel.assign_codes(x, c, [20], None, False, False, False, tma=False, few=few,
-                                    need_distance=False)  # fmt: skip
+        found = kernel.assign_codes(Problem(x, c, [20]), tma=False, few=few, need_distance=False)
         assert found.usable()
         assert torch.equal(found.out[0], assign_codes_reference(x, c, [20])[0])
         assert found.out[1].shape == (1, 0)
@@ -250,8 +250,9 @@ def test_ids_alone_and_one_look_at_the_flags(monkeypatch):
         kept = spoil.flatten()[7].item()
         spoil.view(-1)[7] = torch.inf  # NaN in all of a row is too much for the interpreter
         for few in (False, True):
-            found = kernel.assign_codes(x, c, [20], None, False, False, False, tma=False, few=few,
-                                        need_distance=False)  # fmt: skip
+            found = kernel.assign_codes(
+                Problem(x, c, [20]), tma=False, few=few, need_distance=False
+            )
             assert not found.usable(), what
         spoil.view(-1)[7] = kept
     ids = ops.assign_code_ids(x[0], c, impl="triton")

@@ -92,7 +92,7 @@ def test_opcheck_and_no_grad_is_cheaper():
     hidden, weight, target, loss_weight, cu_rows, b = make(9, 8, 31, 3, bias=True)
     for need_grad, impl in itertools.product((False, True), impls):
         torch.library.opcheck(
-            _linear_cross_entropy,
+            _linear_cross_entropy.op,
             (
                 hidden.requires_grad_(need_grad),
                 weight,

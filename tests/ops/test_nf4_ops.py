@@ -1,19 +1,22 @@
 """nf4_dequantize and nf4_linear: every implementation against the reference and a dense layer."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from userip_fast import ops
 from userip_fast.ops import _nf4_cpu
-from userip_fast.ops.nf4_dequantize import _nf4_dequantize, nf4_dequantize_reference
-from userip_fast.ops.nf4_format import BLOCKSIZES, NF4Weight
-from userip_fast.ops.nf4_linear import _nf4_linear, _nf4_linear_grad
+from userip_fast.ops._dispatch import why_not_cpu
+from userip_fast.ops.nf4_dequantize import nf4_dequantize_reference, run
+from userip_fast.ops.nf4_format import BLOCKSIZES, NESTED_BLOCKSIZE, NF4_LEVELS, NF4Weight
+from userip_fast.ops.nf4_linear import _forward, _input_gradient
 from userip_fast.testing import assert_close_to_oracle, poisoned_memory
 
-CPU = pytest.param(
-    "cpu", marks=pytest.mark.skipif(_nf4_cpu.why_not() is not None, reason=str(_nf4_cpu.why_not()))
-)
+WHY_NOT = why_not_cpu(torch.empty(0), "nf4_linear")
+CPU = pytest.param("cpu", marks=pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)))
 DEQUANTIZE = ["reference", CPU, "triton"]
 LINEAR = ["reference", CPU, "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -28,7 +31,7 @@ def make(shape, nested=True, blocksize=64, seed=0):
 
 
 def reference(weight, dtype):
-    return nf4_dequantize_reference(*weight.tensors(), *weight.shape, weight.blocksize, dtype)
+    return nf4_dequantize_reference(*weight.stored(), dtype)
 
 
 def interpreted_bf16(impl, dtype):
@@ -106,8 +109,8 @@ def test_linear_and_its_gradient_equal_the_dequantised_dense_layer(shape, dtype,
 @pytest.mark.parametrize("scratch", [4, 4 * 3 * 96, 4 * 96 * 31])
 def test_blocks_of_the_weight_in_scratch_cover_it(scratch, monkeypatch):
     """From one row of the weight at a time to the whole weight in one block."""
-    if _nf4_cpu.why_not() is not None:
-        pytest.skip(str(_nf4_cpu.why_not()))
+    if WHY_NOT is not None:
+        pytest.skip(WHY_NOT)
     monkeypatch.setattr(_nf4_cpu, "_SCRATCH_BYTES", scratch)
     monkeypatch.setattr(_nf4_cpu, "FUSED_ROWS", 0)
     weight = make((31, 96))
@@ -166,12 +169,12 @@ def test_linear_saves_nothing_but_the_stored_weight(impl):
 @pytest.mark.parametrize("impl", LINEAR)
 def test_opcheck(impl, nested):
     weight = make((10, 64), nested)
-    sizes = (*weight.tensors(), *weight.shape, weight.blocksize)
+    stored = weight.stored()
     x, grad = torch.randn(3, 64, requires_grad=True), torch.randn(3, 10)
-    torch.library.opcheck(_nf4_linear, (x, *sizes, torch.randn(10), impl))
-    torch.library.opcheck(_nf4_linear_grad, (grad, *sizes, impl))
+    torch.library.opcheck(_forward.op, (x, *stored, torch.randn(10), impl))
+    torch.library.opcheck(_input_gradient.op, (grad, *stored, impl))
     for dtype in DTYPES:
-        torch.library.opcheck(_nf4_dequantize, (*sizes, dtype, impl))
+        torch.library.opcheck(run.op, (*stored, dtype, impl))
 
 
 GPU_SHAPES = [((1, 1), 64), ((5, 7), 32), ((129, 321), 64), ((1000, 4096), 4096)]
@@ -223,3 +226,19 @@ def test_bad_arguments_are_named():
         ops.nf4_dequantize(weight, dtype=torch.float64)
     with pytest.raises(ValueError, match="impl='nope'"):
         ops.nf4_linear(torch.randn(3, 64), weight, impl="nope")
+
+
+def test_the_header_of_cpp_and_cuda_says_the_same():
+    """csrc/nf4_format.h is where both have it from, and nowhere else."""
+    csrc = Path(__file__).resolve().parents[2] / "csrc"
+    header = (csrc / "nf4_format.h").read_text(encoding="utf-8")
+    levels = header.partition("kLevels[16] = {")[2].partition("}")[0]
+    assert tuple(float(x.rstrip("f")) for x in levels.replace(",", " ").split()) == NF4_LEVELS
+    numbers = {name: int(n) for name, n in re.findall(r"(k\w+) = (\d+);", header)}
+    assert numbers == {"kMinBlock": min(BLOCKSIZES), "kNestedShift": 8}
+    assert 1 << numbers["kNestedShift"] == NESTED_BLOCKSIZE
+    assert all(b & (b - 1) == 0 for b in BLOCKSIZES)  # which it asks of a weight
+    others = [p for p in csrc.rglob("*.*") if p.name != "nf4_format.h"]
+    assert not [p for p in others if "0.6961928" in p.read_text(encoding="utf-8")]
+    dequantize = {p.name for p in others if "nf4_format.h" in p.read_text(encoding="utf-8")}
+    assert dequantize == {"nf4.cpp", "nf4.h"}

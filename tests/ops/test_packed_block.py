@@ -88,9 +88,10 @@ def test_norms_of_heads_before_turning_both_ways(rows, heads, queries, dim, dtyp
         x, w, a = (
             raw[:, :heads].to(to), [t.to(to) for t in weights], [t.to(to) for t in angles],
         )  # fmt: skip
-        y = ops.norm_turn(x, *w, *a, queries, 1e-5, 0.5, how)
+        norm = ops.HeadNorm(*w, *a, queries, 1e-5, 0.5)
+        y = ops.norm_turn(x, norm, how)
         back = d.to(to, copy=True)
-        ops.norm_turn_backward_(back[:, :heads], x, *w, *a, queries, 1e-5, 0.5, how)
+        ops.norm_turn_backward_(back[:, :heads], x, norm, how)
         return y, back
 
     oracle, low = run("reference", torch.float64), run("reference", dtype)
@@ -181,7 +182,7 @@ def test_nothing_is_launched_for_no_rows(impl):
 def test_opcheck_and_the_direct_call_is_the_operator():
     x, dy, weight = torch.randn(4, 16), torch.randn(4, 8), torch.randn(16)
     heads, angles = torch.randn(4, 3, 8), (torch.randn(4, 8), torch.randn(4, 8))
-    norms = (torch.randn(8), torch.randn(8))
+    norm = ops.HeadNorm(torch.randn(8), torch.randn(8), *angles, 2, 1e-6, 0.0)
     for step, args in (
         (ops.cast_rows, (x,)),
         (ops.rms_norm_e4m3, (x, x, weight, 1e-6, 0.0)),
@@ -190,12 +191,13 @@ def test_opcheck_and_the_direct_call_is_the_operator():
         (ops.gated_halves_e4m3, (x, "silu")),
         (ops.gated_halves_backward_e4m3, (dy, x, "silu")),
         (ops.turn_, (heads, *angles, False)),
-        (ops.norm_turn, (heads, *norms, *angles, 2, 1e-6, 0.0)),
-        (ops.norm_turn_backward_, (heads, heads + 1, *norms, *angles, 2, 1e-6, 0.0)),
+        (ops.norm_turn, (heads, norm)),
+        (ops.norm_turn_backward_, (heads, heads + 1, norm)),
     ):
         kept = [t.clone() if isinstance(t, torch.Tensor) else t for t in args]
-        torch.library.opcheck(step.op, (*args, "reference"))
-        direct, through = step(*args, "reference"), step.op(*kept, "reference")
+        flat = step.arguments.flat
+        torch.library.opcheck(step.op, flat((*args, "reference")))
+        direct, through = step(*args, "reference"), step.op(*flat((*kept, "reference")))
         for a, b in zip(
             direct if isinstance(direct, tuple) else (direct,),
             through if isinstance(through, tuple) else (through,), strict=True,
@@ -224,6 +226,7 @@ def test_compiled_on_gpu():
 def compile_all(arch):
     """Reports of every kernel, at the widths of Llama-2-7B and of Llama-3-70B."""
     from codegen import compile_kernel
+    from userip_fast.kernels import frozen_block as frozen_kernels
     from userip_fast.kernels import packed_block as k
 
     def types(fn, **special):
@@ -256,7 +259,8 @@ def compile_all(arch):
             compile_kernel(fn, signature, constants, arch, num_warps=warps, aligned=aligned)
         )
     for block in (8192,):
-        fn, constants = k._rms_norm_e4m3_kernel, {"JOINED": True, "BLOCK_D": block}
+        fn = frozen_kernels._rms_norm_kernel
+        constants = {"JOINED": True, "E4M3": True, "BLOCK_D": block}
         signature, warps = types(fn, y_ptr="*fp8e4nv"), k._warps(block)
         reports.append(
             compile_kernel(fn, signature, constants, arch, num_warps=warps, aligned=("D",))

@@ -3,8 +3,8 @@ import torch
 
 from userip_fast.ops import SLACK_ROW, prepend_soft_prompts
 from userip_fast.ops.prepend_soft_prompts import (
-    _prepend_soft_prompts,
-    _prepend_soft_prompts_backward,
+    _forward,
+    _gradient,
 )
 from userip_fast.testing import poisoned_memory
 
@@ -65,10 +65,8 @@ def test_equals_row_by_row(impl, rows, dim, dtype, soft_dtype, scale):
 def test_opcheck_and_empty(impl):
     table, soft, plan = make(9, 8)
     args = (table, soft.requires_grad_(), plan, 1.5, impl)
-    torch.library.opcheck(_prepend_soft_prompts, args)
-    torch.library.opcheck(
-        _prepend_soft_prompts_backward, (torch.randn(9, 8), plan, 4, torch.float32, impl)
-    )
+    torch.library.opcheck(_forward.op, args)
+    torch.library.opcheck(_gradient.op, (torch.randn(9, 8), plan, 4, torch.float32, impl))
     for used in (plan[:0], torch.full_like(plan, SLACK_ROW), plan.clamp(min=0)):
         leaf = soft.detach().requires_grad_()
         x = prepend_soft_prompts(table, leaf, used, impl=impl)

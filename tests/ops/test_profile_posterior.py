@@ -117,7 +117,7 @@ def test_long_histories_and_impossible_codes(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_opcheck(impl, weighted):
-    torch.library.opcheck(_profile_posterior, (*case(10, weighted=weighted), impl))
+    torch.library.opcheck(_profile_posterior.op, (*case(10, weighted=weighted), impl))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

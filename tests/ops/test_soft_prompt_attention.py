@@ -91,17 +91,23 @@ def test_users_without_rows_and_empty_packs(impl):
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_opcheck(impl):
     case = make_case([3, 4], window=4, softcap=3.0, sinks=True, v_dim=12)
-    names = ("num_fields", "scale", "window", "softcap", "chunk")
-    settings = (*(case.options[x] for x in names), 0, impl)
     leaves = [x.detach().requires_grad_() for x in case.tensors[:3]]
-    sinks = case.options["sinks"]
-    args = (*leaves, *case.tensors[3:], *case.pack, sinks, *settings)
-    torch.library.opcheck(attention_forward.op, args)
-    plain = (*case.tensors, *case.pack, sinks)
-    out, lse = attention_forward(*plain, *settings)
-    torch.library.opcheck(
-        attention_backward.op, (torch.ones_like(out), *plain, out, lse, *settings)
-    )
+    torch.library.opcheck(attention_forward.op, (*leaves, *case.context, impl))
+    qkv = case.tensors[:3]
+    out, lse = attention_forward(*qkv, case.context, impl)
+    args = (torch.ones_like(out), *qkv, out, lse, *case.context, impl)
+    torch.library.opcheck(attention_backward.op, args)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_gradients_by_the_dispatcher_and_beside_it(impl, monkeypatch):
+    """The same bits; and no argument but q, k and v has a gradient."""
+    case = make_case([3, 4], slack=2)
+    d_out = torch.randn_like(case.tensors[0])
+    direct = gradients(run_op(impl), case, d_out)
+    monkeypatch.setattr("userip_fast.ops._operator.watched", lambda x: True)
+    for a, b in zip(direct, gradients(run_op(impl), case, d_out), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_traces_as_one_graph():

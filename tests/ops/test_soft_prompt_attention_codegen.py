@@ -94,12 +94,13 @@ def compile_variant(
 
 def compile_small(arch: int) -> list[Report]:
     """The work list, and the kernels of prepend_soft_prompts."""
-    from userip_fast.kernels import prepend_soft_prompts, soft_prompt_attention
+    from userip_fast.kernels import prepend_soft_prompts
+    from userip_fast.kernels import soft_prompt_attention_shared as attention
 
     reports = []
     for fn, pointers, constants in (
         (
-            soft_prompt_attention._work_list_kernel,
+            attention._work_list_kernel,
             {},
             {"TILE": 64, "LAST_FIRST": True, "BLOCK_U": 128},
         ),

@@ -7,10 +7,8 @@ import torch
 from soft_prompt_cases import CASES, Case, compare, gradients, make_case, run_op
 
 from userip_fast.core.errors import UnavailableError
-from userip_fast.ops.soft_prompt_attention import (
-    attention_backward,
-    attention_forward,
-)
+from userip_fast.ops.soft_prompt_attention import attention_backward, attention_forward
+from userip_fast.ops.soft_prompt_attention.context import Context
 from userip_fast.testing import poisoned_memory
 
 pytest.importorskip("triton")
@@ -82,10 +80,10 @@ def test_a_user_does_not_depend_on_the_batch_and_runs_repeat(small_tiles):
     [([0, 5, 5, 40, 41], 64), ([0], 9), ([0, 16], 16), ([0, *range(3, 90, 4)], 100)],
 )
 def test_the_work_list_covers_every_row_once_longest_first(cu, rows, last_first):
-    from userip_fast.kernels.soft_prompt_attention import _work_list
+    from userip_fast.kernels.soft_prompt_attention_shared import work_list
 
     with poisoned_memory():
-        work, capacity = _work_list(
+        work, capacity = work_list(
             torch.tensor(cu, dtype=torch.int32), rows, 16, last_first, block=8
         )
     owners, walks = torch.full((rows,), -7), []
@@ -107,14 +105,12 @@ def test_the_work_list_covers_every_row_once_longest_first(cu, rows, last_first)
 
 def test_opcheck():
     case = make_case([3], names=(2,), heads=1, kv_heads=1)
-    settings = (None, 1, 0.3, 0, 0.0, 0, 0, "triton")
     leaves = [x.detach().requires_grad_() for x in case.tensors[:3]]
-    torch.library.opcheck(attention_forward.op, (*leaves, *case.tensors[3:], *case.pack, *settings))
-    plain = (*case.tensors, *case.pack)
-    out, lse = attention_forward(*plain, *settings)
-    torch.library.opcheck(
-        attention_backward.op, (torch.ones_like(out), *plain, None, out, lse, *settings[1:])
-    )
+    torch.library.opcheck(attention_forward.op, (*leaves, *case.context, "triton"))
+    qkv = case.tensors[:3]
+    out, lse = attention_forward(*qkv, case.context, "triton")
+    args = (torch.ones_like(out), *qkv, out, lse, *case.context, "triton")
+    torch.library.opcheck(attention_backward.op, args)
 
 
 def test_refusals_say_why(monkeypatch):
@@ -214,17 +210,15 @@ def spoiled_user(device, dtype, dim, kv_heads, unkept=()):
     k, v = made(rows, kv_heads, dim), made(rows, kv_heads, dim)
     prefix_kv = made(prefix, kv_heads, dim), made(prefix, kv_heads, dim)
     ints = {"dtype": torch.int32, "device": device}
-    pack = (
-        torch.ones(rows, **ints), torch.full((prefix,), -1, **ints),
+    context = Context(
+        *prefix_kv, torch.ones(rows, **ints), torch.full((prefix,), -1, **ints),
         torch.tensor([0, *torch.tensor(lengths).cumsum(0)], **ints),
-        torch.arange(rows, **ints), torch.arange(prefix, **ints),
+        torch.arange(rows, **ints), torch.arange(prefix, **ints), None, 1, dim**-0.5,
     )  # fmt: skip
-    settings = (1, dim**-0.5, 0, 0.0, 0)
 
     def run():
-        out, lse = kernels.forward(q, k, v, *prefix_kv, *pack, None, *settings)
-        extra = (*pack, None, out, lse, *settings)
-        return out, *kernels.backward(d_out, q, k, v, *prefix_kv, *extra)
+        out, lse = kernels.forward(q, k, v, context)
+        return out, *kernels.backward(d_out, q, k, v, out, lse, context)
 
     want = run()
     a, b = lengths[0], lengths[0] + lengths[1]

@@ -12,15 +12,7 @@ import torch
 from soft_prompt_cases import dense_attention, gradients, make_case, run_op
 
 from userip_fast.core.errors import UnavailableError, UnsupportedError
-from userip_fast.ops import _soft_prompt_attention_varlen as varlen
-from userip_fast.ops.soft_prompt_attention import (
-    soft_prompt_attention_backward_reference,
-    soft_prompt_attention_reference,
-)
-
-KERNELS = types.SimpleNamespace(
-    forward=soft_prompt_attention_reference, backward=soft_prompt_attention_backward_reference
-)
+from userip_fast.ops.soft_prompt_attention import reference, varlen
 
 
 class PlainSegments:
@@ -32,29 +24,29 @@ class PlainSegments:
         ):
             yield slice(a, b), slice(c, d)
 
-    def _scores(self, q, k, bounds, scale):
+    def _scores(self, q, k, bounds):
         keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        s = torch.einsum("rhd,chd->hrc", q, keys) * scale
+        s = torch.einsum("rhd,chd->hrc", q, keys) * bounds.scale
         return s.masked_fill(s.new_ones(s.shape[1:]).triu(1) > 0, -math.inf) if bounds.causal else s
 
-    def forward(self, q, k, v, bounds, scale):
+    def forward(self, q, k, v, bounds):
         out, lse = torch.zeros_like(q), q.new_zeros(q.shape[1], q.shape[0])
         for r, c in self._segments(q, k, bounds):
-            s = self._scores(q[r], k[c], bounds, scale)
+            s = self._scores(q[r], k[c], bounds)
             values = v[c].repeat_interleave(q.shape[1] // v.shape[1], 1)
             out[r] = torch.einsum("hrc,chd->rhd", s.softmax(-1), values)
             lse[:, r] = s.logsumexp(-1)
         return out, lse
 
-    def backward(self, d_out, q, k, v, out, lse, bounds, scale):
+    def backward(self, d_out, q, k, v, out, lse, bounds):
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         group = q.shape[1] // k.shape[1]
         delta = (d_out * out).sum(-1).T
         for r, c in self._segments(q, k, bounds):
-            p = (self._scores(q[r], k[c], bounds, scale) - lse[:, r, None]).exp()
+            p = (self._scores(q[r], k[c], bounds) - lse[:, r, None]).exp()
             keys, values = (x[c].repeat_interleave(group, 1) for x in (k, v))
             dp = torch.einsum("rhd,chd->hrc", d_out[r], values)
-            ds = p * (dp - delta[:, r, None]) * scale
+            ds = p * (dp - delta[:, r, None]) * bounds.scale
             dq[r] = torch.einsum("hrc,chd->rhd", ds, keys)
             for full, x in (
                 (dk, torch.einsum("hrc,rhd->chd", ds, q[r])),
@@ -76,10 +68,13 @@ class PlainSegments:
 def test_merged_segments_equal_the_whole(spec):
     case = make_case(**spec, dtype=torch.float64)
     d_out = torch.randn_like(case.tensors[0])
-    fields, scale = case.options["num_fields"], case.options["scale"]
-    extra = (fields, scale, 0, 0.0, 0, KERNELS, PlainSegments())
-    out, lse = varlen.forward(*case.tensors, case.pack, *extra)
-    grads = varlen.backward(d_out, *case.tensors, case.pack, out, lse, *extra)
+    merged_equals_dense(case, d_out, PlainSegments())
+
+
+def merged_equals_dense(case, d_out, flash):
+    qkv = case.tensors[:3]
+    out, lse = varlen.forward(*qkv, case.context, reference, flash)
+    grads = varlen.backward(d_out, *qkv, out, lse, case.context, reference, flash)
     oracle = gradients(dense_attention, case, d_out)
     for got, want in zip((out, *grads), oracle, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
@@ -92,9 +87,8 @@ def test_refusals_say_why():
         run_op("varlen")(make_case([3]))
     for spec, reason in (({"items": 2}, "independent items"), ({"window": 3}, "neither window")):
         case = make_case([5], **spec)
-        options = (case.options[x] for x in ("num_fields", "scale", "window", "softcap"))
         with pytest.raises(UnsupportedError, match=reason):
-            varlen.forward(*case.tensors, case.pack, *options, 0, KERNELS, PlainSegments())
+            varlen.forward(*case.tensors[:3], case.context, reference, PlainSegments())
 
 
 @pytest.fixture
@@ -102,11 +96,11 @@ def flash_attn(monkeypatch):
     """A stand-in of flash-attn 2.7's interface, argument by argument."""
     plain, calls = PlainSegments(), []
 
-    def bounds(cu_q, cu_k, max_q, max_k, causal):
+    def bounds(cu_q, cu_k, max_q, max_k, causal, scale):
         for cu, longest in ((cu_q, max_q), (cu_k, max_k)):
             assert cu.dtype == torch.int32
             assert int(cu.diff().max()) <= longest
-        return types.SimpleNamespace(cu_q=cu_q, cu_k=cu_k, causal=causal)
+        return types.SimpleNamespace(cu_q=cu_q, cu_k=cu_k, causal=causal, scale=scale)
 
     def forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
@@ -115,8 +109,8 @@ def flash_attn(monkeypatch):
     ):  # fmt: skip
         assert (dropout_p, window_size_left, window_size_right, softcap) == (0.0, -1, -1, 0.0)
         calls.append("forward")
-        at = bounds(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-        out, lse = plain.forward(q, k, v, at, softmax_scale)
+        segment = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale)
+        out, lse = plain.forward(q, k, v, bounds(*segment))
         return out, lse, torch.empty(0), torch.empty(2)
 
     def backward(
@@ -128,11 +122,9 @@ def flash_attn(monkeypatch):
         assert deterministic
         assert alibi_slopes is None
         calls.append("backward")
-        at = bounds(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-        for into, grad in zip(
-            (dq, dk, dv), plain.backward(d_out, q, k, v, out, softmax_lse, at, softmax_scale),
-            strict=True,
-        ):  # fmt: skip
+        segment = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale)
+        grads = plain.backward(d_out, q, k, v, out, softmax_lse, bounds(*segment))
+        for into, grad in zip((dq, dk, dv), grads, strict=True):
             into.copy_(grad)
         return torch.empty(0)
 
@@ -149,13 +141,7 @@ def flash_attn(monkeypatch):
 def test_flash_attn_is_called_as_it_wants_to_be(flash_attn):
     case = make_case([5, 1, 9], heads=4, kv_heads=2, slack=3, virtual=2, dtype=torch.float64)
     d_out = torch.randn_like(case.tensors[0])
-    extra = (case.options["num_fields"], case.options["scale"], 0, 0.0, 0, KERNELS)
-    out, lse = varlen.forward(*case.tensors, case.pack, *extra, varlen.FlashAttn())
-    grads = varlen.backward(*(d_out, *case.tensors), case.pack, out, lse, *extra,
-                            varlen.FlashAttn())  # fmt: skip
-    oracle = gradients(dense_attention, case, d_out)
-    for got, want in zip((out, *grads), oracle, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    merged_equals_dense(case, d_out, varlen.FlashAttn())
     assert flash_attn == ["forward"] * 2 + ["backward"] * 2
 
 

@@ -23,9 +23,10 @@ from torch import Tensor
 from userip_fast.lm.attention import Call, PackContext
 from userip_fast.lm.masks import Near
 from userip_fast.lm.products import Product
-from userip_fast.ops import packed_attention
 from userip_fast.ops import packed_block as ops
 from userip_fast.ops.frozen_block import rms_norm_backward, rms_norm_forward
+from userip_fast.ops.soft_prompt_attention import packed
+from userip_fast.ops.soft_prompt_attention.context import Context
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class HeadNorms:
     key: Tensor
     eps: float
     offset: float
+
+    def before(self, angles: tuple[Tensor, Tensor], queries: int) -> ops.HeadNorm:
+        """These, and the turn behind them."""
+        return ops.HeadNorm(self.query, self.key, *angles, queries, self.eps, self.offset)
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,7 @@ class _Attention(torch.autograd.Function):
         if half.head_norms is None:
             ops.turn_(qk, *angles, False, how)
         else:
-            n = half.head_norms
-            qk = ops.norm_turn(qk, n.query, n.key, *angles, heads, n.eps, n.offset, how)
+            qk = ops.norm_turn(qk, half.head_norms.before(angles, heads), how)
         q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, turned:]
         near = context.near.get(half.module, Near())
         if context.calls is not None:
@@ -131,19 +135,15 @@ class _Attention(torch.autograd.Function):
             prefix = (k.new_empty(0, kv_heads, dim), k.new_empty(0, kv_heads, dim))
         else:
             (prefix,) = context.prefix[half.module]
-        mask = packed_attention.Mask(
-            context.segment,
-            context.prefix_segment,
-            context.cu_seqlens,
-            context.position,
-            context.prefix_position,
-        )
-        settings = (
-            context.num_fields, half.scaling, near.window, 0.0, near.chunk, context.max_seqlen, impl
+        read_in = Context(
+            *prefix, context.segment, context.prefix_segment, context.cu_seqlens, context.position,
+            context.prefix_position, None, context.num_fields, half.scaling, near.window, 0.0,
+            near.chunk, context.max_seqlen,
         )  # fmt: skip
-        out, lse = packed_attention.forward(q, k, v, *prefix, mask, settings, context.work_lists)
-        ctx.save_for_backward(s, r, qkv, qk, out, lse, rows, *angles, *prefix, *mask)
-        ctx.half, ctx.settings, ctx.lists = half, settings, context.work_lists
+        out, lse = packed.forward(q, k, v, read_in, impl, context.work_lists)
+        ctx.save_for_backward(s, r, qkv, qk, out, lse, rows, *angles, *read_in.tensors)
+        ctx.half, ctx.settings, ctx.impl = half, read_in.settings, impl
+        ctx.lists = context.work_lists
         ctx.joined = residual is not None
         ctx.set_materialize_grads(False)
         attended = out.view(len(x), heads * dim)
@@ -153,9 +153,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        s, r, qkv, qk, out, lse, rows, cosine, sine, *rest = ctx.saved_tensors
-        prefix_k, prefix_v, *rest = rest
-        mask = packed_attention.Mask(*rest)
+        s, r, qkv, qk, out, lse, rows, cosine, sine, *tensors = ctx.saved_tensors
+        read_in = Context(*tensors, *ctx.settings)
         half: AttentionHalf = ctx.half
         (heads, kv_heads, _), how = half.heads, half.norm.impl
         d_out, d_s = grads
@@ -165,18 +164,15 @@ class _Attention(torch.autograd.Function):
             d_attended = _placed(d_attended, rows, len(s))
             d_s = None if d_s is None else _placed(d_s, rows, len(s))
         q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :]
-        d = packed_attention.backward(
-            d_attended.view(out.shape), q, k, v, prefix_k, prefix_v, mask, out, lse, ctx.settings,
-            ctx.lists,
-        )  # fmt: skip
+        d = packed.backward(
+            d_attended.view(out.shape), q, k, v, out, lse, read_in, ctx.impl, ctx.lists
+        )
         d_qk = d[:, : heads + kv_heads]
         if half.head_norms is None:
             ops.turn_(d_qk, cosine, sine, True, how)
         else:
-            n, raw = half.head_norms, qkv[:, : heads + kv_heads]
-            ops.norm_turn_backward_(
-                d_qk, raw, n.query, n.key, cosine, sine, heads, n.eps, n.offset, how
-            )
+            norm = half.head_norms.before((cosine, sine), heads)
+            ops.norm_turn_backward_(d_qk, qkv[:, : heads + kv_heads], norm, how)
         dy = half.qkv.back(_for(half.qkv, d.view(len(d), -1), how))
         dx = half.norm.backward(dy, d_s, s, r)
         return dx, dx if ctx.joined else None, None, None, None, None, None

@@ -33,6 +33,7 @@ from userip_fast.lm.masks import body
 from userip_fast.lm.residency import set_recompute, settle
 from userip_fast.ops._dispatch import unannounced
 from userip_fast.ops.linear_cross_entropy import scratch_bytes as head_scratch
+from userip_fast.ops.soft_prompt_attention import attention_backward, attention_forward
 from userip_fast.prompts.layout import Layout
 from userip_fast.prompts.packing import Behaviour, Pack, make_pack
 
@@ -258,23 +259,25 @@ def _storages(tree: Any) -> Iterator[Any]:
             yield leaf.untyped_storage()
 
 
-def _attention_scratch(device_type: str, args: Any, backward: bool) -> int:
+def _attention_scratch(device_type: str, args: Any, op: Any, backward: bool) -> int:
     if device_type != "cpu":
         return 0  # beyond the outputs, a list of tiles
-    from userip_fast.ops._soft_prompt_attention_cpu import scratch_bytes
+    from userip_fast.ops.soft_prompt_attention.cpu import scratch_bytes
 
-    (q, k, v), prefix, users = args[:3], args[3].shape[0], args[7].shape[0] - 1
-    softcap, longest = args[-4], args[-2]
-    return scratch_bytes(q, k, v, prefix, users, longest, softcap=softcap, backward=backward)
+    *tensors, context, _ = op.arguments.grouped(args)
+    q, k, v = tensors[backward : backward + 3]
+    return scratch_bytes(q, k, v, context, backward=backward)
 
 
 _SCRATCH = {
     "linear_cross_entropy": lambda device_type, args: head_scratch(
         device_type, args[0], args[1], need_grad=args[8]
     ),
-    "soft_prompt_attention": lambda device_type, args: _attention_scratch(device_type, args, False),
+    "soft_prompt_attention": lambda device_type, args: _attention_scratch(
+        device_type, args, attention_forward, False
+    ),
     "soft_prompt_attention_backward": lambda device_type, args: _attention_scratch(
-        device_type, args[1:], True
+        device_type, args, attention_backward, True
     ),
 }
 

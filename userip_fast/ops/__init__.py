@@ -5,7 +5,6 @@ and the public function with its checks and dispatch. Fast implementations are i
 used.
 """
 
-from userip_fast.ops._soft_prompt_attention_reference import soft_prompt_attention_reference
 from userip_fast.ops.assign_codes import (
     assign_code_ids,
     assign_codes,
@@ -26,7 +25,10 @@ from userip_fast.ops.prepend_soft_prompts import (
     prepend_soft_prompts_reference,
 )
 from userip_fast.ops.profile_posterior import profile_posterior, profile_posterior_reference
-from userip_fast.ops.soft_prompt_attention import soft_prompt_attention
+from userip_fast.ops.soft_prompt_attention import (
+    soft_prompt_attention,
+    soft_prompt_attention_reference,
+)
 from userip_fast.ops.sparse_adam import sparse_adam, sparse_adam_reference
 
 __all__ = [

@@ -11,14 +11,20 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from userip_fast.core import threads
+from userip_fast.core import _extension, threads
 from userip_fast.core.errors import UnavailableError
 from userip_fast.ops import isa
 
 logger = logging.getLogger("userip_fast.ops")
+
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Of the extension's arguments `type` and `dtype`."""
 
 _announced: set[tuple[str, str, str]] = set()
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
@@ -36,6 +42,44 @@ def unannounced() -> Iterator[None]:
 
 WhyNot = Callable[[], str | None]
 """Returns None where the implementation can run the call at hand, else the reason why it cannot."""
+
+
+def by_device(x: Tensor, cpu: WhyNot | None = None, **on_device: WhyNot) -> dict[str, WhyNot]:
+    """Implementations for tensors like x, best first, the reference among them.
+
+    What comes after the reference is never chosen by "auto": Triton's interpreter is for tests.
+    Tensors on `meta` stand for any device.
+    """
+    own = {} if cpu is None else {"cpu": cpu}
+    last: dict[str, WhyNot] = {"reference": lambda: None}
+    if x.device.type == "cpu":
+        return own | last | on_device
+    return on_device | last | own
+
+
+def why_not_cpu(x: Tensor, kernel: str) -> str | None:
+    """None where the extension has `kernel` and can run it on x here, else the reason."""
+    if x.device.type not in ("cpu", "meta"):
+        return f"it is for CPU tensors, these are on {x.device}"
+    return _lacking(kernel)
+
+
+@cache
+def _lacking(kernel: str) -> str | None:
+    module = _extension.load()
+    if module is None:
+        return _extension.why_not()
+    if not hasattr(module, kernel):
+        return f"userip_fast._C has no {kernel} for this processor type"
+    missing = [name for name in ("avx2", "fma", "f16c") if not module.cpu_features().get(name)]
+    return f"the processor lacks {', '.join(missing)}" if missing else None
+
+
+def extension(kernel: str, *args: Any) -> None:
+    """Runs a kernel of `userip_fast._C`, which takes addresses for tensors and 0 for None."""
+    module: Any = _extension.load()
+    found = (a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in args)
+    getattr(module, kernel)(*found)
 
 
 def resolve(op: str, impl: str, candidates: Mapping[str, WhyNot]) -> str:

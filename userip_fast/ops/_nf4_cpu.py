@@ -7,93 +7,54 @@ layer uses. The weight is first rounded to the dtype of the activations.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from userip_fast.core import _extension
+from userip_fast.ops._dispatch import ELEMENT_TYPES, extension
 from userip_fast.ops._products import product
+from userip_fast.ops.nf4_format import Stored
 
 # Up to this many rows the fused kernel is the faster: for a 4096 x 4096 weight on one Zen 3 core
 # 10.7 ms against 18.1 at 16 rows and 23.0 against 25.5 at 32; about even at 64, slower beyond.
 FUSED_ROWS = 32
 _SCRATCH_BYTES = 16 << 20
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-@cache
-def _why_not_extension() -> str | None:
-    module = _extension.load()
-    if module is None:
-        return _extension.why_not()
-    if not hasattr(module, "nf4_linear"):
-        return "userip_fast._C has no NF4 for this processor type"
-    features = module.cpu_features()
-    missing = [name for name in ("avx2", "fma", "f16c") if not features.get(name)]
-    return f"the processor lacks {', '.join(missing)}" if missing else None
-
-
-def why_not(*tensors: Tensor | None) -> str | None:
-    """None where this implementation can run on such tensors, else the reason."""
-    if any(t is not None and t.device.type != "cpu" for t in tensors):
-        return "a tensor is not on the CPU"
-    return _why_not_extension()
 
 
 class _Weight:
     """One weight as the extension wants it, kept alive for the call."""
 
-    def __init__(self, tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int]) -> None:
-        self.tensors = [None if t is None else t.contiguous() for t in tensors]
-        self.addresses = [0 if t is None else t.data_ptr() for t in self.tensors]
-        self.sizes = sizes
-        self.c: Any = _extension.load()
+    def __init__(self, weight: Stored) -> None:
+        self.kept = [None if t is None else t.contiguous() for t in weight.tensors]
+        self.told = [0 if t is None else t.data_ptr() for t in self.kept], weight.sizes
 
     def block(self, r0: int, r1: int, c0: int, c1: int, out: Tensor, dtype: torch.dtype) -> Tensor:
         """W[r0:r1, c0:c1], rounded to `dtype`, written to the front of `out`."""
         as_float = out.dtype == torch.float32
-        self.c.nf4_dequantize(
-            self.addresses, self.sizes, r0, r1, c0, c1, out.data_ptr(), _DTYPE[dtype], as_float
-        )
+        of = ELEMENT_TYPES[dtype], as_float
+        extension("nf4_dequantize", *self.told, r0, r1, c0, c1, out, *of)
         return out[: (r1 - r0) * (c1 - c0)].view(r1 - r0, c1 - c0)
 
 
-def dequantize(
-    tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], out: Tensor
-) -> None:
+def dequantize(weight: Stored, out: Tensor) -> None:
     """Writes the whole weight to `out` [rows, cols]."""
-    rows, cols, _ = sizes
-    _Weight(tensors, sizes).block(0, rows, 0, cols, out.view(-1), out.dtype)
+    _Weight(weight).block(0, weight.rows, 0, weight.cols, out.view(-1), out.dtype)
 
 
-def linear(
-    x: Tensor, tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], bias: Tensor | None
-) -> Tensor:
+def linear(x: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
     """x [M, cols] -> [M, rows] in x's dtype."""
-    rows, cols, _ = sizes
-    weight, batch = _Weight(tensors, sizes), x.shape[0]
+    rows, cols, _ = weight.sizes
+    known, batch = _Weight(weight), x.shape[0]
     wide = x.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     y = torch.empty(batch, rows)
     if batch <= FUSED_ROWS:
-        weight.c.nf4_linear(
-            weight.addresses,
-            weight.sizes,
-            wide.data_ptr(),
-            wide.shape[1],
-            batch,
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            _DTYPE[x.dtype],
-        )
+        extension("nf4_linear", *known.told, wide, cols, batch, bias, y, ELEMENT_TYPES[x.dtype])
         return y.to(x.dtype)
     step = max(1, min(rows, _SCRATCH_BYTES // (4 * cols)))
     scratch = torch.empty(step * cols)
     for r0 in range(0, rows, step):
         r1 = min(rows, r0 + step)
-        block = weight.block(r0, r1, 0, cols, scratch, x.dtype)
+        block = known.block(r0, r1, 0, cols, scratch, x.dtype)
         part = product(wide, block, None if bias is None else bias[r0:r1])
         if r1 - r0 == rows:
             return part.to(x.dtype)
@@ -101,12 +62,10 @@ def linear(
     return y.to(x.dtype)
 
 
-def linear_grad(
-    grad: Tensor, tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int]
-) -> Tensor:
+def linear_grad(grad: Tensor, weight: Stored) -> Tensor:
     """grad [M, rows] -> [M, cols] in grad's dtype."""
-    rows, cols, _ = sizes
-    weight, batch = _Weight(tensors, sizes), grad.shape[0]
+    rows, cols, _ = weight.sizes
+    known, batch = _Weight(weight), grad.shape[0]
     wide = grad.float().contiguous()
     dx = torch.empty(batch, cols)
     # Blocks of columns: each is written once, where blocks of rows would be summed M x cols times.
@@ -114,7 +73,7 @@ def linear_grad(
     scratch = torch.empty(rows * step)
     for c0 in range(0, cols, step):
         c1 = min(cols, c0 + step)
-        part = product(wide, weight.block(0, rows, c0, c1, scratch, grad.dtype).t())
+        part = product(wide, known.block(0, rows, c0, c1, scratch, grad.dtype).t())
         if c1 - c0 == cols:
             return part.to(grad.dtype)
         dx[:, c0:c1] = part

@@ -12,14 +12,15 @@ atomics or depends on the number of threads: results are bitwise repeatable.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from userip_fast.core import _extension
 from userip_fast.ops import _triton
-from userip_fast.ops._dispatch import WhyNot, resolve
+from userip_fast.ops._dispatch import by_device, resolve
+from userip_fast.ops._operator import flat, operator
 
 _CHUNK_BYTES = 64 << 20  # the reference's distance matrix for one chunk of rows
 _MAX_SQ_NORM = 1e37  # of a codeword: then x.c overflows float32 only where |x - c|^2 does too
@@ -28,16 +29,8 @@ Assignment = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """code_ids, sq_distance, second_sq_distance (all [J, N]), counts [sum K], sums [sum K, D]."""
 
 
-def assign_codes_reference(
-    x: Tensor,
-    codewords: Tensor,
-    sizes: Sequence[int],
-    active: Tensor | None = None,
-    normalize: bool = False,
-    need_second: bool = False,
-    need_stats: bool = False,
-) -> Assignment:
-    """The oracle: every distance computed directly, in float32 (float64 for float64 input).
+class Problem(NamedTuple):
+    """What is asked of an implementation.
 
     Args:
         x: [J, N, D].
@@ -47,10 +40,23 @@ def assign_codes_reference(
         normalize: Cosine: rows of `x` and codewords are scaled to length 1 first (0 stays 0).
         need_second: Without it second_sq_distance is empty.
         need_stats: Without it counts and sums are empty.
-
-    Returns:
-        See `Assignment`. Rows that are not finite have code id -1.
     """
+
+    x: Tensor
+    codewords: Tensor
+    sizes: Sequence[int]
+    active: Tensor | None = None
+    normalize: bool = False
+    need_second: bool = False
+    need_stats: bool = False
+
+
+def reference(problem: Problem) -> Assignment:
+    """The oracle: every distance computed directly, in float32 (float64 for float64 input).
+
+    Rows that are not finite have code id -1. See `Problem` and `Assignment`.
+    """
+    x, codewords, sizes, active, normalize, need_second, need_stats = problem
     books, rows, dim = x.shape
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = codewords.shape[0] if need_stats else 0
@@ -86,6 +92,9 @@ def assign_codes_reference(
     return code_ids, distance, second, counts, sums.to(acc)
 
 
+assign_codes_reference = flat(reference)
+
+
 def _why_not_cpu(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"x is on {x.device}"
@@ -102,64 +111,71 @@ def _why_not_triton(x: Tensor) -> str | None:
     return _triton.why_not(x)
 
 
-def _implementation(impl: str, x: Tensor, sizes: Sequence[int]) -> Callable[..., Any]:
-    """The function to run; fast ones are imported here, when first used."""
-    from userip_fast.ops import _assign_codes_native as native
+def _resolve(impl: str, x: Tensor) -> str:
+    if impl == "cuda":
+        raise ValueError(
+            "assign_codes: impl='cuda' was removed, being slower than Triton's; use 'auto'"
+        )
+    found = by_device(x, cpu=lambda: _why_not_cpu(x), triton=lambda: _why_not_triton(x))
+    return resolve("assign_codes", impl, found)
 
-    candidates: dict[str, WhyNot] = {
-        "cpu": lambda: _why_not_cpu(x),
-        "triton": lambda: _why_not_triton(x),
-        "cuda": lambda: native.why_not_cuda(x, sizes),  # tensor cores make the one above faster
-        "reference": lambda: None,
-    }
-    if x.device.type == "cpu":  # Triton's interpreter only where it is asked for
-        candidates["triton"] = candidates.pop("triton")
-    chosen = resolve("assign_codes", impl, candidates)
+
+def _of_reference(problem: Problem, need_distance: bool) -> Assignment:
+    return _checked(reference, problem, need_distance)
+
+
+def _fake(problem: Problem, need_distance: bool, impl: str) -> Assignment:
+    x, rows = problem.x, problem.x.shape[1]
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    total = problem.codewords.shape[0] if problem.need_stats else 0
+    return (
+        x.new_empty(x.shape[:2], dtype=torch.int64),
+        x.new_empty((x.shape[0], rows if need_distance else 0), dtype=acc),
+        x.new_empty((x.shape[0], rows if problem.need_second else 0), dtype=acc),
+        x.new_empty(total, dtype=torch.int64),
+        x.new_empty((total, x.shape[2]), dtype=acc),
+    )
+
+
+@operator("assign_codes", _of_reference, fake=_fake)
+def _assign_codes(problem: Problem, need_distance: bool, impl: str) -> Assignment:
+    chosen = _resolve(impl, problem.x)  # in here, where torch.compile does not look
+    if chosen == "reference":
+        return _of_reference(problem, need_distance)
     if chosen == "cpu":
-        return native.assign_codes_cpu
-    if chosen == "cuda":
-        return native.assign_codes_cuda
-    if chosen == "triton":
-        from userip_fast.kernels.assign_codes import assign_codes as assign_codes_triton
+        from userip_fast.ops import _assign_codes_cpu
 
-        return assign_codes_triton
-    return assign_codes_reference
+        return _checked(_assign_codes_cpu.assign_codes, problem, need_distance)
+    from userip_fast.kernels import assign_codes as kernels
+
+    found = kernels.assign_codes(problem, need_distance=need_distance)
+    if found.usable():  # a device is waited for once
+        return found.out
+    _refuse_codewords(*_norms(problem.codewords))
+    if not need_distance:  # scores overflow before distances do
+        found = kernels.assign_codes(problem)
+        if found.usable():
+            return _without_distance(found.out)
+    raise _bad_rows(found.out[0])
 
 
-@torch.library.custom_op("userip_fast::assign_codes", mutates_args=())
-def _assign_codes(
-    x: Tensor,
-    codewords: Tensor,
-    sizes: Sequence[int],
-    active: Tensor | None,
-    normalize: bool,
-    need_second: bool,
-    need_stats: bool,
-    need_distance: bool,
-    impl: str,
+def _checked(
+    run: Callable[[Problem], Assignment], problem: Problem, need_distance: bool
 ) -> Assignment:
-    run = _implementation(impl, x, sizes)  # in here, where torch.compile does not look
-    args = (x, codewords, sizes, active, normalize, need_second, need_stats)
-    if run.__module__.startswith("userip_fast.kernels"):
-        found: Any = run(*args, need_distance=need_distance)
-        if found.usable():  # a device is waited for once
-            return found.out
-        _refuse_codewords(*_norms(codewords))
-        if not need_distance:  # scores overflow before distances do
-            found = run(*args)
-            if found.usable():
-                return (found.out[0], found.out[1][:, :0].clone(), *found.out[2:])
-        raise _bad_rows(found.out[0])
-    sq_norm, good = _norms(codewords)
-    if x.device.type == "cpu":
+    sq_norm, good = _norms(problem.codewords)
+    if problem.x.device.type == "cpu":
         _refuse_codewords(sq_norm, good)
-    out = run(*args)
+    out = run(problem)
     # One look at N distances, not a second read of x. NaN is the greatest.
     largest = out[1].amax() if out[1].numel() else out[1].new_zeros(())
     if bool(good & (largest < torch.inf)):
-        return out if need_distance else (out[0], out[1][:, :0].clone(), *out[2:])
+        return out if need_distance else _without_distance(out)
     _refuse_codewords(sq_norm, good)
     raise _bad_rows(out[0])
+
+
+def _without_distance(out: Assignment) -> Assignment:
+    return (out[0], out[1][:, :0].clone(), *out[2:])
 
 
 def _norms(codewords: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,19 +205,6 @@ def _refuse_codewords(sq_norm: Tensor, good: Tensor) -> None:
     )
 
 
-@_assign_codes.register_fake
-def _(x, codewords, sizes, active, normalize, need_second, need_stats, need_distance, impl):  # type: ignore[no-untyped-def]
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    total = codewords.shape[0] if need_stats else 0
-    return (
-        x.new_empty(x.shape[:2], dtype=torch.int64),
-        x.new_empty((x.shape[0], x.shape[1] if need_distance else 0), dtype=acc),
-        x.new_empty((x.shape[0], x.shape[1] if need_second else 0), dtype=acc),
-        x.new_empty(total, dtype=torch.int64),
-        x.new_empty((total, x.shape[2]), dtype=acc),
-    )
-
-
 def assign_codes(
     x: Tensor,
     codebook: Tensor | Sequence[Tensor],
@@ -219,7 +222,7 @@ def assign_codes(
         metric: "euclidean"; or "cosine", which scales vectors and codewords to length 1 first (a
             zero vector stays zero), so that `sq_distance` is 2 - 2 cos.
         active: bool, as `codebook` without D; codes that are False are retired: never chosen.
-        impl: "auto", "cpu" (C++), "cuda" (C++, up to 32 codes), "triton" or "reference".
+        impl: "auto", "cpu" (C++), "triton" or "reference".
 
     Returns:
         code_ids: [N] or [J, N] int64, position in its codebook; of equally near ones the lowest.
@@ -358,17 +361,11 @@ def _run(
         mask = torch.cat(list(masks))
     whole = isinstance(codebook, Tensor)
     words = codebook.reshape(-1, x.shape[-1]) if whole else torch.cat(list(books))  # type: ignore[union-attr]
-    ids, distance, second, counts, sums = _assign_codes(
-        (x.unsqueeze(0) if one else x).detach(),
-        words.detach(),
-        sizes,
-        mask,
-        metric == "cosine",
-        need_second,
-        need_stats,
-        need_distance,
-        impl,
-    )
+    problem = Problem(
+        (x.unsqueeze(0) if one else x).detach(), words.detach(), sizes, mask, metric == "cosine",
+        need_second, need_stats,
+    )  # fmt: skip
+    ids, distance, second, counts, sums = _assign_codes(problem, need_distance, impl)
     if one:
         ids, distance, second = ids[0], distance[0], second[0]
     return ids, distance, second, counts, sums

@@ -20,16 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from userip_fast.core import _extension
 from userip_fast.ops import _triton
-from userip_fast.ops._dispatch import WhyNot, resolve
-from userip_fast.ops._step import differentiable, step_op
+from userip_fast.ops._dispatch import WhyNot, by_device, extension, resolve, why_not_cpu
+from userip_fast.ops._operator import differentiable, operator
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _like_first(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
 
 
 def rms_norm_reference(
@@ -82,62 +85,43 @@ def rotate_reference(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool) ->
     return torch.cat([a * c1 - b * s1, b * c2 + a * s2], -1).to(x.dtype)
 
 
-def _rms_norm_fake(x, residual, weight, eps, offset, impl):  # type: ignore[no-untyped-def]
+def _norm_results(x: Tensor, residual: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """y, total and r, to be written."""
     total = x.new_empty(0) if residual is None else torch.empty_like(x)
-    acc = torch.promote_types(x.dtype, torch.float32)
-    return torch.empty_like(x), total, x.new_empty(x.shape[0], dtype=acc)
+    r = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.empty_like(x), total, r
 
 
-@step_op("rms_norm", fake=_rms_norm_fake)
-def rms_norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
+@operator("rms_norm", rms_norm_reference, fake=_norm_results)
+def rms_norm_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """y [M, D], x + residual (empty without one) and r [M] of x [M, D] contiguous."""
-    if impl == "reference":
-        return rms_norm_reference(x, residual, weight, eps, offset)
-    y, r = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
-    total = x.new_empty(0) if residual is None else torch.empty_like(x)
+    x, residual, weight, eps, offset, impl = args
+    y, total, r = _norm_results(x, residual)
     if impl == "triton":
         from userip_fast.kernels import frozen_block as kernels
 
-        kernels.rms_norm(x, residual, weight, y, total, r, eps, offset)
-        return y, total, r
-    module: Any = _extension.load()
-    addresses = (_at(t) for t in (x, residual, weight, y, None if residual is None else total, r))
-    module.rms_norm(*addresses, *x.shape, eps, offset)
+        kernels.rms_norm(x, residual, weight, y, None, total, r, eps, offset)
+    else:
+        joined = None if residual is None else total
+        extension("rms_norm", x, residual, weight, y, joined, r, *x.shape, eps, offset)
     return y, total, r
 
 
-def _rms_norm_backward_fake(dy, d_total, total, r, weight, offset, impl):  # type: ignore[no-untyped-def]
-    return torch.empty_like(dy)
-
-
-@step_op("rms_norm_backward", fake=_rms_norm_backward_fake)
-def rms_norm_backward(
-    dy: Tensor,
-    d_total: Tensor | None,
-    total: Tensor,
-    r: Tensor,
-    weight: Tensor,
-    offset: float,
-    impl: str,
-) -> Tensor:
+@operator("rms_norm_backward", rms_norm_backward_reference, fake=_like_first)
+def rms_norm_backward(*args: Any) -> Tensor:
     """[M, D], the gradient of the sum that `rms_norm_forward` normed."""
-    if impl == "reference":
-        return rms_norm_backward_reference(dy, d_total, total, r, weight, offset)
-    dx = torch.empty_like(dy)
+    *tensors, offset, impl = args
+    dx = torch.empty_like(tensors[0])
     if impl == "triton":
         from userip_fast.kernels import frozen_block as kernels
 
-        kernels.rms_norm_backward(dy, d_total, total, r, weight, dx, offset)
-        return dx
-    module: Any = _extension.load()
-    addresses = (_at(t) for t in (dy, d_total, total, r, weight, dx))
-    module.rms_norm_backward(*addresses, *dy.shape, offset)
+        kernels.rms_norm_backward(*tensors, dx, offset)
+    else:
+        extension("rms_norm_backward", *tensors, dx, *dx.shape, offset)
     return dx
 
 
-def _rms_norm_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _rms_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, _, ctx.offset, ctx.impl = inputs
     _, total, r = output
     ctx.joined = residual is not None
@@ -146,7 +130,7 @@ def _rms_norm_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _rms_norm_gradient(ctx, dy, d_total, _):  # type: ignore[no-untyped-def]
+def _rms_norm_gradient(ctx: Any, dy: Any, d_total: Any, _: None) -> tuple[Tensor | None, ...]:
     total, r, weight = ctx.saved_tensors
     if not ctx.joined:
         d_total = None
@@ -155,129 +139,90 @@ def _rms_norm_gradient(ctx, dy, d_total, _):  # type: ignore[no-untyped-def]
     else:
         d_total = None if d_total is None else d_total.contiguous()
         dx = rms_norm_backward(dy.contiguous(), d_total, total, r, weight, ctx.offset, ctx.impl)
-    return dx, dx if ctx.joined else None, None, None, None, None
+    return dx, dx if ctx.joined else None
 
 
 _rms_norm = differentiable(rms_norm_forward, _rms_norm_context, _rms_norm_gradient)
 
 
-@step_op("gated")
+@operator("gated", gated_reference, fake=_like_first)
 def gated_step(gate: Tensor, up: Tensor, act: str, impl: str) -> Tensor:
-    if impl == "reference":
-        return gated_reference(gate, up, act)
     y = torch.empty_like(gate)
     if impl == "triton":
         from userip_fast.kernels import frozen_block as kernels
 
         kernels.gated(gate, up, y, ACTIVATIONS.index(act))
-        return y
-    module: Any = _extension.load()
-    module.gated(_at(gate), _at(up), _at(y), y.numel(), ACTIVATIONS.index(act))
+    else:
+        extension("gated", gate, up, y, y.numel(), ACTIVATIONS.index(act))
     return y
 
 
-@gated_step.op.register_fake
-def _(gate, up, act, impl):  # type: ignore[no-untyped-def]
-    return torch.empty_like(gate)
-
-
-@step_op("gated_backward")
-def _gated_backward(
-    dy: Tensor, gate: Tensor, up: Tensor, act: str, impl: str
-) -> tuple[Tensor, Tensor]:
-    if impl == "reference":
-        return gated_backward_reference(dy, gate, up, act)
-    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+@operator(
+    "gated_backward",
+    gated_backward_reference,
+    fake=lambda dy, gate, up, *_: (torch.empty_like(gate), torch.empty_like(up)),
+)
+def _gated_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str, impl: str) -> Any:
+    grads = torch.empty_like(gate), torch.empty_like(up)
     if impl == "triton":
         from userip_fast.kernels import frozen_block as kernels
 
-        kernels.gated_backward(dy, gate, up, d_gate, d_up, ACTIVATIONS.index(act))
-        return d_gate, d_up
-    module: Any = _extension.load()
-    addresses = (_at(t) for t in (dy, gate, up, d_gate, d_up))
-    module.gated_backward(*addresses, gate.numel(), ACTIVATIONS.index(act))
-    return d_gate, d_up
+        kernels.gated_backward(dy, gate, up, *grads, ACTIVATIONS.index(act))
+    else:
+        extension("gated_backward", dy, gate, up, *grads, dy.numel(), ACTIVATIONS.index(act))
+    return grads
 
 
-@_gated_backward.op.register_fake
-def _(dy, gate, up, act, impl):  # type: ignore[no-untyped-def]
-    return torch.empty_like(gate), torch.empty_like(up)
-
-
-def _gated_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _gated_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     gate, up, ctx.act, ctx.impl = inputs
     ctx.save_for_backward(gate, up)
 
 
-def _gated_gradient(ctx, dy):  # type: ignore[no-untyped-def]
-    return *_gated_backward(dy.contiguous(), *ctx.saved_tensors, ctx.act, ctx.impl), None, None
+def _gated_gradient(ctx: Any, dy: Tensor) -> Any:
+    return _gated_backward(dy.contiguous(), *ctx.saved_tensors, ctx.act, ctx.impl)
 
 
 _gated = differentiable(gated_step, _gated_context, _gated_gradient)
 
 
-@step_op("rotate")
+@operator("rotate", rotate_reference, fake=lambda x, *_: x.new_empty(x.shape))
 def rotate_step(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool, impl: str) -> Tensor:
-    if impl == "reference":
-        return rotate_reference(x, cosine, sine, backward)
     y = x.new_empty(x.shape)
     if impl == "triton":
-        from userip_fast.kernels import frozen_block as kernels
+        from userip_fast.kernels import packed_block as kernels
 
-        kernels.rotate(x, cosine, sine, y, backward)
-        return y
-    module: Any = _extension.load()
-    module.rope(_at(x), x.stride(0), _at(cosine), _at(sine), _at(y), *x.shape, backward)
+        kernels.turn(x, y, None, cosine, sine, None, 0, 0.0, 0.0, backward)
+    else:
+        extension("rope", x, x.stride(0), cosine, sine, y, *x.shape, backward)
     return y
 
 
-@rotate_step.op.register_fake
-def _(x, cosine, sine, backward, impl):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape)
-
-
-def _rotate_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _rotate_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, cosine, sine, ctx.backward, ctx.impl = inputs
     ctx.save_for_backward(cosine, sine)
 
 
-def _rotate_gradient(ctx, dy):  # type: ignore[no-untyped-def]
-    cosine, sine = ctx.saved_tensors
-    dx = rotate_step(dy.contiguous(), cosine, sine, not ctx.backward, ctx.impl)
-    return dx, None, None, None, None
+def _rotate_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor]:
+    return (rotate_step(dy.contiguous(), *ctx.saved_tensors, not ctx.backward, ctx.impl),)
 
 
 _rotate = differentiable(rotate_step, _rotate_context, _rotate_gradient)
-
-
-def _at(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def candidates(x: Tensor) -> dict[str, WhyNot]:
     """Implementations for tensors like x, best first."""
 
     def cpu() -> str | None:
-        if x.device.type not in ("cpu", "meta"):
-            return f"it is for CPU tensors, these are on {x.device}"
         if x.dtype != torch.float32:
             return f"it computes in float32, the tensors are {x.dtype}"
-        module = _extension.load()
-        if module is None:
-            return _extension.why_not()
-        if not hasattr(module, "rms_norm"):
-            return "userip_fast._C has no such kernels for this processor type"
-        features = module.cpu_features()
-        return None if features["avx2"] and features["fma"] else "the processor lacks AVX2 and FMA"
+        return why_not_cpu(x, "rms_norm")
 
     def triton() -> str | None:
         if x.dtype == torch.float64:
             return "it computes in float32, the tensors are float64"
         return _triton.why_not(x)
 
-    if x.device.type == "cpu":
-        return {"cpu": cpu, "reference": lambda: None, "triton": triton}
-    return {"triton": triton, "reference": lambda: None, "cpu": cpu}
+    return by_device(x, cpu, triton=triton)
 
 
 def _check(op: str, x: Tensor, others: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
@@ -342,7 +287,8 @@ def gated(gate: Tensor, up: Tensor, act: str = "silu", *, impl: str = "auto") ->
     if act not in ACTIVATIONS:
         raise ValueError(f"gated: act must be one of {ACTIVATIONS}, is {act!r}")
     chosen = resolve("gated", impl, candidates(gate))
-    return _gated(gate.contiguous(), up.contiguous(), act, chosen)
+    y: Tensor = _gated(gate.contiguous(), up.contiguous(), act, chosen)
+    return y
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, impl: str = "auto") -> Tensor:
@@ -366,4 +312,5 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, impl: str = "auto") -> Te
     if x.stride(2) != 1 or x.stride(1) != x.shape[2]:
         x = x.contiguous()
     chosen = resolve("rotate", impl, candidates(x))
-    return _rotate(x, cosine.contiguous(), sine.contiguous(), False, chosen)
+    y: Tensor = _rotate(x, cosine.contiguous(), sine.contiguous(), False, chosen)
+    return y

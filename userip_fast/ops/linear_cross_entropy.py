@@ -16,25 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from userip_fast.core import _extension
 from userip_fast.ops import _triton
-from userip_fast.ops._dispatch import WhyNot, resolve
+from userip_fast.ops._dispatch import WhyNot, by_device, extension, resolve, why_not_cpu
+from userip_fast.ops._operator import differentiable, operator
 from userip_fast.ops._products import product
 
 _CHUNK_BYTES = 64 << 20  # logits of one chunk: the scratch, whatever vocabulary and rows
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    loss_weight: Tensor,
-    cu_rows: Tensor,
-    bias: Tensor | None = None,
-    softcap: float = 0.0,
-    scale: float = 1.0,
-    need_grad: bool = False,
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, target: Tensor, loss_weight: Tensor, cu_rows: Tensor,
+    bias: Tensor | None = None, softcap: float = 0.0, scale: float = 1.0, need_grad: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The oracle: `linear_cross_entropy`'s nll [U] fp32, and d_hidden [R, D] (or [0, D])."""
     rows, dim = hidden.shape
     token_nll = hidden.new_empty(rows, dtype=torch.float32)
@@ -68,26 +61,22 @@ def _sums(token_nll: Tensor, cu_rows: Tensor) -> Tensor:
     return torch.segment_reduce(token_nll, "sum", offsets=cu_rows, unsafe=True)
 
 
-def _chunked(
-    impl: str,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    loss_weight: Tensor,
-    cu_rows: Tensor,
-    bias: Tensor | None,
-    softcap: float,
-    scale: float,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake(hidden: Tensor, weight: Tensor, target: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    _, cu_rows, *_, need_grad, _ = others
+    nll = hidden.new_empty(cu_rows.shape[0] - 1, dtype=torch.float32)
+    return nll, hidden.new_empty(hidden.shape[0] if need_grad else 0, hidden.shape[1])
+
+
+@operator("linear_cross_entropy", linear_cross_entropy_reference, fake=_fake)
+def _linear_cross_entropy(*args: Any) -> tuple[Tensor, Tensor]:
     """As the reference, with the element-wise half of a chunk in one pass over it, and `scale` in
     the products, before they are rounded.
 
     On CPU products are in fp32 whatever the dtype (16 bits take a scalar path there), the head
     being widened a block of the vocabulary at a time.
     """
-    rows, dim = hidden.shape
-    vocab = weight.shape[0]
+    hidden, weight, target, loss_weight, cu_rows, bias, softcap, scale, need_grad, impl = args
+    (rows, dim), vocab = hidden.shape, weight.shape[0]
     wide = impl == "cpu"
     dtype = torch.float32 if wide else hidden.dtype
     step = max(1, min(rows, _CHUNK_BYTES // (dtype.itemsize * vocab)))
@@ -107,18 +96,14 @@ def _chunked(
         for v in range(0, 0 if whole else vocab, columns):
             block = slice(v, v + columns)
             logits[:, block].addmm_(h, weight[block].to(dtype).T, beta=0, alpha=scale)
-        args = (target[part], loss_weight[part], token_nll[part])
+        of_rows = (target[part], loss_weight[part], token_nll[part])
         if impl == "triton":
             from userip_fast.kernels.linear_cross_entropy import cross_entropy_rows
 
-            cross_entropy_rows(logits, bias, *args, softcap, need_grad)
+            cross_entropy_rows(logits, bias, *of_rows, softcap, need_grad)
         else:
-            module: Any = _extension.load()
-            t, w, out = (a.data_ptr() for a in args)
-            b = 0 if bias is None else bias.data_ptr()
-            module.cross_entropy_rows(
-                logits.data_ptr(), h.shape[0], vocab, b, softcap, t, w, out, need_grad
-            )
+            sizes = (len(h), vocab)
+            extension("cross_entropy_rows", logits, *sizes, bias, softcap, *of_rows, need_grad)
         if need_grad:
             gradient = product(logits[:, :columns], weight[:columns].to(dtype).t())
             if scale != 1:
@@ -131,7 +116,7 @@ def _chunked(
 
 
 def scratch_bytes(device_type: str, hidden: Tensor, weight: Tensor, *, need_grad: bool) -> int:
-    """Memory that `_chunked` uses at most beside its results, for `userip_fast.lm.memory`."""
+    """Memory that a call uses at most beside its results, for `userip_fast.lm.memory`."""
     (rows, dim), vocab = hidden.shape, weight.shape[0]
     size = 4 if device_type == "cpu" else hidden.dtype.itemsize
     step = max(1, min(rows, _CHUNK_BYTES // (size * vocab)))
@@ -139,65 +124,28 @@ def scratch_bytes(device_type: str, hidden: Tensor, weight: Tensor, *, need_grad
     return step * (vocab + dim * need_grad) * size + widened
 
 
-@torch.library.custom_op("userip_fast::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    loss_weight: Tensor,
-    cu_rows: Tensor,
-    bias: Tensor | None,
-    softcap: float,
-    scale: float,
-    need_grad: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    inputs = (hidden, weight, target, loss_weight, cu_rows, bias, softcap, scale, need_grad)
-    if impl == "reference":
-        return linear_cross_entropy_reference(*inputs)
-    return _chunked(impl, *inputs)
-
-
-@_linear_cross_entropy.register_fake
-def _(hidden, weight, target, loss_weight, cu_rows, *settings):  # type: ignore[no-untyped-def]
-    nll = hidden.new_empty(cu_rows.shape[0] - 1, dtype=torch.float32)
-    need_grad = settings[-2]
-    return nll, hidden.new_empty(hidden.shape[0] if need_grad else 0, hidden.shape[1])
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1], inputs[4])
+    ctx.set_materialize_grads(False)  # d_hidden has none, which would be zeros else
 
 
-def _backward(ctx, grad_nll, _grad_d_hidden):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad_nll: Tensor, _: None) -> tuple[Tensor]:
     d_hidden, cu_rows = ctx.saved_tensors
     per_row = torch.repeat_interleave(
         grad_nll, cu_rows.diff(), output_size=d_hidden.shape[0]
     ).unsqueeze(1)
-    return (d_hidden * per_row).to(d_hidden.dtype), *[None] * 9
+    return ((d_hidden * per_row).to(d_hidden.dtype),)
 
 
-_linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+_with_gradient = differentiable(_linear_cross_entropy, _setup_context, _backward)
 
 
 def _candidates(hidden: Tensor) -> dict[str, WhyNot]:
-    def cpu() -> str | None:
-        if hidden.device.type != "cpu":
-            return "hidden is not on the CPU"
-        module = _extension.load()
-        if module is None:
-            return _extension.why_not()
-        if not hasattr(module, "cross_entropy_rows"):
-            return "userip_fast._C has no cross entropy for this processor type"
-        features = module.cpu_features()
-        return None if features["avx2"] and features["fma"] else "the processor lacks AVX2 and FMA"
-
-    def triton() -> str | None:
-        return _triton.why_not(hidden)
-
-    if hidden.device.type == "cpu":
-        return {"cpu": cpu, "reference": lambda: None, "triton": triton}
-    return {"triton": triton, "reference": lambda: None, "cpu": cpu}
+    return by_device(
+        hidden,
+        cpu=lambda: why_not_cpu(hidden, "cross_entropy_rows"),
+        triton=lambda: _triton.why_not(hidden),
+    )
 
 
 def linear_cross_entropy(
@@ -275,6 +223,7 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: scale must be finite and not 0, got {scale}")
     chosen = resolve("linear_cross_entropy", impl, _candidates(hidden))
     need_grad = hidden.requires_grad and torch.is_grad_enabled()
-    return _linear_cross_entropy(
+    nll: Tensor = _with_gradient(
         hidden, weight, target, loss_weight, cu_rows, bias, softcap, scale, need_grad, chosen
     )[0]
+    return nll

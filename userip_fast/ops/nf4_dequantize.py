@@ -11,127 +11,92 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from userip_fast.core import _extension
 from userip_fast.ops import _triton
-from userip_fast.ops._dispatch import WhyNot, resolve
-from userip_fast.ops.nf4_format import DTYPES, NESTED_BLOCKSIZE, NF4_LEVELS, NF4Weight
+from userip_fast.ops._dispatch import ELEMENT_TYPES, WhyNot, by_device, resolve, why_not_cpu
+from userip_fast.ops._operator import flat, operator
+from userip_fast.ops.nf4_format import DTYPES, NESTED_BLOCKSIZE, NF4_LEVELS, NF4Weight, Stored
 
 
-def block_scales(
-    absmax: Tensor, nested_absmax: Tensor | None, nested_map: Tensor | None, offset: Tensor | None
-) -> Tensor:
-    """[blocks] fp32 scales, with double quantisation undone."""
-    if nested_absmax is None:
-        return absmax
-    assert nested_map is not None
-    assert offset is not None
-    groups = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.shape[0]]
-    return nested_map[absmax.long()] * groups + offset
-
-
-def nf4_dequantize_reference(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    rows: int,
-    cols: int,
-    blocksize: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def reference(weight: Stored, dtype: torch.dtype) -> Tensor:
     """The oracle: [rows, cols] in `dtype`."""
-    levels = torch.tensor(NF4_LEVELS, device=packed.device)
-    n = rows * cols
-    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:n]
-    scales = block_scales(absmax, nested_absmax, nested_map, offset)
-    out = levels[codes.int()].mul_(scales.repeat_interleave(blocksize)[:n])
-    return out.view(rows, cols).to(dtype)
+    levels = torch.tensor(NF4_LEVELS, device=weight.packed.device)
+    n = weight.rows * weight.cols
+    codes = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).view(-1)[:n]
+    scales = weight.absmax
+    if weight.nested_absmax is not None:
+        assert weight.nested_map is not None
+        assert weight.offset is not None
+        groups = weight.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: scales.shape[0]]
+        scales = weight.nested_map[scales.long()] * groups + weight.offset
+    out = levels[codes.int()].mul_(scales.repeat_interleave(weight.blocksize)[:n])
+    return out.view(weight.rows, weight.cols).to(dtype)
 
 
-def run(
-    impl: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], dtype: torch.dtype
-) -> Tensor:
-    """[rows, cols] in `dtype` by the implementation named; for `nf4_linear` too.
-
-    Args:
-        impl: A name from `candidates`.
-        tensors: `NF4Weight.tensors()`.
-        sizes: (rows, cols, blocksize).
-        dtype: Of the result.
-    """
-    packed, absmax, nested_absmax, nested_map, offset = tensors
-    assert packed is not None
-    assert absmax is not None
-    if impl == "reference":
-        return nf4_dequantize_reference(
-            packed, absmax, nested_absmax, nested_map, offset, *sizes, dtype
-        )
-    out = torch.empty(sizes[:2], dtype=dtype, device=packed.device)
-    run_into(impl, tensors, sizes, out)
-    return out
+nf4_dequantize_reference = flat(reference)
 
 
-def run_into(
-    impl: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], out: Tensor
-) -> None:
-    """`run`, written to `out` [rows, cols]."""
+def run_into(impl: str, weight: Stored, out: Tensor) -> None:
+    """Writes the weight to `out` [rows, cols], by the implementation named."""
     if impl == "cpu":
         from userip_fast.ops import _nf4_cpu
 
-        _nf4_cpu.dequantize(tensors, sizes, out)
+        _nf4_cpu.dequantize(weight, out)
     elif impl == "cuda":
-        from userip_fast.ops import _nf4_cuda
-
-        _nf4_cuda.dequantize(tensors, sizes, out)
+        _by_cuda(weight, out)
     elif impl == "triton":
         from userip_fast.kernels import nf4
 
-        nf4.dequantize(tensors, sizes, out)
+        nf4.dequantize(weight, out)
     else:
-        out.copy_(run(impl, tensors, sizes, out.dtype))
+        out.copy_(reference(weight, out.dtype))
 
 
-@torch.library.custom_op("userip_fast::nf4_dequantize", mutates_args=())
-def _nf4_dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    rows: int,
-    cols: int,
-    blocksize: int,
-    dtype: torch.dtype,
-    impl: str,
-) -> Tensor:
-    tensors = (packed, absmax, nested_absmax, nested_map, offset)
-    return run(impl, tensors, (rows, cols, blocksize), dtype)
+def _by_cuda(weight: Stored, out: Tensor) -> None:
+    """csrc/cuda/nf4.cu: one launch on the current stream."""
+    kept = [None if t is None else t.contiguous() for t in weight.tensors]
+    if weight.packed.data_ptr() % 4:  # a view into a file's bytes may start anywhere
+        kept[0] = weight.packed.clone()
+    module = _extension.load()
+    assert module is not None
+    module.nf4_dequantize_cuda(
+        [0 if t is None else t.data_ptr() for t in kept],
+        weight.sizes,
+        out.data_ptr(),
+        ELEMENT_TYPES[out.dtype],
+        out.device.index,
+        torch.cuda.current_stream(out.device).cuda_stream,
+    )
 
 
-@_nf4_dequantize.register_fake
-def _(packed, absmax, nested_absmax, nested_map, offset, rows, cols, blocksize, dtype, impl):  # type: ignore[no-untyped-def]
-    return packed.new_empty(rows, cols, dtype=dtype)
+def _fake(weight: Stored, dtype: torch.dtype, impl: str) -> Tensor:
+    return weight.packed.new_empty(weight.rows, weight.cols, dtype=dtype)
+
+
+@operator("nf4_dequantize", reference, fake=_fake)
+def run(weight: Stored, dtype: torch.dtype, impl: str) -> Tensor:
+    """[rows, cols] in `dtype`; for `nf4_linear` too."""
+    out = _fake(weight, dtype, impl)
+    run_into(impl, weight, out)
+    return out
 
 
 def candidates(packed: Tensor) -> dict[str, WhyNot]:
     """Implementations for a weight on `packed`'s device, best first; `nf4_linear` has the same."""
 
-    def cpu() -> str | None:
-        from userip_fast.ops import _nf4_cpu
-
-        return _nf4_cpu.why_not(packed)
-
     def cuda() -> str | None:
-        from userip_fast.ops import _nf4_cuda
+        if packed.device.type != "cuda":
+            return "a tensor is not on a CUDA device"
+        if not hasattr(_extension.load(), "nf4_dequantize_cuda"):
+            return _extension.why_not() or "userip_fast._C was built without its CUDA half"
+        return None
 
-        return _nf4_cuda.why_not(packed)
-
-    def triton() -> str | None:
-        return _triton.why_not(packed)
-
-    if packed.device.type == "cpu":
-        return {"cpu": cpu, "reference": lambda: None, "triton": triton, "cuda": cuda}
-    return {"cuda": cuda, "triton": triton, "reference": lambda: None, "cpu": cpu}
+    return by_device(
+        packed,
+        cpu=lambda: why_not_cpu(packed, "nf4_linear"),
+        cuda=cuda,
+        triton=lambda: _triton.why_not(packed),
+    )
 
 
 def nf4_dequantize(
@@ -154,11 +119,8 @@ def nf4_dequantize(
     if dtype not in DTYPES:
         raise ValueError(f"nf4_dequantize: dtype must be one of {DTYPES}, got {dtype}")
     chosen = resolve("nf4_dequantize", impl, candidates(weight.packed))
-    sizes = (*weight.shape, weight.blocksize)
-    if type(weight.packed) is Tensor and not torch.compiler.is_compiling():
-        # No gradient to record: straight to the kernel saves 50 us, a sixth of a 1024 x 1024 call.
-        return run(chosen, weight.tensors(), sizes, dtype)
-    return _nf4_dequantize(*weight.tensors(), *sizes, dtype, chosen)
+    out: Tensor = run(weight.stored(), dtype, chosen)
+    return out
 
 
 def nf4_dequantize_into(weight: NF4Weight, out: Tensor, *, impl: str = "auto") -> None:
@@ -182,5 +144,4 @@ def nf4_dequantize_into(weight: NF4Weight, out: Tensor, *, impl: str = "auto") -
             f"nf4_dequantize_into: out must be contiguous {weight.shape}, one of {DTYPES}, on "
             f"{weight.packed.device}; got {out.dtype} {tuple(out.shape)} on {out.device}"
         )
-    chosen = resolve("nf4_dequantize", impl, candidates(weight.packed))
-    run_into(chosen, weight.tensors(), (*weight.shape, weight.blocksize), out)
+    run_into(resolve("nf4_dequantize", impl, candidates(weight.packed)), weight.stored(), out)

@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,29 @@ NESTED_BLOCKSIZE = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _STATE_KEY = "quant_state.bitsandbytes__nf4"
+
+
+class Stored(NamedTuple):
+    """A weight as operators take it."""
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_map: Tensor | None
+    offset: Tensor | None
+    rows: int
+    cols: int
+    blocksize: int
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The first five."""
+        return self[:5]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(rows, cols, blocksize)."""
+        return self[5:]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +137,16 @@ class NF4Weight:
         """Bytes of all tensors together."""
         return sum(t.nbytes for t in self.tensors() if t is not None)
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """(packed, absmax, nested_absmax, nested_map, offset), the order in which ops take them."""
-        return self.packed, self.absmax, self.nested_absmax, self.nested_map, self.offset
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """(packed, absmax, nested_absmax, nested_map, offset)."""
+        return self.stored().tensors
+
+    def stored(self) -> Stored:
+        """As operators take it."""
+        return Stored(
+            self.packed, self.absmax, self.nested_absmax, self.nested_map, self.offset,
+            *self.shape, self.blocksize,
+        )  # fmt: skip
 
     def to(self, device: torch.device | str) -> NF4Weight:
         """The same weight on another device; dtypes never change."""

@@ -8,24 +8,19 @@ used both ways (bitsandbytes rounds it to the stored dtype in backward only).
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from userip_fast.ops._dispatch import resolve
+from userip_fast.ops._operator import differentiable, operator
 from userip_fast.ops.nf4_dequantize import candidates, run
-from userip_fast.ops.nf4_format import DTYPES, NF4Weight
-
-Weights = tuple[Tensor | None, ...]  # NF4Weight.tensors()
-Sizes = tuple[int, int, int]  # (rows, cols, blocksize)
+from userip_fast.ops.nf4_format import DTYPES, NF4Weight, Stored
 
 
-def _forward(impl: str, x: Tensor, weight: Weights, sizes: Sizes, bias: Tensor | None) -> Tensor:
-    if impl == "cpu":
-        from userip_fast.ops import _nf4_cpu
-
-        return _nf4_cpu.linear(x, weight, sizes, bias)
-    dense = run(impl, weight, sizes, x.dtype)
+def _product(x: Tensor, weight: Stored, bias: Tensor | None, impl: str) -> Tensor:
+    dense = run(weight, x.dtype, impl)
     bias = None if bias is None else bias.to(x.dtype)
     if x.device.type == "cpu":  # without bf16 instructions a CPU takes a scalar path in 16 bits
         wide = None if bias is None else bias.float()
@@ -33,83 +28,63 @@ def _forward(impl: str, x: Tensor, weight: Weights, sizes: Sizes, bias: Tensor |
     return F.linear(x, dense, bias)
 
 
-def _input_gradient(impl: str, grad: Tensor, weight: Weights, sizes: Sizes) -> Tensor:
-    if impl == "cpu":
-        from userip_fast.ops import _nf4_cpu
-
-        return _nf4_cpu.linear_grad(grad, weight, sizes)
-    dense = run(impl, weight, sizes, grad.dtype)
+def _gradient_product(grad: Tensor, weight: Stored, impl: str) -> Tensor:
+    dense = run(weight, grad.dtype, impl)
     if grad.device.type == "cpu":
         return (grad.float() @ dense.float()).to(grad.dtype)
-    return grad @ dense
+    product: Tensor = grad @ dense
+    return product
+
+
+def reference(x: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
+    """The oracle: x [M, K] -> [M, N]."""
+    return _product(x, weight, bias, "reference")
+
+
+def gradient_reference(grad: Tensor, weight: Stored) -> Tensor:
+    """The oracle of the input gradient: grad [M, N] -> [M, K]."""
+    return _gradient_product(grad, weight, "reference")
 
 
 def nf4_linear_reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """The oracle of the forward pass: x [M, K] -> [M, N]."""
-    return _forward("reference", x, weight.tensors(), (*weight.shape, weight.blocksize), bias)
+    return reference(x, weight.stored(), bias)
 
 
-def nf4_linear_grad_reference(grad: Tensor, weight: NF4Weight) -> Tensor:
-    """The oracle of the input gradient: grad [M, N] -> [M, K]."""
-    return _input_gradient("reference", grad, weight.tensors(), (*weight.shape, weight.blocksize))
+@operator("nf4_linear", reference, fake=lambda x, weight, *_: x.new_empty(len(x), weight.rows))
+def _forward(x: Tensor, weight: Stored, bias: Tensor | None, impl: str) -> Tensor:
+    if impl == "cpu":
+        from userip_fast.ops import _nf4_cpu
+
+        return _nf4_cpu.linear(x, weight, bias)
+    return _product(x, weight, bias, impl)
 
 
-@torch.library.custom_op("userip_fast::nf4_linear", mutates_args=())
-def _nf4_linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    rows: int,
-    cols: int,
-    blocksize: int,
-    bias: Tensor | None,
-    impl: str,
-) -> Tensor:
-    weight = (packed, absmax, nested_absmax, nested_map, offset)
-    return _forward(impl, x, weight, (rows, cols, blocksize), bias)
+@operator(
+    "nf4_linear_grad",
+    gradient_reference,
+    fake=lambda grad, weight, impl: grad.new_empty(len(grad), weight.cols),
+)
+def _input_gradient(grad: Tensor, weight: Stored, impl: str) -> Tensor:
+    if impl == "cpu":
+        from userip_fast.ops import _nf4_cpu
+
+        return _nf4_cpu.linear_grad(grad, weight)
+    return _gradient_product(grad, weight, impl)
 
 
-@_nf4_linear.register_fake
-def _(x, packed, absmax, nested_absmax, nested_map, offset, rows, cols, blocksize, bias, impl):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], rows)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, _, ctx.impl = inputs
+    ctx.save_for_backward(*weight.tensors)  # the stored weight itself: no new memory
+    ctx.sizes = weight.sizes
 
 
-@torch.library.custom_op("userip_fast::nf4_linear_grad", mutates_args=())
-def _nf4_linear_grad(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    rows: int,
-    cols: int,
-    blocksize: int,
-    impl: str,
-) -> Tensor:
-    weight = (packed, absmax, nested_absmax, nested_map, offset)
-    return _input_gradient(impl, grad, weight, (rows, cols, blocksize))
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+    weight = Stored(*ctx.saved_tensors, *ctx.sizes)
+    return (_input_gradient(grad.contiguous(), weight, ctx.impl),)
 
 
-@_nf4_linear_grad.register_fake
-def _(grad, packed, absmax, nested_absmax, nested_map, offset, rows, cols, blocksize, impl):  # type: ignore[no-untyped-def]
-    return grad.new_empty(grad.shape[0], cols)
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[1:6])  # the stored weight itself: no new memory
-    ctx.sizes, ctx.impl = inputs[6:9], inputs[10]
-
-
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    dx = _nf4_linear_grad(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes, ctx.impl)
-    return dx, *[None] * 10
-
-
-_nf4_linear.register_autograd(_backward, setup_context=_setup_context)
+_linear = differentiable(_forward, _setup_context, _backward)
 
 
 def nf4_linear(
@@ -142,7 +117,5 @@ def nf4_linear(
             f"requires_grad={bias.requires_grad}"
         )
     chosen = resolve("nf4_linear", impl, candidates(weight.packed))
-    y = _nf4_linear(
-        x.reshape(-1, cols), *weight.tensors(), rows, cols, weight.blocksize, bias, chosen
-    )
+    y: Tensor = _linear(x.reshape(-1, cols), weight.stored(), bias, chosen)
     return y.view(*x.shape[:-1], rows)

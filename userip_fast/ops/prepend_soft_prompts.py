@@ -14,11 +14,13 @@ unnoticed.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from userip_fast.ops._dispatch import resolve
+from userip_fast.ops._dispatch import by_device, resolve
+from userip_fast.ops._operator import differentiable, operator
 from userip_fast.ops._triton import why_not as why_not_triton
 
 _OP = "prepend_soft_prompts"
@@ -69,53 +71,43 @@ def prepend_soft_prompts_backward_reference(
     return torch.segment_reduce(d_x[used].to(acc), "sum", offsets=bounds, axis=0).to(dtype)
 
 
-@torch.library.custom_op("userip_fast::prepend_soft_prompts", mutates_args=())
-def _prepend_soft_prompts(
-    token_embedding: Tensor, soft_rows: Tensor, plan: Tensor, scale: float, impl: str
-) -> Tensor:
-    if impl == "triton":
-        from userip_fast.kernels import prepend_soft_prompts as kernels
+@operator(
+    _OP,
+    prepend_soft_prompts_reference,
+    fake=lambda table, soft_rows, plan, *_: table.new_empty(plan.shape[0], table.shape[1]),
+)
+def _forward(*args: Any) -> Tensor:
+    from userip_fast.kernels import prepend_soft_prompts as kernels
 
-        return kernels.forward(token_embedding, soft_rows, plan, scale)
-    assert impl == "reference", impl
-    return prepend_soft_prompts_reference(token_embedding, soft_rows, plan, scale)
-
-
-@_prepend_soft_prompts.register_fake
-def _(token_embedding, soft_rows, plan, scale, impl):  # type: ignore[no-untyped-def]
-    return token_embedding.new_empty(plan.shape[0], token_embedding.shape[1])
+    *inputs, _ = args
+    return kernels.forward(*inputs)
 
 
-@torch.library.custom_op("userip_fast::prepend_soft_prompts_backward", mutates_args=())
-def _prepend_soft_prompts_backward(
+@operator(
+    "prepend_soft_prompts_backward",
+    prepend_soft_prompts_backward_reference,
+    fake=lambda d_x, plan, rows, dtype, _: d_x.new_empty(rows, d_x.shape[1], dtype=dtype),
+)
+def _gradient(
     d_x: Tensor, plan: Tensor, num_soft_rows: int, dtype: torch.dtype, impl: str
 ) -> Tensor:
-    if impl == "triton":
-        from userip_fast.kernels import prepend_soft_prompts as kernels
+    from userip_fast.kernels import prepend_soft_prompts as kernels
 
-        return kernels.backward(d_x, *_soft_occurrences(plan, num_soft_rows), num_soft_rows, dtype)
-    assert impl == "reference", impl
-    return prepend_soft_prompts_backward_reference(d_x, plan, num_soft_rows, dtype)
+    return kernels.backward(d_x, *_soft_occurrences(plan, num_soft_rows), num_soft_rows, dtype)
 
 
-@_prepend_soft_prompts_backward.register_fake
-def _(d_x, plan, num_soft_rows, dtype, impl):  # type: ignore[no-untyped-def]
-    return d_x.new_empty(num_soft_rows, d_x.shape[1], dtype=dtype)
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, soft_rows, plan, _, ctx.impl = inputs
     ctx.save_for_backward(plan)
     ctx.num_soft_rows, ctx.dtype = soft_rows.shape[0], soft_rows.dtype
 
 
-def _backward(ctx, d_x):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, d_x: Tensor) -> tuple[None, Tensor]:
     (plan,) = ctx.saved_tensors
-    d_soft_rows = _prepend_soft_prompts_backward(d_x, plan, ctx.num_soft_rows, ctx.dtype, ctx.impl)
-    return None, d_soft_rows, None, None, None
+    return None, _gradient(d_x, plan, ctx.num_soft_rows, ctx.dtype, ctx.impl)
 
 
-_prepend_soft_prompts.register_autograd(_backward, setup_context=_setup_context)
+_prepend = differentiable(_forward, _setup_context, _backward)
 
 
 def _why_not_triton(token_embedding: Tensor, soft_rows: Tensor) -> str | None:
@@ -181,10 +173,6 @@ def prepend_soft_prompts(
             f"{_OP}: the last dimension of token_embedding and soft_rows must be contiguous, their "
             f"strides are {token_embedding.stride()} and {soft_rows.stride()}; call .contiguous()"
         )
-    why_not = {
-        "reference": lambda: None,
-        "triton": lambda: _why_not_triton(token_embedding, soft_rows),
-    }
-    order = ("triton", "reference") if token_embedding.is_cuda else ("reference", "triton")
-    chosen = resolve(_OP, impl, {name: why_not[name] for name in order})
-    return _prepend_soft_prompts(token_embedding, soft_rows, plan, scale, chosen)
+    found = by_device(token_embedding, triton=lambda: _why_not_triton(token_embedding, soft_rows))
+    x: Tensor = _prepend(token_embedding, soft_rows, plan, scale, resolve(_OP, impl, found))
+    return x

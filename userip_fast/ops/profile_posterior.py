@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from userip_fast.core import _extension
 from userip_fast.ops import _triton
-from userip_fast.ops._dispatch import WhyNot, resolve
+from userip_fast.ops._dispatch import WhyNot, by_device, extension, resolve, why_not_cpu
+from userip_fast.ops._operator import operator
 
 _TRITON_CODES = 8192  # a program holds all codes of its users
 
@@ -43,73 +43,34 @@ def profile_posterior_reference(
     return (joint - evidence[:, None]).to(table.dtype), evidence
 
 
-@torch.library.custom_op("userip_fast::profile_posterior", mutates_args=())
-def _profile_posterior(
-    table: Tensor,
-    kinds: Tensor,
-    offsets: Tensor,
-    log_prior: Tensor,
-    weights: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    users, (num_kinds, codes) = len(offsets) - 1, table.shape
-    log_resp = table.new_empty(users, codes)
-    evidence = table.new_empty(users, dtype=torch.float64)
-    prior = log_prior.double()
-    if impl == "cpu":
-        module: Any = _extension.load()
-        module.profile_posterior(
-            table.data_ptr(),
-            num_kinds,
-            codes,
-            kinds.data_ptr(),
-            0 if weights is None else weights.data_ptr(),
-            len(kinds),
-            offsets.data_ptr(),
-            users,
-            prior.data_ptr(),
-            log_resp.data_ptr(),
-            evidence.data_ptr(),
-        )
-        return log_resp, evidence
+def _results(table: Tensor, kinds: Tensor, offsets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """log_resp and evidence, to be written."""
+    users = offsets.shape[0] - 1
+    log_resp = table.new_empty(users, table.shape[1])
+    return log_resp, table.new_empty(users, dtype=torch.float64)
+
+
+@operator("profile_posterior", profile_posterior_reference, fake=_results)
+def _profile_posterior(*args: Any) -> tuple[Tensor, Tensor]:
+    table, kinds, offsets, log_prior, weights, impl = args
+    out, prior = _results(table, kinds, offsets), log_prior.double()
     if impl == "triton":
         from userip_fast.kernels import profile_posterior as kernel
 
-        kernel.profile_posterior(table, kinds, offsets, prior, weights, log_resp, evidence)
-        return log_resp, evidence
-    assert impl == "reference", impl
-    return profile_posterior_reference(table, kinds, offsets, log_prior, weights)
-
-
-@_profile_posterior.register_fake
-def _(table, kinds, offsets, log_prior, weights, impl):  # type: ignore[no-untyped-def]
-    users = offsets.shape[0] - 1
-    return (
-        table.new_empty(users, table.shape[1]),
-        table.new_empty(users, dtype=torch.float64),
-    )
+        kernel.profile_posterior(table, kinds, offsets, prior, weights, *out)
+    else:
+        events, users = (kinds, weights, len(kinds)), (offsets, len(offsets) - 1)
+        extension("profile_posterior", table, *table.shape, *events, *users, prior, *out)
+    return out
 
 
 def _candidates(table: Tensor) -> dict[str, WhyNot]:
-    def cpu() -> str | None:
-        if table.device.type != "cpu":
-            return "table is not on the CPU"
-        module = _extension.load()
-        if module is None:
-            return _extension.why_not()
-        if not hasattr(module, "profile_posterior"):
-            return "userip_fast._C has no posterior for this processor type"
-        features = module.cpu_features()
-        return None if features["avx2"] and features["fma"] else "the processor lacks AVX2 and FMA"
-
     def triton() -> str | None:
         if table.shape[1] > _TRITON_CODES:
             return f"table has {table.shape[1]} codes, more than {_TRITON_CODES}"
         return _triton.why_not(table)
 
-    if table.device.type == "cpu":
-        return {"cpu": cpu, "reference": lambda: None, "triton": triton}
-    return {"triton": triton, "reference": lambda: None, "cpu": cpu}
+    return by_device(table, lambda: why_not_cpu(table, "profile_posterior"), triton=triton)
 
 
 def profile_posterior(
@@ -177,7 +138,9 @@ def profile_posterior(
     chosen = resolve("profile_posterior", impl, _candidates(table))
     if table.device.type == "cpu":
         _check_events(kinds, offsets, len(table), chosen)
-    return _profile_posterior(table, kinds, offsets, log_prior, weights, chosen)
+    found = _profile_posterior(table, kinds, offsets, log_prior, weights, chosen)
+    log_resp, evidence = found
+    return log_resp, evidence
 
 
 def _check_events(kinds: Tensor, offsets: Tensor, num_kinds: int, impl: str) -> None:

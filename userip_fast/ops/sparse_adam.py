@@ -18,21 +18,14 @@ from torch import Tensor
 
 from userip_fast.core import _extension
 from userip_fast.ops import _triton
-from userip_fast.ops._dispatch import WhyNot, resolve
+from userip_fast.ops._dispatch import WhyNot, by_device, extension, resolve
+from userip_fast.ops._operator import operator
 
 
 def sparse_adam_reference(
-    theta: Tensor,
-    m: Tensor,
-    v: Tensor,
-    step: Tensor,
-    rows: Tensor,
-    grad: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
+    theta: Tensor, m: Tensor, v: Tensor, step: Tensor, rows: Tensor, grad: Tensor,
+    lr: float, beta1: float, beta2: float, eps: float,
+) -> None:  # fmt: skip
     """The oracle: updates theta, m, v and step in place."""
     g = grad.float()
     t = step[rows] + 1
@@ -48,50 +41,29 @@ def sparse_adam_reference(
     step[rows] = t
 
 
-@torch.library.custom_op("userip_fast::sparse_adam", mutates_args=("theta", "m", "v", "step"))
-def _sparse_adam(
-    theta: Tensor,
-    m: Tensor,
-    v: Tensor,
-    step: Tensor,
-    rows: Tensor,
-    grad: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    impl: str,
-) -> None:
-    if impl == "cpu":
-        g = grad.float().contiguous()
-        r = rows.contiguous()
-        pointers = (t.data_ptr() for t in (theta, m, v, step, r, g))
-        sizes = (rows.shape[0], *theta.shape)
-        module: Any = _extension.load()
-        return module.sparse_adam(*pointers, *sizes, lr, beta1, beta2, eps)
+@operator(
+    "sparse_adam",
+    sparse_adam_reference,
+    fake=lambda *_: None,
+    mutates=("theta", "m", "v", "step"),
+)
+def _sparse_adam(*args: Any) -> None:
+    *state, rows, grad, lr, beta1, beta2, eps, impl = args
     if impl == "triton":
         from userip_fast.kernels import sparse_adam as kernel
 
-        return kernel.sparse_adam(theta, m, v, step, rows, grad, lr, beta1, beta2, eps)
-    assert impl == "reference", impl
-    sparse_adam_reference(theta, m, v, step, rows, grad, lr, beta1, beta2, eps)
-
-
-@_sparse_adam.register_fake
-def _(theta, m, v, step, rows, grad, lr, beta1, beta2, eps, impl):  # type: ignore[no-untyped-def]
-    return None
+        kernel.sparse_adam(*args[:-1])
+    else:
+        dense = (rows.contiguous(), grad.float().contiguous())
+        sizes = (len(rows), *state[0].shape)
+        extension("sparse_adam", *state, *dense, *sizes, lr, beta1, beta2, eps)
 
 
 def _candidates(theta: Tensor) -> dict[str, WhyNot]:
     def cpu() -> str | None:
         return "theta is not on the CPU" if theta.device.type != "cpu" else _extension.why_not()
 
-    def triton() -> str | None:
-        return _triton.why_not(theta)
-
-    if theta.device.type == "cpu":
-        return {"cpu": cpu, "reference": lambda: None, "triton": triton}
-    return {"triton": triton, "reference": lambda: None, "cpu": cpu}
+    return by_device(theta, cpu, triton=lambda: _triton.why_not(theta))
 
 
 def sparse_adam(

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from userip_fast.core import measured
 from userip_fast.core.errors import UnsupportedError
+from userip_fast.ops.soft_prompt_attention.context import Context
 
 logger = logging.getLogger("userip_fast.ops")
 
@@ -34,97 +35,68 @@ _GAIN = 0.95  # flash-attn must take at most so much of torch's time
 _SEQUENCES, _ROWS = 16, 512  # of the sample that is timed
 
 
-class SegmentAttention(Protocol):
-    """Plain varlen attention of q [Tq, H, d] over k, v [Tk, Hkv, d] and its backward pass."""
+class Segment(NamedTuple):
+    """Whose rows see whose columns, and how."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bounds: _Bounds, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """out [Tq, H, d] and natural-log lse [H, Tq] fp32."""
-
-    def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        bounds: _Bounds,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv for the given out and lse, whether or not they are this segment's own."""
-
-
-class _Bounds(NamedTuple):
     cu_q: Tensor  # [n + 1] int32
     cu_k: Tensor
     max_q: int
     max_k: int
     causal: bool
+    scale: float
+
+
+class SegmentAttention(Protocol):
+    """Plain varlen attention of q [Tq, H, d] over k, v [Tk, Hkv, d] and its backward pass."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, at: Segment) -> tuple[Tensor, Tensor]:
+        """out [Tq, H, d] and natural-log lse [H, Tq] fp32."""
+
+    def backward(
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, at: Segment
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv for the given out and lse, whether or not they are this segment's own."""
 
 
 class TorchFlash:
     """The flash kernels that torch carries, as torch.nn.attention.varlen calls them."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bounds: _Bounds, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, at: Segment) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, *bounds[:4], 0.0, bounds.causal, False, scale=scale
+            q, k, v, *at[:4], 0.0, at.causal, False, scale=at.scale
         )
         return out, lse
 
-    def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        bounds: _Bounds,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, d_out: Tensor, q: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, at = saved
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)
         return torch.ops.aten._flash_attention_backward(
-            d_out, q, k, v, out, lse, *bounds[:4], 0.0, bounds.causal, *no_dropout, scale=scale
+            d_out, q, *tensors, *at[:4], 0.0, at.causal, *no_dropout, scale=at.scale
         )
 
 
 class FlashAttn:
     """The kernels of the package flash-attn, 2.7 or later; gradients are the same each time."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bounds: _Bounds, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, at: Segment) -> tuple[Tensor, Tensor]:
         from flash_attn import flash_attn_interface as flash
 
         out, lse, *_ = flash._flash_attn_varlen_forward(
-            q, k, v, *bounds[:4], dropout_p=0.0, softmax_scale=scale, causal=bounds.causal
+            q, k, v, *at[:4], dropout_p=0.0, softmax_scale=at.scale, causal=at.causal
         )
         return out, lse
 
-    def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        bounds: _Bounds,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, d_out: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn import flash_attn_interface as flash
 
-        grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        *tensors, at = saved
+        dq, dk, dv = (x.new_empty(x.shape) for x in tensors[:3])
         flash._flash_attn_varlen_backward(
-            d_out, q, k, v, out, lse, *grads, *bounds[:4], dropout_p=0.0, softmax_scale=scale,
-            causal=bounds.causal, window_size_left=-1, window_size_right=-1, softcap=0.0,
+            d_out, *tensors, dq, dk, dv, *at[:4], dropout_p=0.0, softmax_scale=at.scale,
+            causal=at.causal, window_size_left=-1, window_size_right=-1, softcap=0.0,
             alibi_slopes=None, deterministic=True,
         )  # fmt: skip
-        return grads
+        return dq, dk, dv
 
 
 _LIBRARIES: dict[str, Any] = {"torch": TorchFlash, "flash-attn": FlashAttn}
@@ -169,14 +141,14 @@ def _time(
     q, k, v = (torch.randn(rows, h, dim, dtype=dtype, device=device)
                for h in (heads, kv_heads, kv_heads))  # fmt: skip
     cu = torch.arange(0, rows + 1, _ROWS, dtype=torch.int32, device=device)
-    bounds = _Bounds(cu, cu, _ROWS, _ROWS, True)
+    at = Segment(cu, cu, _ROWS, _ROWS, True, dim**-0.5)
     best = float("inf")
     try:
         for _ in range(6):  # the first loads kernels
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
-            out, lse = flash.forward(q, k, v, bounds, dim**-0.5)
-            flash.backward(out, q, k, v, out, lse, bounds, dim**-0.5)
+            out, lse = flash.forward(q, k, v, at)
+            flash.backward(out, q, k, v, out, lse, at)
             end.record()
             end.synchronize()
             best = min(best, begin.elapsed_time(end))
@@ -189,58 +161,48 @@ def _time(
 class _Layout(NamedTuple):
     used: int  # rows that belong to a user
     soft: Tensor  # [n] int64, their soft rows
-    soft_pack: tuple[Tensor, ...]  # the soft rows as a pack of their own
-    shared: _Bounds
-    own: _Bounds
+    of_soft: Context  # the soft rows as a pack of their own
+    shared: Segment
+    own: Segment
 
 
-def _layout(
-    pack: tuple[Tensor, ...], num_fields: int, window: int, softcap: float, max_seqlen: int
-) -> _Layout:
-    segment, prefix_segment, cu_seqlens, position, prefix_position = pack
-    if window > 0 or softcap > 0.0:
+def _layout(context: Context) -> _Layout:
+    num_fields, cu_seqlens = context.num_fields, context.cu_seqlens
+    if context.window > 0 or context.softcap > 0.0:
         raise UnsupportedError(
             "soft_prompt_attention: impl='varlen' has neither window nor softcap, got "
-            f"window={window}, softcap={softcap}; use impl='triton'"
+            f"window={context.window}, softcap={context.softcap}; use impl='triton'"
         )
     used = int(cu_seqlens[-1])
-    if bool((segment[:used] > num_fields).any()):
+    segment = context.segment[:used]
+    if bool((segment > num_fields).any()):
         raise UnsupportedError(
             "soft_prompt_attention: impl='varlen' reads behaviour as one sequence, but a segment "
             f"is over num_fields={num_fields} (independent items); use impl='triton'"
         )
-    is_soft = segment[:used] < num_fields
+    is_soft = segment < num_fields
     soft = is_soft.nonzero().squeeze(1)
     before = torch.nn.functional.pad(is_soft.cumsum(0, dtype=torch.int32), (1, 0))
-    soft_pack = (segment[soft], prefix_segment, before[cu_seqlens.long()])
-    ends = cu_seqlens.new_tensor([0, used]), cu_seqlens.new_tensor([0, len(prefix_segment)])
-    longest = max_seqlen or int(cu_seqlens.diff().amax())
+    of_soft = context._replace(
+        segment=segment[soft], cu_seqlens=before[cu_seqlens.long()], position=context.position[soft]
+    )
+    prefix = len(context.prefix_segment)
+    ends = cu_seqlens.new_tensor([0, used]), cu_seqlens.new_tensor([0, prefix])
+    longest = context.max_seqlen or int(cu_seqlens.diff().amax())
     return _Layout(
         used,
         soft,
-        (*soft_pack, position[soft], prefix_position),
-        _Bounds(*ends, used, len(prefix_segment), False),
-        _Bounds(cu_seqlens, cu_seqlens, longest, longest, True),
+        of_soft,
+        Segment(*ends, used, prefix, False, context.scale),
+        Segment(cu_seqlens, cu_seqlens, longest, longest, True, context.scale),
     )
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    pack: tuple[Tensor, ...],
-    num_fields: int,
-    scale: float,
-    window: int,
-    softcap: float,
-    max_seqlen: int,
-    kernels: Any,
-    flash: SegmentAttention,
+    q: Tensor, k: Tensor, v: Tensor, context: Context, kernels: Any, flash: SegmentAttention
 ) -> tuple[Tensor, Tensor]:
     """out [T, H, d] and natural-log lse [H, T]; `kernels.forward` does the pack of soft rows."""
-    at = _layout(pack, num_fields, window, softcap, max_seqlen)
+    at = _layout(context)
     full_out = q.new_zeros(q.shape)
     full_lse = q.new_zeros(
         q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32)
@@ -248,16 +210,13 @@ def forward(
     if at.used == 0:
         return full_out, full_lse
     rows, keys, values = (x[: at.used] for x in (q, k, v))
-    out, lse = flash.forward(rows, keys, values, at.own, scale)
-    if prefix_k.shape[0] > 0:
-        out_a, lse_a = flash.forward(rows, prefix_k, prefix_v, at.shared, scale)
+    out, lse = flash.forward(rows, keys, values, at.own)
+    if context.prefix_k.shape[0] > 0:
+        out_a, lse_a = flash.forward(rows, context.prefix_k, context.prefix_v, at.shared)
         merged = torch.logaddexp(lse_a, lse)
         share_a, share_b = ((x - merged).exp().T.unsqueeze(2) for x in (lse_a, lse))
         out, lse = (share_a * out_a + share_b * out).to(q.dtype), merged
-    soft_out, _ = kernels.forward(
-        q[at.soft], k[at.soft], v[at.soft], prefix_k, prefix_v, *at.soft_pack,
-        None, num_fields, scale, 0, 0.0, 0,
-    )  # fmt: skip
+    soft_out, _ = kernels.forward(q[at.soft], k[at.soft], v[at.soft], at.of_soft)
     full_out[: at.used] = out
     full_out[at.soft] = soft_out
     full_lse[:, : at.used] = lse
@@ -265,25 +224,11 @@ def forward(
 
 
 def backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    pack: tuple[Tensor, ...],
-    out: Tensor,
-    lse: Tensor,
-    num_fields: int,
-    scale: float,
-    window: int,
-    softcap: float,
-    max_seqlen: int,
-    kernels: Any,
-    flash: SegmentAttention,
-) -> tuple[Tensor, Tensor, Tensor]:
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, context: Context,
+    kernels: Any, flash: SegmentAttention,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq [T, H, d], dk and dv [T, Hkv, d]."""
-    at = _layout(pack, num_fields, window, softcap, max_seqlen)
+    at = _layout(context)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     if at.used == 0:
         return dq, dk, dv
@@ -291,20 +236,15 @@ def backward(
     grad, row_lse = d_out[: at.used].clone(), lse[:, : at.used].clone()
     grad[at.soft] = 0.0
     row_lse[:, at.soft] = torch.inf
-    parts = flash.backward(grad, rows, keys, values, result, row_lse, at.own, scale)
+    parts = flash.backward(grad, rows, keys, values, result, row_lse, at.own)
     for full, part in zip((dq, dk, dv), parts, strict=True):
         full[: at.used] = part
-    if prefix_k.shape[0] > 0:
-        dq[: at.used] += flash.backward(
-            grad, rows, prefix_k, prefix_v, result, row_lse, at.shared, scale
-        )[0]
+    if context.prefix_k.shape[0] > 0:
+        prefix = context.prefix_k, context.prefix_v
+        dq[: at.used] += flash.backward(grad, rows, *prefix, result, row_lse, at.shared)[0]
     soft = tuple(x[at.soft] for x in (q, k, v))
-    settings = (num_fields, scale, 0, 0.0, 0)
-    soft_out, soft_lse = kernels.forward(*soft, prefix_k, prefix_v, *at.soft_pack, None, *settings)
-    soft_grads = kernels.backward(
-        d_out[at.soft], *soft, prefix_k, prefix_v, *at.soft_pack, None, soft_out, soft_lse,
-        *settings,
-    )  # fmt: skip
-    for full, part in zip((dq, dk, dv), soft_grads, strict=True):
+    soft_out, soft_lse = kernels.forward(*soft, at.of_soft)
+    grads = kernels.backward(d_out[at.soft], *soft, soft_out, soft_lse, at.of_soft)
+    for full, part in zip((dq, dk, dv), grads, strict=True):
         full[at.soft] += part
     return dq, dk, dv

@@ -23,123 +23,86 @@ multiplies dS by 1 - (S / softcap)^2.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from userip_fast.ops._dispatch import resolve
-from userip_fast.ops._soft_prompt_attention_reference import (
-    soft_prompt_attention_backward_reference,
-    soft_prompt_attention_reference,
-)
-from userip_fast.ops._step import differentiable, step_op
+from userip_fast.ops._dispatch import by_device, resolve
+from userip_fast.ops._operator import differentiable, flat, operator
 from userip_fast.ops._triton import why_not as why_not_triton
+from userip_fast.ops.soft_prompt_attention import reference
+from userip_fast.ops.soft_prompt_attention.context import Context
 
 _OP = "soft_prompt_attention"
 
-
-@step_op("soft_prompt_attention")
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    segment: Tensor,
-    prefix_segment: Tensor,
-    cu_seqlens: Tensor,
-    position: Tensor,
-    prefix_position: Tensor,
-    sinks: Tensor | None,
-    num_fields: int,
-    scale: float,
-    window: int,
-    softcap: float,
-    chunk: int,
-    max_seqlen: int,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    pack = (segment, prefix_segment, cu_seqlens, position, prefix_position, sinks)
-    settings = (num_fields, scale, window, softcap, chunk)
-    if impl == "cpu":
-        from userip_fast.ops import _soft_prompt_attention_cpu as cpu
-
-        # Its backward pass needs no lse.
-        return cpu.forward(q, k, v, prefix_k, prefix_v, *pack, *settings), q.new_empty(0)
-    if impl == "triton":
-        from userip_fast.kernels import soft_prompt_attention as kernels
-
-        return kernels.forward(q, k, v, prefix_k, prefix_v, *pack, *settings)
-    if impl == "varlen":
-        from userip_fast.kernels import soft_prompt_attention as kernels
-        from userip_fast.ops import _soft_prompt_attention_varlen as varlen
-
-        extra = (max_seqlen, kernels, varlen.flash_for(q, k))
-        return varlen.forward(q, k, v, prefix_k, prefix_v, pack[:5], *settings[:4], *extra)
-    assert impl == "reference", impl
-    return soft_prompt_attention_reference(q, k, v, prefix_k, prefix_v, *pack, *settings)
+soft_prompt_attention_reference = flat(reference.forward)
 
 
-@attention_forward.op.register_fake
-def _(q, k, v, *args):  # type: ignore[no-untyped-def]
-    out = q.new_empty(*q.shape[:2], v.shape[2])
-    if args[-1] == "cpu":
-        return out, q.new_empty(0)
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, context: Context, impl: str) -> Any:
     acc = torch.promote_types(q.dtype, torch.float32)
-    return out, q.new_empty(q.shape[1], q.shape[0], dtype=acc)
+    lse = q.new_empty(0) if impl == "cpu" else q.new_empty(q.shape[1], q.shape[0], dtype=acc)
+    return q.new_empty(*q.shape[:2], v.shape[2]), lse
 
 
-@step_op("soft_prompt_attention_backward")
-def attention_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    segment: Tensor,
-    prefix_segment: Tensor,
-    cu_seqlens: Tensor,
-    position: Tensor,
-    prefix_position: Tensor,
-    sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    num_fields: int,
-    scale: float,
-    window: int,
-    softcap: float,
-    chunk: int,
-    max_seqlen: int,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pack = (segment, prefix_segment, cu_seqlens, position, prefix_position, sinks)
-    settings = (num_fields, scale, window, softcap, chunk)
+@operator(_OP, reference.forward, fake=_forward_fake)
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, context: Context, impl: str) -> Any:
+    """out and lse, which is empty by "cpu": its backward pass needs none."""
     if impl == "cpu":
-        from userip_fast.ops import _soft_prompt_attention_cpu as cpu
+        from userip_fast.ops.soft_prompt_attention import cpu
 
-        return cpu.backward(d_out, q, k, v, prefix_k, prefix_v, out, *pack, *settings)
+        return cpu.forward(q, k, v, context), q.new_empty(0)
+    from userip_fast.kernels import soft_prompt_attention as kernels
+
     if impl == "triton":
-        from userip_fast.kernels import soft_prompt_attention as kernels
+        return kernels.forward(q, k, v, context)
+    from userip_fast.ops.soft_prompt_attention import varlen
 
-        return kernels.backward(d_out, q, k, v, prefix_k, prefix_v, *pack, out, lse, *settings)
-    if impl == "varlen":
-        from userip_fast.kernels import soft_prompt_attention as kernels
-        from userip_fast.ops import _soft_prompt_attention_varlen as varlen
-
-        extra = (max_seqlen, kernels, varlen.flash_for(q, k))
-        return varlen.backward(
-            d_out, q, k, v, prefix_k, prefix_v, pack[:5], out, lse, *settings[:4], *extra
-        )
-    assert impl == "reference", impl
-    return soft_prompt_attention_backward_reference(
-        d_out, q, k, v, prefix_k, prefix_v, *pack, out, lse, *settings
-    )
+    return varlen.forward(q, k, v, context, kernels, varlen.flash_for(q, k))
 
 
-@attention_backward.op.register_fake
-def _(d_out, q, k, v, *args):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+@operator(
+    "soft_prompt_attention_backward",
+    reference.backward,
+    fake=lambda d_out, q, k, v, *others: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)
+def attention_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, context: Context,
+    impl: str,
+) -> Any:  # fmt: skip
+    """dq, dk and dv."""
+    if impl == "cpu":
+        from userip_fast.ops.soft_prompt_attention import cpu
+
+        return cpu.backward(d_out, q, k, v, out, context)
+    from userip_fast.kernels import soft_prompt_attention as kernels
+
+    if impl == "triton":
+        return kernels.backward(d_out, q, k, v, out, lse, context)
+    from userip_fast.ops.soft_prompt_attention import varlen
+
+    flash = varlen.flash_for(q, k)
+    return varlen.backward(d_out, q, k, v, out, lse, context, kernels, flash)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, context, ctx.impl = inputs
+    ctx.save_for_backward(q, k, v, *output, *context.tensors)
+    ctx.settings = context.settings
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # the lse has none, which would be zeros else
+
+
+def _backward(ctx: Any, d_out: Tensor | None, _d_lse: None) -> tuple[Tensor, ...]:
+    if d_out is None:
+        return ()
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    context = Context(*tensors, *ctx.settings)
+    grads: tuple[Tensor, ...] = attention_backward(d_out, q, k, v, out, lse, context, ctx.impl)
+    return grads
+
+
+_attention = differentiable(attention_forward, _setup_context, _backward)
 
 
 def _why_not_triton(q: Tensor, v: Tensor) -> str | None:
@@ -152,31 +115,14 @@ def _why_not_triton(q: Tensor, v: Tensor) -> str | None:
     return why_not_triton(q)
 
 
-def _why_not_varlen(q: Tensor, v: Tensor, sinks: Tensor | None, chunk: int) -> str | None:
-    if sinks is not None or chunk or v.shape[2] != q.shape[2]:
+def _why_not_varlen(q: Tensor, v: Tensor, context: Context) -> str | None:
+    if context.sinks is not None or context.chunk or v.shape[2] != q.shape[2]:
         return "it knows neither sinks nor chunks nor a v of another width"
     if q.device.type != "cuda":
         return f"it needs a CUDA device for torch's flash kernels, the tensors are on {q.device}"
     if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] % 8:
         return f"flash kernels take bf16 or fp16 and multiples of 8, got {q.dtype}, {q.shape[2]}"
     return _why_not_triton(q, v)  # for the soft rows
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:11], *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.settings = inputs[11:]
-    ctx.set_materialize_grads(False)  # the lse has none, which would be zeros else
-
-
-def _backward(ctx, d_out, _d_lse):  # type: ignore[no-untyped-def]
-    if d_out is None:
-        return (None,) * 18
-    grads = attention_backward(d_out, *ctx.saved_tensors, *ctx.settings)
-    return *grads, *[None] * 15
-
-
-_attention = differentiable(attention_forward, _setup_context, _backward)
 
 
 def soft_prompt_attention(
@@ -232,8 +178,11 @@ def soft_prompt_attention(
         ValueError: A shape, dtype or argument breaks the rules above.
         UnavailableError: The implementation asked for cannot run this call.
     """
-    pack = (segment, prefix_segment, cu_seqlens, position, prefix_position)
-    _check(q, k, v, prefix_k, prefix_v, *pack)
+    context = Context(
+        prefix_k, prefix_v, segment, prefix_segment, cu_seqlens, position, prefix_position, sinks,
+        num_fields, scale, window, softcap, chunk, max_seqlen or 0,
+    )  # fmt: skip
+    _check(q, k, v, context)
     if (
         num_fields < 1
         or min(window, chunk) < 0
@@ -253,35 +202,18 @@ def soft_prompt_attention(
             f"{_OP}: sinks must be a constant [{q.shape[1]}] on {q.device}, got "
             f"{tuple(sinks.shape)} on {sinks.device}, requires_grad={sinks.requires_grad}"
         )
-    on_cpu = q.device.type == "cpu"
-    why_not = {  # tensors on `meta` stand for any device
-        "cpu": lambda: (
-            None if on_cpu or q.is_meta else f"it is for CPU tensors, these are on {q.device}"
-        ),
-        "triton": lambda: _why_not_triton(q, v),
-        "reference": lambda: None,
-        "varlen": lambda: _why_not_varlen(q, v, sinks, chunk),
-    }
-    # What comes after the reference is never chosen by "auto": Triton's interpreter is for tests,
-    # and whether varlen is faster anywhere has not been measured.
-    order = ("cpu", "reference", "triton") if on_cpu else ("triton", "reference", "cpu")
-    chosen = resolve(_OP, impl, {name: why_not[name] for name in (*order, "varlen")})
-    settings = (num_fields, scale, window, softcap, chunk, max_seqlen or 0)
-    return _attention(q, k, v, prefix_k, prefix_v, *pack, sinks, *settings, chosen)[0]
+    found = by_device(
+        q,
+        cpu=lambda: None if q.device.type in ("cpu", "meta") else f"the tensors are on {q.device}",
+        triton=lambda: _why_not_triton(q, v),
+    )  # whether varlen is faster anywhere has not been measured: by name alone
+    chosen = resolve(_OP, impl, found | {"varlen": lambda: _why_not_varlen(q, v, context)})
+    out: Tensor = _attention(q, k, v, context, chosen)[0]
+    return out
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    segment: Tensor,
-    prefix_segment: Tensor,
-    cu_seqlens: Tensor,
-    position: Tensor,
-    prefix_position: Tensor,
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, context: Context) -> None:
+    prefix_k, prefix_v, cu_seqlens = context.prefix_k, context.prefix_v, context.cu_seqlens
     if any(x.dim() != 3 for x in (q, k, v, prefix_k)):
         raise ValueError(
             f"{_OP}: q [T, H, d], k [T, Hkv, d], v [T, Hkv, dv] and prefix_k [P, Hkv, d] must have "
@@ -321,10 +253,10 @@ def _check(
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{_OP}: cu_seqlens must be [U + 1], got {tuple(cu_seqlens.shape)}")
     for name, x, length in (
-        ("segment", segment, rows),
-        ("prefix_segment", prefix_segment, prefix),
-        ("position", position, rows),
-        ("prefix_position", prefix_position, prefix),
+        ("segment", context.segment, rows),
+        ("prefix_segment", context.prefix_segment, prefix),
+        ("position", context.position, rows),
+        ("prefix_position", context.prefix_position, prefix),
         ("cu_seqlens", cu_seqlens, cu_seqlens.shape[0]),
     ):
         if tuple(x.shape) != (length,) or x.dtype != torch.int32 or x.device != q.device:

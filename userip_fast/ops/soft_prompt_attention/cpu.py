@@ -9,61 +9,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from userip_fast.ops._soft_prompt_attention_reference import user_bounds, visible
+from userip_fast.ops.soft_prompt_attention.context import Context
+from userip_fast.ops.soft_prompt_attention.reference import user_bounds, visible
 
 _BLOCK_BYTES = 2 << 20  # scores of one block over all heads
 _MAX_PADDING = 1.25  # longest over shortest user of a block
 
 
-@dataclass(frozen=True)
-class _Pack:
-    """Everything of a call but the projections, in the order of the op's arguments."""
+def _factor(context: Context) -> float:
+    """What multiplies q, so that q.k is the score, or the argument of the soft cap's tanh."""
+    return context.scale / context.softcap if context.softcap > 0.0 else context.scale
 
-    segment: Tensor
-    prefix_segment: Tensor
-    cu_seqlens: Tensor
-    position: Tensor
-    prefix_position: Tensor
-    sinks: Tensor | None
-    num_fields: int
-    scale: float
-    window: int
-    softcap: float
-    chunk: int
 
-    @property
-    def factor(self) -> float:
-        """What multiplies q, so that q.k is the score, or the argument of the soft cap's tanh."""
-        return self.scale / self.softcap if self.softcap > 0.0 else self.scale
-
-    def blocks(self, heads: int, element_size: int) -> Iterator[list[tuple[int, int]]]:
-        """Users of similar length, as (length, first row), shortest first."""
-        bounds = user_bounds(self.cu_seqlens, self.segment.shape[0])
-        block: list[tuple[int, int]] = []
-        for length, start in sorted((b - a, a) for a, b in pairwise(bounds) if b > a):
-            scores = length * (length + self.prefix_segment.shape[0]) * heads * element_size
-            if block and (
-                length > _MAX_PADDING * block[0][0] + 4 or (len(block) + 1) * scores > _BLOCK_BYTES
-            ):
-                yield block
-                block = []
-            block.append((length, start))
-        if block:
+def _blocks(context: Context, heads: int, element_size: int) -> Iterator[list[tuple[int, int]]]:
+    """Users of similar length, as (length, first row), shortest first."""
+    bounds = user_bounds(context.cu_seqlens, context.segment.shape[0])
+    block: list[tuple[int, int]] = []
+    for length, start in sorted((b - a, a) for a, b in pairwise(bounds) if b > a):
+        scores = length * (length + context.prefix_segment.shape[0]) * heads * element_size
+        if block and (
+            length > _MAX_PADDING * block[0][0] + 4 or (len(block) + 1) * scores > _BLOCK_BYTES
+        ):
             yield block
+            block = []
+        block.append((length, start))
+    if block:
+        yield block
 
 
 class _Block:
     """B users padded to n rows: their rows in the pack, their mask, and their scores."""
 
-    def __init__(self, users: list[tuple[int, int]], pack: _Pack, k: Tensor, acc: torch.dtype):
-        self.pack, self.acc = pack, acc
+    def __init__(self, users: list[tuple[int, int]], context: Context, k: Tensor, acc: torch.dtype):
+        self.context, self.acc = context, acc
         self.size, self.n = len(users), users[-1][0]
         self.kv_heads = k.shape[1]
         length, start = torch.tensor(users).T.unsqueeze(-1)  # [B, 1] each
@@ -74,12 +57,12 @@ class _Block:
         self.source = source.flatten()
         self.target = self.source.masked_fill(self.padding, k.shape[0])
 
-        prefix = pack.prefix_segment.shape[0]
+        prefix = context.prefix_segment.shape[0]
         segment, position = (
             torch.cat([shared.expand(self.size, prefix), own[source]], 1)
             for shared, own in (
-                (pack.prefix_segment, pack.segment),
-                (pack.prefix_position, pack.position),
+                (context.prefix_segment, context.segment),
+                (context.prefix_position, context.position),
             )
         )
         ok = visible(
@@ -87,9 +70,9 @@ class _Block:
             segment[:, None],
             position[:, prefix:, None],
             position[:, None],
-            pack.num_fields,
-            pack.window,
-            pack.chunk,
+            context.num_fields,
+            context.window,
+            context.chunk,
         )
         ok &= ok.new_ones(self.n, prefix + self.n).tril(prefix)
         bias = torch.zeros(ok.shape, dtype=acc).masked_fill_(~ok, -math.inf)
@@ -118,85 +101,63 @@ class _Block:
         """P [Hkv * B, G * n, P + n], and d score / d (q.k) where a soft cap makes it vary."""
         s = torch.bmm(q, k.mT)
         slope = None
-        if self.pack.softcap > 0.0:
+        if self.context.softcap > 0.0:
             s.tanh_()
-            slope = self.pack.softcap * (1 - s.square())
-            s.mul_(self.pack.softcap)
+            slope = self.context.softcap * (1 - s.square())
+            s.mul_(self.context.softcap)
         s.view(self.kv_heads, self.size, -1, *self.bias.shape[2:]).add_(self.bias)
-        if self.pack.sinks is None:
+        if self.context.sinks is None:
             return s.softmax(-1), slope
-        sink = self.pack.sinks.to(self.acc).view(self.kv_heads, 1, -1, 1)
+        sink = self.context.sinks.to(self.acc).view(self.kv_heads, 1, -1, 1)
         sink = sink.expand(-1, self.size, -1, self.n).reshape(self.kv_heads * self.size, -1, 1)
         top = torch.maximum(s.amax(-1, keepdim=True), sink)
         s.sub_(top).exp_()
         return s.div_(s.sum(-1, keepdim=True) + (sink - top).exp_()), slope
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *pack_and_settings: Any
-) -> Tensor:
-    """out [T, H, dv]; arguments as `soft_prompt_attention_reference`."""
-    pack = _Pack(*pack_and_settings)
-    acc = torch.promote_types(q.dtype, torch.float32)
+def forward(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    """out [T, H, dv]."""
+    acc, factor = torch.promote_types(q.dtype, torch.float32), _factor(context)
     out = q.new_zeros(q.shape[0] + 1, q.shape[1], v.shape[2])
-    for users in pack.blocks(q.shape[1], acc.itemsize):
-        block = _Block(users, pack, k, acc)
-        p, _ = block.probabilities(block.rows(q).mul_(pack.factor), block.columns(prefix_k, k))
-        block.write(out, torch.bmm(p, block.columns(prefix_v, v)))
+    for users in _blocks(context, q.shape[1], acc.itemsize):
+        block = _Block(users, context, k, acc)
+        p, _ = block.probabilities(block.rows(q).mul_(factor), block.columns(context.prefix_k, k))
+        block.write(out, torch.bmm(p, block.columns(context.prefix_v, v)))
     return out[:-1]
 
 
 def backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    out: Tensor,
-    *pack_and_settings: Any,
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, context: Context
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [T, H, d], dk [T, Hkv, d] and dv [T, Hkv, dv]."""
-    pack = _Pack(*pack_and_settings)
-    acc = torch.promote_types(q.dtype, torch.float32)
+    acc, factor = torch.promote_types(q.dtype, torch.float32), _factor(context)
     dq, dk, dv = (x.new_zeros(x.shape[0] + 1, *x.shape[1:]) for x in (q, k, v))
-    prefix = prefix_k.shape[0]
-    for users in pack.blocks(q.shape[1], acc.itemsize):
-        block = _Block(users, pack, k, acc)
-        rows, columns = block.rows(q).mul_(pack.factor), block.columns(prefix_k, k)
+    prefix = context.prefix_k.shape[0]
+    for users in _blocks(context, q.shape[1], acc.itemsize):
+        block = _Block(users, context, k, acc)
+        rows, columns = block.rows(q).mul_(factor), block.columns(context.prefix_k, k)
         grad = block.rows(d_out, zero_padding=True)  # so that padding adds nothing to dk and dv
         p, slope = block.probabilities(rows, columns)
         delta = (grad * block.rows(out)).sum(-1, keepdim=True)
-        ds = torch.bmm(grad, block.columns(prefix_v, v).mT).sub_(delta).mul_(p)
+        ds = torch.bmm(grad, block.columns(context.prefix_v, v).mT).sub_(delta).mul_(p)
         if slope is not None:
             ds.mul_(slope)
         block.write(dv, torch.bmm(p[..., prefix:].mT, grad))
         block.write(dk, torch.bmm(ds[..., prefix:].mT, rows))
-        block.write(dq, torch.bmm(ds, columns).mul_(pack.factor))
+        block.write(dq, torch.bmm(ds, columns).mul_(factor))
     return dq[:-1], dk[:-1], dv[:-1]
 
 
-def scratch_bytes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix: int,
-    users: int,
-    longest: int,
-    *,
-    softcap: float,
-    backward: bool,
-) -> int:
+def scratch_bytes(q: Tensor, k: Tensor, v: Tensor, context: Context, *, backward: bool) -> int:
     """Memory of the largest block beside the results, for `userip_fast.lm.memory`.
 
     Args:
         q, k, v: As for the op; only shapes and dtype count.
-        prefix: P.
-        users: U, all taken to be as long as the longest.
-        longest: Most rows of a user.
-        softcap: 0 for none.
+        context: Likewise; all users are taken to be as long as `max_seqlen`.
         backward: Of the backward pass.
     """
+    prefix, users = context.prefix_k.shape[0], context.cu_seqlens.shape[0] - 1
+    longest = context.max_seqlen
     size = torch.promote_types(q.dtype, torch.float32).itemsize
     one = longest * (longest + prefix) * size  # scores of a user and head
     block = max(1, min(users, _BLOCK_BYTES // max(1, one * q.shape[1])))
@@ -209,4 +170,4 @@ def scratch_bytes(
     held = (row + column) * widths
     if backward:
         held += row * widths + column * max(q.shape[2], v.shape[2])
-    return bias + (3 if softcap > 0.0 else 2) * scores + held
+    return bias + (3 if context.softcap > 0.0 else 2) * scores + held
