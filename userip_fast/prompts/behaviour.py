@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -32,6 +33,8 @@ from userip_fast.prompts.text_tokens import text_tokenizer
 if TYPE_CHECKING:
     from userip_fast.data import InteractionStream
     from userip_fast.prompts.stream import EventTokens
+
+logger = logging.getLogger("userip_fast")
 
 
 @dataclass(frozen=True)
@@ -292,6 +295,19 @@ class Source(Protocol):
         """How much of what users `start:stop` did reaches the LM."""
         ...
 
+    def part(self, start: int, stop: int) -> BehaviourSource:
+        """Users `start:stop` alone, in memory."""
+        ...
+
+    def without_untold(self, tokenizer: Any, on_bad: str) -> Source:
+        """Without the users whose history truncates to nothing; says what of the others does not
+        reach the LM.
+
+        Raises:
+            DataError: Such users exist and `on_bad` is "error", or nobody is left.
+        """
+        ...
+
 
 class BehaviourSource:
     """Behaviour of all users of a log, tokenised once per distinct event and built block by block.
@@ -410,6 +426,26 @@ class BehaviourSource:
         kept, user = told_events(size, self.events.offsets, *self.format.limits)
         return np.flatnonzero(np.bincount(user[kept], minlength=self.num_users) == 0)
 
+    def part(self, start: int, stop: int) -> BehaviourSource:
+        """See `Source`."""
+        return BehaviourSource(self.events.users(start, stop), self.format, self._shared)
+
+    def refuse_untold(self, tokenizer: Any, on_bad: str) -> Int64:
+        """Users of whom no event is told; DataError as `without_untold` says."""
+        untold = self.empty_users(tokenizer)
+        names = [self.events.user_keys[int(u)].as_py() for u in untold[:10]]
+        check_untold(len(untold), names, self.num_users, self.format, on_bad)
+        return untold
+
+    def without_untold(self, tokenizer: Any, on_bad: str) -> BehaviourSource:
+        """See `Source`."""
+        untold, told = self.refuse_untold(tokenizer, on_bad), self
+        if len(untold):
+            kept = np.setdiff1d(np.arange(self.num_users), untold)
+            told = BehaviourSource(self.events.select_users(kept), self.format, self._shared)
+        told.reach(tokenizer, 0, told.num_users).warn(*self.format.limits[:2])
+        return told
+
     def blocks(
         self, tokenizer: Any, layout: Layout, size: int
     ) -> Iterator[tuple[int, int, Behaviour]]:
@@ -433,3 +469,27 @@ class BehaviourSource:
                 )
             }
         return self._tokens[key]
+
+
+def check_untold(
+    count: int, names: list[Any], users: int, fmt: BehaviourFormat, on_bad: str
+) -> None:
+    """Refuses `count` of `users`, of whom no event is told, or says that they are skipped.
+
+    Args:
+        names: Of the first of them.
+    """
+    if count:
+        name = "chunk_tokens" if fmt.chunk_tokens < fmt.max_tokens else "max_tokens"
+        limit = f"data.{name}={fmt.chunk_tokens}"
+        why = (
+            f"{count} users have a history that truncates to nothing: their latest event "
+            f"alone has more than {limit} tokens; first users: {names}"
+        )
+        if on_bad == "error":
+            raise DataError(
+                f"{why}; raise data.{name}, shorten the text, or skip them (on_bad=skip)"
+            )
+        if count == users:
+            raise DataError(f"{why}; nobody is left")
+        logger.warning("%s; skipped", why)
