@@ -6,6 +6,7 @@ prints the way.
 """
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import small_log
@@ -41,7 +42,7 @@ def stops(way):
 
 def climbs(files):
     place = [drawn().index(Path(f).parts[0].removesuffix(".py")) for f in files]
-    return sum(b > a for a, b in zip(place, place[1:]))
+    return sum(b > a for a, b in pairwise(place))
 
 
 def a_way(folder):
@@ -56,7 +57,8 @@ def a_way(folder):
 def test_a_log_goes_straight(tmp_path, monkeypatch):
     monkeypatch.setenv("USERIP_FAST_CACHE", str(tmp_path / "cache"))
     way = a_way(tmp_path)
-    assert ("jobs/fit.py", "fit") in way and ("prompts/behaviour.py", "events") in way
+    assert ("jobs/fit.py", "fit") in way
+    assert ("prompts/behaviour.py", "events") in way
     assert len(stops(way)) <= MOST_STOPS, way
     assert climbs(stops(way)) <= MOST_CLIMBS, way
 

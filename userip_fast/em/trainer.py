@@ -432,7 +432,7 @@ class Trainer:
             deferred_interrupts() as let_through,
         ):
             if isinstance(estep, GradientEStep):
-                estep.on_step = Ticker(bar, self.config.em.steps + self.config.em.refine_steps)
+                estep.on_step = Ticker(bar, self.config.em.steps)
             done = 0
             for block in blocks:
                 profiles = run(estep, block, codebooks, state, cache)

@@ -110,13 +110,6 @@ class Behaviour:
         )
 
 
-def telling(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """[n] shares of behaviour tokens in a soft row that tells of them: half by their loss weight
-    [n], half alike. The soft row is the mean of their embeddings."""
-    weight = weight.astype(np.float64)
-    return np.asarray(0.5 * weight / max(weight.sum(), 1e-30) + 0.5 / max(1, len(weight)))
-
-
 def ragged_arange(starts: Int64, lengths: Int64) -> Int64:
     """Concatenation of `arange(start, start + length)`."""
     ends = np.cumsum(lengths)
