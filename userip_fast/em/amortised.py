@@ -145,7 +145,10 @@ def features(
         UnsupportedError: The engine gives no hidden states.
     """
     if not isinstance(engine, PackedEngine):
-        raise UnsupportedError("em.estep='amortised' needs em.engine='packed': it reads states")
+        raise UnsupportedError(
+            "em.estep='amortised' reads hidden states, which em.engine='reference' does not give; "
+            "take em.engine=auto, packed or graph"
+        )
     lm, users = engine.lm, behaviour.num_users
     out = torch.zeros(users, 3, lm.hidden_size)
     nll = torch.zeros(users)
