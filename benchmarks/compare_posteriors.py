@@ -32,6 +32,7 @@ WAYS = {
     "exact": {"posterior": "exact", "prune_share": 0.0},
     "exact, pruned": {"posterior": "exact"},
     "ascent": {"posterior": "ascent"},
+    "mean_field": {"posterior": "mean_field"},
 }
 
 

@@ -3,13 +3,12 @@
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
 from importlib import import_module
 
 import pytest
 
 from userip_fast.core import deprecated
-from userip_fast.core.config import Config, EMConfig
+from userip_fast.core.config import Config
 
 
 @pytest.mark.parametrize("old", sorted(deprecated.MODULES))
@@ -69,9 +68,8 @@ def test_settings_of_before_are_read():
         assert Config.from_dict(saved) == Config()
     with pytest.warns(DeprecationWarning, match="em.commitment=0.5 is passed over"):
         assert Config().override({"em.commitment": 0.5}) == Config()
-    with pytest.warns(DeprecationWarning, match="em.posterior=mean_field is taken for ascent"):
-        found = Config().override({"em.posterior": "mean_field"})
-    assert found == replace(Config(), em=EMConfig(posterior="ascent"))
+    with pytest.warns(DeprecationWarning, match="em.start=behaviour is taken for auto"):
+        assert Config().override({"em.start": "behaviour"}) == Config()
 
 
 def deprecated_defaults():

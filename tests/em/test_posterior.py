@@ -123,11 +123,12 @@ def test_ascent_finds_the_codes_of_exact_where_fields_speak_for_themselves():
     assert len(best.code_ids.unique(dim=0)) > 4
 
 
-def test_one_field_is_exact_either_way():
+@pytest.mark.parametrize("other", ["ascent", "mean_field"])
+def test_one_field_is_exact_either_way(other):
     engine, block, books = make(1)
     a, b = (
         PosteriorEStep(engine, replace(CONFIG, posterior=p)).run(block, books, EMState())
-        for p in ("exact", "ascent")
+        for p in ("exact", other)
     )
     assert torch.equal(a.code_ids, b.code_ids)
     torch.testing.assert_close(a.elbo, b.elbo)
@@ -140,10 +141,10 @@ def test_auto_is_exact_while_there_are_few_combinations():
     assert not is_exact(EMConfig(), [16, 16])
     assert not is_exact(EMConfig(), [4097])
     assert is_exact(EMConfig(posterior="exact"), [99, 99])
-    assert not is_exact(Config().override({"em.posterior": "ascent"}).em, [4, 4])
+    assert not is_exact(Config().override({"em.posterior": "mean_field"}).em, [4, 4])
 
 
-@pytest.mark.parametrize("posterior", ["exact", "ascent"])
+@pytest.mark.parametrize("posterior", ["exact", "ascent", "mean_field"])
 def test_pruning_saves_passes_and_keeps_what_matters(posterior):
     engine, block, books = make(2)
     run = {
@@ -164,7 +165,7 @@ def test_pruning_saves_passes_and_keeps_what_matters(posterior):
             torch.testing.assert_close(r.exp().sum(1), torch.ones(len(r)))
 
 
-@pytest.mark.parametrize("posterior", ["exact", "ascent"])
+@pytest.mark.parametrize("posterior", ["exact", "ascent", "mean_field"])
 def test_a_user_does_not_depend_on_pack_or_company(posterior):
     engine, block, books = make(2)
     config = replace(CONFIG, posterior=posterior, prune_share=0.4)
@@ -182,7 +183,7 @@ def stats_of(engine, block, config, profiles, books):
     return users.stats(replace(users.judge(books), shares=profiles.candidates), books)
 
 
-@pytest.mark.parametrize("posterior", ["exact", "ascent"])
+@pytest.mark.parametrize("posterior", ["exact", "ascent", "mean_field"])
 def test_mstep_gradient_is_that_of_the_objective(posterior):
     """Autograd through the log of the sum over candidates, in one piece, gives the same."""
     engine, block, books = make(2)
@@ -206,7 +207,9 @@ def test_mstep_gradient_is_that_of_the_objective(posterior):
     assert all(torch.equal(a, b) for a, b in zip(got.gradient, again.gradient))
 
 
-@pytest.mark.parametrize(("posterior", "prune"), [("exact", 0.0), ("ascent", 0.3)])
+@pytest.mark.parametrize(
+    ("posterior", "prune"), [("exact", 0.0), ("ascent", 0.3), ("mean_field", 0.3)]
+)
 def test_the_objective_never_falls(posterior, prune):
     engine, block, books = make(2)
     config = replace(CONFIG, posterior=posterior, prune_share=prune)

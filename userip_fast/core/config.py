@@ -216,14 +216,14 @@ class EMConfig:
     tolerance: float = setting(1e-3, rule=NOT_NEGATIVE)
     """A user is converged when its NLL per weight falls by less than this for `patience` steps."""
     patience: int = setting(3, rule=at_least(1))
-    posterior: Literal["auto", "exact", "ascent"] = "auto"
+    posterior: Literal["auto", "exact", "ascent", "mean_field"] = "auto"
     """Posterior: score all combinations of codes, or one field after another, given codes of the
-    others ("ascent"). "auto": of independent events an event table, of all combinations up to 256
-    and beyond of those that carry weight; otherwise exact up to 4,096, if they are at most twice as
-    many as codes, else ascent."""
+    others ("ascent") or their probabilities ("mean_field"). "auto": of independent events an event
+    table, of all combinations up to 256 and beyond of those that carry weight; otherwise exact up
+    to 4,096, if they are at most twice as many as codes, else ascent."""
     sweeps: int = setting(6, rule=at_least(2))
-    """Posterior: sweeps over the fields, at most; two at least, as the first scores a field while
-    others are not known yet."""
+    """Posterior: sweeps over the fields, at most, of coordinate ascent and then of mean field; two
+    at least, as the first scores a field while others are not known yet."""
     prune_share: float = setting(0.34, rule=Rule("in [0, 1)", lambda x: 0 <= x < 1))
     """Posterior: candidates are first scored on this share of the behaviour; 0 is off."""
     prune_nats: float = setting(8.0, rule=POSITIVE)

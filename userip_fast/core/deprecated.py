@@ -52,7 +52,7 @@ NAMES = {
 SETTINGS: dict[str, Any] = {"em.commitment": 0.0, "em.refine_steps": 0}
 """Settings that are passed over, and what they were by default."""
 
-VALUES = {"em.posterior": {"mean_field": "ascent"}, "em.start": {"behaviour": "auto"}}
+VALUES = {"em.start": {"behaviour": "auto"}}
 """Values of settings, and what is taken for them."""
 
 
@@ -100,7 +100,7 @@ def setting(name: str, value: Any) -> tuple[bool, Any]:
         return False, None
     if isinstance(value, str) and value in VALUES.get(name, {}):
         new = VALUES[name][value]
-        _say(f"{name}={value} is taken for {new}, which was never behind it")
+        _say(f"{name}={value} is taken for {new}, which is no worse")
         return True, new
     return True, value
 

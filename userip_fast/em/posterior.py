@@ -11,8 +11,16 @@ A user's soft prompt may only be a codeword, so forward passes say it all:
   z_j = k and the other codes as found, the objective is the mean of L over the fields. Each L is a
   part of the sum that makes the evidence, so the objective is never above `exact`'s; with one field
   they are the same.
+- Mean field, if asked for: q(z) = prod_j q_j(z_j), from where coordinate ascent ends. A field's
+  update, log q_j(k) = E[log joint with z_j = k] + const over the other fields' q, is kept where it
+  raises E_q[log joint] + H(q), which is the objective. It begins at the greatest L of the user, so
 
-In either way the candidates' weights are what maximises the objective (an ELBO), so that an M-step
+      ascent's objective  <=  max_j L[u, j]  <=  mean field's  <=  the log evidence
+
+  To the others a field shows its heaviest codes alone (`_heaviest`): combinations of light codes
+  are not scored, and are no part of the objective. Responsibilities are a field's last update.
+
+In each way the candidates' weights are what maximises the objective (an ELBO), so that an M-step
 which raises the expected log joint raises it too. A short prefix of the behaviour weeds candidates
 out first: the LM is causal, so its likelihood is a factor of the whole.
 """
@@ -33,7 +41,8 @@ from userip_fast.lm.engine import Engine
 
 _EXACT_LIMIT = 4096
 _MIN_WEIGHT = 3e-3  # candidates that an M-step need not look at
-_OWN = -2  # stands for a field's own code among those that its line was scored with
+_SETTLED = 1e-3  # a mean field that moves no further is found
+_OWN = -2  # stands for a field's own code among the codes that its line is given
 
 
 class PosteriorEStep:
@@ -51,7 +60,10 @@ class PosteriorEStep:
         """See `EStep.run`; the codebooks must be there."""
         assert codebooks is not None, "a posterior over codes needs codebooks"
         scorer = Scorer(self.engine, block.behaviour, codebooks, self.config)
-        found = (_exact if is_exact(self.config, scorer.sizes) else _ascent)(scorer)
+        if is_exact(self.config, scorer.sizes):
+            found = _exact(scorer)
+        else:
+            found = (_mean_field if self.config.posterior == "mean_field" else _ascent)(scorer)
         return Profiles(
             hashes=block.hashes,
             code_ids=found.code_ids,
@@ -110,13 +122,29 @@ def _exact(scorer: Scorer) -> _Found:
     )
 
 
-def _climb(scorer: Scorer) -> tuple[Tensor, list[Tensor], Tensor]:
+@dataclass
+class _Lines:
     """Where coordinate ascent ends.
 
-    Returns:
-        [U, J] codes; per field its line, [U, K_j] fp64 log joint of its codes and of the others'
-        it was scored with, -inf for codes that were left out; and [U, J, J] these others' codes.
+    Attributes:
+        z: [U, J] codes.
+        joint: Per field [U, K_j] fp64 log joint of its codes and of the others' in `given`; -inf
+            for codes that were left out.
+        given: [U, J, J] codes that each field's line was scored with, its own being `_OWN`.
     """
+
+    z: Tensor
+    joint: list[Tensor]
+    given: Tensor
+
+    def codes(self, users: Tensor, field: int, k: Tensor) -> Tensor:
+        """[N, J] the codes at which the line of `field` of `users` [N] stands at `k` [N]."""
+        codes = self.given[users, field]
+        codes[:, field] = k
+        return codes
+
+
+def _climb(scorer: Scorer) -> _Lines:
     sizes, users = scorer.sizes, scorer.num_users
     fields = len(sizes)
     every = torch.arange(users)
@@ -151,11 +179,12 @@ def _climb(scorer: Scorer) -> tuple[Tensor, list[Tensor], Tensor]:
         active = active[(z != before)[active].any(1)]
         if not len(active):
             break
-    return z, line, given
+    return _Lines(z, line, given)
 
 
 def _ascent(scorer: Scorer) -> _Found:
-    z, line, given = _climb(scorer)
+    lines = _climb(scorer)
+    z, line = lines.z, lines.joint
     fields = len(line)
     evidence = torch.stack([x.logsumexp(1) for x in line], dim=1)
     log_resp = [x - e[:, None] for x, e in zip(line, evidence.T)]
@@ -163,9 +192,7 @@ def _ascent(scorer: Scorer) -> _Found:
     for j, r in enumerate(log_resp):
         weight = r.exp() / fields
         who, k = (weight >= _MIN_WEIGHT).nonzero(as_tuple=True)
-        codes = given[who, j]
-        codes[:, j] = k
-        parts.append((who, codes, weight[who, k]))
+        parts.append((who, lines.codes(who, j, k), weight[who, k]))
     who, codes, weight = (torch.cat(x) for x in zip(*parts))
     # The codes found stand in every line.
     pairs = torch.cat([who[:, None], codes], dim=1)
@@ -178,6 +205,78 @@ def _ascent(scorer: Scorer) -> _Found:
         evidence.mean(1),
         Candidates(rows[:, 0], rows[:, 1:], weight),
     )
+
+
+def _mean_field(scorer: Scorer) -> _Found:
+    sizes, users = scorer.sizes, scorer.num_users
+    fields, every = len(sizes), torch.arange(users)
+    lines = _climb(scorer)
+    line = lines.joint
+    shown = round(_EXACT_LIMIT ** (1 / fields))  # codes of a field, at most
+    # One field is soft at first, given the codes found of all others.
+    elbo, first = torch.stack([x.logsumexp(1) for x in line], dim=1).max(1)
+    given = lines.given[every, first]
+    q = []
+    for j, x in enumerate(line):
+        hard = torch.zeros_like(x).scatter_(1, given[:, j : j + 1].clamp_min(0), 1.0)
+        q.append(torch.where((first == j)[:, None], _heaviest(x, shown), hard))
+    active = every
+    for _ in range(scorer.config.sweeps):
+        moved = torch.zeros(users, dtype=torch.float64)
+        for j, size in enumerate(sizes):
+            alive = scorer.within(line[j])
+            who, codes, weight = _product([*q[:j], alive.double(), *q[j + 1 :]], active)
+            cell = who * size + codes[:, j]
+            mean = torch.zeros(users * size, dtype=torch.float64)
+            mean = mean.index_add_(0, cell, weight * scorer.joint(who, codes)).view(users, size)
+            line[j][active] = mean.masked_fill(~alive, -torch.inf)[active]
+            value = line[j].logsumexp(1)
+            for i in range(fields):
+                if i != j:
+                    value += torch.special.entr(q[i]).sum(1)
+            better = active[value[active] > elbo[active]]
+            new = _heaviest(line[j][better], shown)
+            moved[better] = moved[better].maximum((new - q[j][better]).abs().amax(1))
+            q[j][better], elbo[better] = new, value[better]
+        active = active[moved[active] > _SETTLED]
+        if not len(active):
+            break
+    log_resp = [x.log_softmax(1) for x in line]
+    z = torch.stack([r.argmax(1) for r in log_resp], dim=1)
+    who, codes, weight = _product(q, every)
+    kept = weight >= _MIN_WEIGHT
+    return _Found(
+        z,
+        scorer.prior_of(z) - scorer.joint(every, z),
+        log_resp,
+        elbo,
+        Candidates(who[kept], codes[kept], weight[kept]),
+    )
+
+
+def _heaviest(log_weight: Tensor, most: int) -> Tensor:
+    """[N, K] weights that sum to one, those of little or beyond the `most` heaviest being 0."""
+    weight = log_weight.softmax(1)
+    top = weight.topk(min(most, weight.shape[1])).values
+    least = top[:, -1:].clamp_min(_MIN_WEIGHT).minimum(top[:, :1])
+    weight = weight.masked_fill(weight < least, 0.0)
+    return weight / weight.sum(1, keepdim=True)
+
+
+def _product(weights: list[Tensor], users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All combinations of codes of which none weighs 0: users [N], codes [N, J], weights [N].
+
+    Args:
+        weights: Per field [U, K_j] fp64.
+        users: Rows to look at, ascending.
+    """
+    codes: list[Tensor] = []
+    weight = torch.ones(len(users), dtype=torch.float64)
+    for w in weights:
+        row, k = w[users].nonzero(as_tuple=True)
+        users, codes = users[row], [*(c[row] for c in codes), k]
+        weight = weight[row] * w[users, k]
+    return users, torch.stack(codes, dim=1), weight
 
 
 def is_exact(config: EMConfig, sizes: list[int]) -> bool:

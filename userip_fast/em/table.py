@@ -24,7 +24,7 @@ from userip_fast.core.segments import Part, Segments
 from userip_fast.em.cache import BlockCache, found_like
 from userip_fast.em.columns import Grid, has_all, has_some, places
 from userip_fast.em.lifts import Calibration, log_lifts
-from userip_fast.em.readings import Readings, log_likelihoods
+from userip_fast.em.readings import Readings
 from userip_fast.em.steps import Profiles, books_digest
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import profile_posterior
@@ -246,12 +246,8 @@ class EventTable:
         if cache is not None and (found := found_like(cache, "table", key, like)):
             return found["values"]
         before = bar.done
-        asked = self.engine, readings, self.grid.soft
-        tokens = self.config.pack_tokens
-        if (neutral := self.calibration.neutral) is None:
-            values = log_likelihoods(*asked, tokens, bar.advance)
-        else:
-            values = log_lifts(*asked, neutral, tokens, bar.advance)
+        asked = self.engine, readings, self.grid.soft, self.calibration.neutral
+        values = log_lifts(*asked, self.config.pack_tokens, bar.advance)
         self._unpaid += bar.done - before
         if cache is not None:
             cache.put("table", key, {"values": values})

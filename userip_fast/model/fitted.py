@@ -19,8 +19,8 @@ from userip_fast.bank import BankWriter, FeatureBank
 from userip_fast.core.files import sweep_leftovers
 from userip_fast.data import Data
 from userip_fast.em.cache import DiskCache
+from userip_fast.em.checkpoints import Log
 from userip_fast.em.steps import Profiles
-from userip_fast.em.trainer import Log
 from userip_fast.lm import stored
 from userip_fast.model.files import load_model, save_model
 from userip_fast.model.learned import check_probabilities
