@@ -177,7 +177,7 @@ def test_feedback_needs_something_to_tell():
 
 
 def test_loss_weights_and_words_follow_the_config():
-    from userip_fast.prompts.behaviour import BehaviourFormat
+    from userip_fast.prompts.format import BehaviourFormat
 
     rated, unrated = read(), read(rated=False)
     fmt = BehaviourFormat.fit(DataConfig(), rated, 0)

@@ -45,7 +45,8 @@ from userip_fast.lm import PackedEngine
 from userip_fast.lm.embedded import RECIPE
 from userip_fast.model.fitted import Model
 from userip_fast.model.prepare import prepare
-from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.prompts.behaviour import BehaviourSource
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.packing import Int64
 
 Vectors = Callable[[Interactions], Float64]

@@ -28,7 +28,8 @@ from userip_fast.jobs.run_folder import open_run
 from userip_fast.lm import FrozenLM, PackedEngine
 from userip_fast.model.fitted import Model
 from userip_fast.model.prepare import load_lm
-from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.prompts.behaviour import BehaviourSource
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.packing import Int64
 from userip_fast.report.write import report_run
 

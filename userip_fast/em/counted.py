@@ -25,7 +25,7 @@ from torch import Tensor
 
 from userip_fast.core.errors import FormatError
 from userip_fast.em.by_text import ByText, texts_and_values
-from userip_fast.prompts.behaviour import BehaviourFormat
+from userip_fast.prompts.format import BehaviourFormat
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,8 @@ from userip_fast.em.readings import Readings
 from userip_fast.em.steps import Profiles, books_digest
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import profile_posterior
-from userip_fast.prompts.behaviour import BehaviourFormat, Source, Told
+from userip_fast.prompts.behaviour import Source, Told
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.packing import Behaviour, Int64
 
 Kind = tuple[str, str]

@@ -57,7 +57,7 @@ from userip_fast.lm import FrozenLM, open_lm, stored
 from userip_fast.lm.trace import Workload
 from userip_fast.model.learned import Learned
 from userip_fast.model.table import EVENTS, ByTable
-from userip_fast.prompts.behaviour import BehaviourFormat
+from userip_fast.prompts.format import BehaviourFormat
 
 logger = logging.getLogger("userip_fast")
 

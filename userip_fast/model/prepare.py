@@ -19,7 +19,8 @@ from userip_fast.lm.load import resolve_device
 from userip_fast.lm.trace import Workload
 from userip_fast.model.fitted import Model
 from userip_fast.model.learned import make_trainer
-from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource, Source, Told
+from userip_fast.prompts.behaviour import BehaviourSource, Source, Told
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.layout import Layout, PromptTemplate
 from userip_fast.prompts.packing import Behaviour
 from userip_fast.prompts.stream import StreamSource, behaviour_source

@@ -13,7 +13,8 @@ import pyarrow as pa
 from userip_fast.core.keys import hash_keys
 from userip_fast.core.profiles import NEGATIVE_WORDS
 from userip_fast.data import Catalogue, Data, Events, InteractionStream
-from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource, Told, check_untold
+from userip_fast.prompts.behaviour import BehaviourSource, Told, check_untold
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.layout import Layout, TokenTable, tokenize_events
 from userip_fast.prompts.packing import Behaviour, Int64
 from userip_fast.prompts.reach import Reach
