@@ -4,8 +4,10 @@
 
 Codewords are the candidate words, all codes alike. Per way: passes through the LM per user; share
 of users with the codes of `exact` without pruning; mean log probability of the planted trait per
-field (none below log 1e-4), also that of the Bayes-optimal posterior; ELBO behind the log evidence.
-The fewer purchases, the less certain the posterior.
+field (none below log 1e-4), also that of the Bayes-optimal posterior; ELBO behind the log evidence;
+`calibration_error`, per field how far the likeliest code's probability is from how often it is the
+planted trait, mean over ten equal groups of users in order of that probability (the embedded LM saw
+none of these users). The fewer purchases, the less certain the posterior.
 """
 
 from __future__ import annotations
@@ -58,18 +60,30 @@ def compare(lm: FrozenLM, users: int, purchases: int, seed: int) -> dict[str, di
         at = [p.gather(1, z[:, None]).double().clamp_min(FLOOR) for p, z in zip(log_p, planted)]
         return [float(p.log().mean()) for p in at]
 
+    def calibration_error(p: list[torch.Tensor]) -> list[float]:
+        out = []
+        for own, z in zip(p, planted):
+            sure, code = own.double().max(1)
+            groups = torch.sort(sure).indices.tensor_split(10)
+            right = (code == z).double()
+            apart = [(sure[g].mean() - right[g].mean()).abs() * len(g) for g in groups]
+            out.append(float(sum(apart) / len(sure)))
+        return out
+
     exact = found["exact"]
     rows = {
         way: {
             "passes": float(p.forward_equivalents.mean()),
             "same_codes": float((p.code_ids == exact.code_ids).all(1).double().mean()),
             "log_score": log_score([r.exp() for r in p.log_resp]),
+            "calibration_error": calibration_error([r.exp() for r in p.log_resp]),
             "behind_evidence": float((exact.elbo - p.elbo).mean()),
         }
         for way, p in found.items()
     }
     best = [torch.from_numpy(p[keys]) for p in (world.hobby_posterior, world.level_posterior)]
-    return {**rows, "bayes_optimal": {"log_score": log_score(best)}}
+    optimal = {"log_score": log_score(best), "calibration_error": calibration_error(best)}
+    return {**rows, "bayes_optimal": optimal}
 
 
 def main() -> None:

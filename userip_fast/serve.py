@@ -95,6 +95,7 @@ class Server:
         self._weight = float(behaviour["feedback_weight"])
         self._chosen = bool(behaviour["negatives"])
         self._half = float(about.get("half_events") or np.inf)
+        self._code_prior = float(about.get("code_prior", 1.0))
         self._repeats = bool(behaviour.get("repeats", True))
         texts_there = table.texts.to_pylist()
         row = {texts_there[i]: i for i in reversed(range(len(texts_there)))}  # the first counts
@@ -214,7 +215,9 @@ class Server:
     ) -> Profile:
         """A profile that takes more events; begun with some, as `profile` takes them."""
         how = self._half, self._repeats, self.columns
-        profile = Profile(self.log_prior, self._sizes, self._tell, *how)
+        profile = Profile(
+            self.log_prior, self._sizes, self._tell, *how, code_prior=self._code_prior
+        )
         return profile.extend(items, reactions)
 
     def affinity(

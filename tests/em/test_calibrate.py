@@ -11,10 +11,12 @@ from test_lifts import FIT, choices, lm  # noqa: F401
 from test_resume import read
 
 import userip_fast as uf
+from userip_fast.codebook.books import Codebook
 from userip_fast.core.config import EMConfig
 from userip_fast.core.errors import FormatError
 from userip_fast.em import trainer
-from userip_fast.em.calibrate import calibrate
+from userip_fast.em.calibrate import _Best, _Judges, calibrate
+from userip_fast.em.columns import Grid
 from userip_fast.em.counted import Counted, expected
 from userip_fast.em.crowd import Crowd
 from userip_fast.em.lifts import Calibration, Usual
@@ -66,7 +68,7 @@ class World:
             values=lifts.float(),
             texts=self.texts,
             words=self.words or ("",),
-            grid=SimpleNamespace(log_prior=torch.full((K,), 1 / K).double().log()),
+            grid=Grid([Codebook(torch.zeros(K, 2))], None),
             rows_told=lambda told: told.kinds,
         )
 
@@ -109,6 +111,42 @@ def test_counts_speak_where_the_lm_does_not_tell(words):
     assert (values - truth)[~known].abs().mean() < 0.4 * off
     # An item that was never counted is told by the LM alone.
     assert not before.log_of(["never met"]).any()
+
+
+def test_rare_tastes_are_named_where_that_tells_more():
+    """Seven of ten users have one of eight tastes, and few events say of whom: by the likeliest
+    code nearly everybody is that one, and codes tell less of later events."""
+    random = np.random.default_rng(0)
+    p = random.dirichlet(np.full(12, 3.0), 8)
+    events = torch.from_numpy(np.log(p).T.copy()).float()
+    prior = torch.tensor([0.7, *[0.3 / 7] * 7]).double().log()
+    book = Codebook(torch.zeros(8, 2))
+    book.log_prior = prior.float()
+    grid = Grid([book], None)
+
+    def users(count):
+        taste = random.choice(8, count, p=prior.exp().numpy())
+        kinds = [random.choice(12, 30, p=p[z]) for z in taste]
+        told = _Judges()
+        told.add(np.concatenate(kinds), np.arange(count + 1) * 30, np.ones(count, bool))
+        return told
+
+    judges, others = users(3000), users(6000)
+    best = _Best(judges)
+    best.consider(Calibration(), events, prior, "the LM alone")
+    share = best.code_prior(grid, others)
+    assert share < 1
+
+    def worth(share):
+        return judges.told_by_codes(best.how, events, prior, grid, share, others)
+
+    # Codes tell less than probabilities do, and those of the whole prior less than these.
+    assert worth(1.0) < worth(share) < best.most
+    log_resp, _ = judges._posterior(5, best.how, events, prior)
+    codes = [grid.likeliest(log_resp, s)[1][:, 0].bincount(minlength=8) for s in (1.0, share)]
+    assert codes[0].max() > codes[1].max()
+    # Nothing told names the usual code whatever the share.
+    assert grid.likeliest(prior.float()[None], share)[1].tolist() == [[0]]
 
 
 def test_where_the_lm_tells_all_counts_change_little():

@@ -150,11 +150,22 @@ def test_calibrations_are_kept_and_checked():
     again = Calibration.from_state(made.state(), neutral, 6)
     assert again.half_events == 30.0
     assert torch.equal(again.log_norm, norm)
+    assert again.code_prior == 1
+    for norm_or_none in (norm, None):
+        share = Calibration(neutral, norm_or_none, code_prior=0.2)
+        assert Calibration.from_state(share.state(), neutral, 6).code_prior == 0.2
+        assert not share.plain
     assert Calibration.from_state({}, neutral, 6).plain
     orders = [torch.tensor([1, 0]), torch.tensor([2, 0, 1])]
     moved = made.reordered(orders).log_norm.view(2, 3)
     assert torch.equal(moved, norm.view(2, 3)[orders[0]][:, orders[1]])
-    for bad in ({"log_norm": norm[:5]}, {"log_norm": norm.float()}, {"half_events": norm}):
+    for bad in (
+        {"log_norm": norm[:5]},
+        {"log_norm": norm.float()},
+        {"half_events": norm},
+        {"code_prior": norm},
+        {"code_prior": torch.tensor([1.5]).double()},
+    ):
         with pytest.raises(FormatError):
             Calibration.from_state(bad, neutral, 6)
 

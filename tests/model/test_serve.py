@@ -16,6 +16,7 @@ from userip_fast.core.config import Config, DataConfig, EMConfig, LMConfig
 from userip_fast.core.errors import ConfigError, DataError, FormatError, MismatchError
 from userip_fast.core.profiles import Profile, Ranking, likings, odds
 from userip_fast.em.lifts import PLAIN
+from userip_fast.em.scorer import log_prior
 from userip_fast.serve import Server
 
 sys.path.append(str(Path(__file__).parents[1] / "em"))
@@ -217,6 +218,13 @@ def test_a_profile_by_itself():
     told = {"a": (0, np.array([-1.0, -2.0], np.float32))}
     profile = Profile(np.log([0.25, 0.75]), [2], lambda item, reaction: told.get(item))
     assert profile.codes.tolist() == [1]
+    by_events = Profile(
+        np.log([0.25, 0.75]), [2], lambda item, reaction: told.get(item), code_prior=0.1
+    )
+    assert by_events.codes.tolist() == [1]
+    by_events.add("a")  # 0.25 * e to 0.75, but what the event says speaks for the other
+    assert by_events.codes.tolist() == [0]
+    assert by_events.probabilities.argmax() == 1
     assert profile.add("a")
     assert not profile.add("b")
     joint = np.log([0.25, 0.75]) - np.array([1, 2])
@@ -247,7 +255,7 @@ def test_choices_told_by_their_text_are_served(tmp_path):
     config = replace(CONFIG, lm=LMConfig(path=str(tiny.save("llama", tmp_path / "lm"))))
     model = uf.fit(replace(read(60), rating=None), config=config, out=tmp_path / "run")
     # As a calibration would have it that found events to say less than they seem to.
-    model.calibration = replace(model.calibration, half_events=10.0)
+    model.calibration = replace(model.calibration, half_events=10.0, code_prior=0.2)
     model.save(tmp_path / "model")
     loaded, server = uf.Model.load(tmp_path / "model"), Server.open(tmp_path / "model")
     assert loaded.calibration.half_events == 10.0
@@ -255,9 +263,14 @@ def test_choices_told_by_their_text_are_served(tmp_path):
     p = loaded.profile(items)
     np.testing.assert_allclose(p, loaded.profile(items, [None] * 4), rtol=1e-6)
     np.testing.assert_allclose(server.profile(items), p, rtol=5e-4, atol=1e-6)
+    priors = [np.exp(log_prior(book).numpy()) for book in loaded.codebooks]
+    told = p.astype(np.float64).reshape([len(q) for q in priors])
     for who in (loaded, server):
         profile = who.open_profile(items)
         np.testing.assert_allclose(profile.probabilities, p, rtol=5e-4, atol=1e-6)
+        for j, (q, code) in enumerate(zip(priors, profile.codes)):
+            own = told.sum(tuple(i for i in range(told.ndim) if i != j))
+            assert code == (own / q**0.8).argmax()
         keys, scores = who.top_items(p, 100)
         lift = dict(zip(keys.tolist(), who.affinity(p, keys.tolist())))
         counts = dict(zip(model.catalogue.item_keys.to_pylist(), model.catalogue.counts))

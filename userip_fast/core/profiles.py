@@ -33,14 +33,15 @@ class Profile:
         half_events: Events at which each counts half (`userip_fast.em.lifts.Calibration`).
         repeats: Whether an event told again counts again; else a kind counts once at most.
         columns: [Z, J] codes; None for all combinations, the last field's running fastest.
+        code_prior: How much of the prior counts in `codes` (`userip_fast.em.lifts.Calibration`).
 
     Attributes:
         events, skipped: Events that are in it, and those of unknown items, which are not.
     """
 
     __slots__ = (
-        "_columns", "_half", "_mass", "_once", "_prior", "_sum", "_tell", "events", "sizes",
-        "skipped",
+        "_code_prior", "_columns", "_half", "_mass", "_once", "_prior", "_sum", "_tell", "events",
+        "sizes", "skipped",
     )  # fmt: skip
 
     def __init__(
@@ -51,8 +52,9 @@ class Profile:
         half_events: float = math.inf,
         repeats: bool = True,
         columns: NDArray[np.int64] | None = None,
+        code_prior: float = 1.0,
     ) -> None:
-        self._prior = np.array(log_prior, np.float64)
+        self._prior, self._code_prior = np.array(log_prior, np.float64), code_prior
         self._sum, self._mass = np.zeros_like(self._prior), 0.0
         self.sizes, self._tell, self._half = tuple(sizes), tell, half_events
         self._once: dict[int, float] | None = None if repeats else {}
@@ -118,10 +120,15 @@ class Profile:
 
     @property
     def codes(self) -> NDArray[np.int64]:
-        """[J], the likeliest code of each field given all events, as `infer` writes them."""
-        p = self.probabilities.astype(np.float64)
-        fields = zip(self._columns.T, self.sizes)
-        found = [np.bincount(k, p, size).argmax() for k, size in fields]
+        """[J], the code of each field given all events, as `infer` writes them."""
+        p, prior = self.probabilities.astype(np.float64), softmax(self._prior)
+        found = []
+        for k, size in zip(self._columns.T, self.sizes):
+            own, usual = np.bincount(k, p, size), np.bincount(k, prior, size)
+            there = own > 0
+            told = np.full(size, -np.inf)
+            told[there] = np.log(own[there]) - (1 - self._code_prior) * np.log(usual[there])
+            found.append(told.argmax())
         return np.asarray(found, np.int64)
 
 

@@ -1,7 +1,7 @@
-"""How an event table is to be read once its codebooks are there: what counting adds to it, and how
-much an event of a long history says.
+"""How an event table is to be read once its codebooks are there: what counting adds to it, how much
+an event of a long history says, and which one of the codes a user is given.
 
-Both are chosen by users whom the embedded LM, M-steps, counts and the groups that codewords begin
+All are chosen by users whom the embedded LM, M-steps, counts and the groups that codewords begin
 at never saw; then these are counted too.
 """
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from userip_fast.core.prefetch import Prefetch
+from userip_fast.em.columns import Grid
 from userip_fast.em.counted import Counted, expected
 from userip_fast.em.lifts import PLAIN, Calibration, Usual, log_norm
 from userip_fast.em.table import EventTable, Kind
@@ -27,10 +28,11 @@ from userip_fast.ops import profile_posterior
 from userip_fast.prompts.behaviour import Source, Told
 from userip_fast.prompts.packing import Int64
 
-TABLE_RECIPE = 5
+TABLE_RECIPE = 6
 """Changes with what a fit makes of the same data, LM and settings."""
 CHUNK = 4_096  # users whose sums are added before they join the others': part of the result
 _HALF_EVENTS = (math.inf, 100.0, 30.0, 10.0, 3.0, 1.0)
+_CODE_PRIORS = (1.0, 0.5, 0.2, 0.05)  # the least still names the usual code where nothing is told
 _PRIORS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 _EARLY = (2, 5, 15)  # events of judges that are told to predict as many more
 _JUDGES = 8_192  # at most
@@ -79,11 +81,12 @@ def calibrate(
     ways = [_Way("codes", values, table.grid.log_prior)]
     if groups is not None:
         ways.append(_Way("groups", *groups, shares=True))
-    judges = _Judges()
+    judges, others = _Judges(), _Judges()
     tokenizer = table.engine.lm.tokenizer
     for first, told in chunks(source, tokenizer, len(judging)):
         rows, judge = table.rows_told(told), judging[first : first + len(told.offsets) - 1]
         judges.add(rows, told.offsets, judge)
+        others.add(rows, told.offsets, ~judge)
         for way in ways if counted else ():
             way.count(rows, told.offsets, ~judge)
     best = _Best(judges)
@@ -99,6 +102,8 @@ def calibrate(
         best.name,
         best.how.half_events,
     )
+    share = best.code_prior(table.grid, others)
+    best.how = replace(best.how, code_prior=share)
     if choice is None:
         return best.how, best.log_prior
     # What they chose by not being counted, they join.
@@ -146,7 +151,7 @@ class _Best:
 
     def __init__(self, judges: _Judges) -> None:
         self.judges, self.most, self.name = judges, -math.inf, ""
-        self.how, self.log_prior = PLAIN, torch.zeros(0)
+        self.how, self.values, self.log_prior = PLAIN, torch.zeros(0), torch.zeros(0)
 
     def consider(self, how: Calibration, values: Tensor, log_prior: Tensor, name: str) -> bool:
         """One way to read the table, each with all `half_events`; whether it is the best so far."""
@@ -154,8 +159,27 @@ class _Best:
         for half in _HALF_EVENTS:
             option = replace(how, half_events=half)
             if (worth := self.judges.told(option, values, log_prior)) > self.most:
-                self.most, self.name, self.how, self.log_prior = worth, name, option, log_prior
+                self.most, self.name = worth, name
+                self.how, self.values, self.log_prior = option, values, log_prior
         return self.most > before
+
+    def code_prior(self, grid: Grid, others: _Judges) -> float:
+        """That of `Calibration` by which codes alone tell judges' later events best.
+
+        Args:
+            others: Users who tell what those of a code are like.
+        """
+        if not self.judges.count:
+            return 1.0
+
+        def worth(share: float) -> float:
+            return self.judges.told_by_codes(
+                self.how, self.values, self.log_prior, grid, share, others
+            )
+
+        best = max(_CODE_PRIORS, key=worth)  # the first of equals
+        logger.info("judges choose codes by %g of the prior", best)
+        return best
 
 
 def _log_mean(resp: Tensor) -> Tensor:
@@ -164,7 +188,11 @@ def _log_mean(resp: Tensor) -> Tensor:
 
 
 class _Judges:
-    """The first events of users, which are to predict their next ones."""
+    """The first events of users, which are to predict their next ones.
+
+    Attributes:
+        count: How many users.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -181,25 +209,64 @@ class _Judges:
 
     def told(self, how: Calibration, values: Tensor, log_prior: Tensor) -> float:
         """Nats of the later events, each on its own; 0 where nobody judges."""
+        total = 0.0
+        for n in _EARLY:
+            log_resp, later = self._posterior(n, how, values, log_prior)
+            total += _predicted(log_resp.double(), values[later], n)
+        return total
+
+    def told_by_codes(
+        self,
+        how: Calibration,
+        values: Tensor,
+        log_prior: Tensor,
+        grid: Grid,
+        code_prior: float,
+        others: _Judges,
+    ) -> float:
+        """The same where only the codes are known that users are given by their early events, and
+        what `others` of the same codes are like."""
+        total = 0.0
+        for n in _EARLY:
+            mine, later = self._posterior(n, how, values, log_prior)
+            theirs, _ = others._posterior(n, how, values, log_prior)
+            found = [grid.likeliest(r, code_prior, log_prior)[1] for r in (mine, theirs)]
+            _, code = np.unique(torch.cat(found).numpy(), axis=0, return_inverse=True)
+            code = code.ravel()
+            usual = log_prior.exp().numpy()
+            sums = np.tile(usual, (int(code.max(initial=-1)) + 1, 1))  # one usual user more
+            np.add.at(sums, code[len(mine) :], theirs.double().exp().numpy())
+            sums /= sums.sum(1, keepdims=True)
+            like = torch.from_numpy(np.log(sums[code[: len(mine)]]))
+            total += _predicted(like, values[later], n)
+        return total
+
+    def _posterior(
+        self, n: int, how: Calibration, values: Tensor, log_prior: Tensor
+    ) -> tuple[Tensor, Int64]:
+        """[U, Z] log responsibilities by the first `n` events of users with as many again, and
+        the rows of these [U n]."""
         rows = np.concatenate([np.zeros(0, np.int64), *self._rows])
         lengths = np.concatenate([np.zeros(0, np.int64), *self._lengths])
         place = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        length = np.repeat(lengths, lengths)
-        total = 0.0
-        for n in _EARLY:
-            known = (length >= 2 * n) & (place < 2 * n)  # of users with as many again
-            early, later = known & (place < n), known & (place >= n)
-            offsets = np.arange(int(early.sum()) // n + 1) * n
-            log_resp, _ = profile_posterior(
-                values,
-                torch.from_numpy(rows[early]),
-                torch.from_numpy(offsets),
-                log_prior,
-                how.weights(offsets),
-            )
-            each = log_resp.double().repeat_interleave(n, 0) + values[rows[later]].double()
-            total += float(each.logsumexp(1).sum()) / n
-        return total
+        known = (np.repeat(lengths, lengths) >= 2 * n) & (place < 2 * n)
+        early, later = known & (place < n), known & (place >= n)
+        offsets = np.arange(int(early.sum()) // n + 1) * n
+        log_resp, _ = profile_posterior(
+            values,
+            torch.from_numpy(rows[early]),
+            torch.from_numpy(offsets),
+            log_prior,
+            how.weights(offsets),
+        )
+        return log_resp, rows[later]
+
+
+def _predicted(like: Tensor, values: Tensor, n: int) -> float:
+    """Nats of n events each [U n, Z] of users who are `like` codes, log p [U, Z]; events of all
+    numbers alike."""
+    each = like.repeat_interleave(n, 0) + values.double()
+    return float(each.logsumexp(1).sum()) / n
 
 
 def chunks(source: Source, tokenizer: object, users: int) -> Iterator[tuple[int, Told]]:

@@ -95,7 +95,8 @@ class Grid:
             ranges = [torch.arange(k) for k in self.sizes]
             codes = torch.cartesian_prod(*ranges).view(-1, len(ranges))
         self.codes = codes
-        priors = [torch.cat([log_prior(book), torch.zeros(1).double()]) for book in codebooks]
+        self._priors = [log_prior(book).double() for book in codebooks]
+        priors = [torch.cat([p, torch.zeros(1).double()]) for p in self._priors]
         self.log_prior = torch.stack([p[k] for p, k in zip(priors, codes.T)]).sum(0)
 
     @cached_property
@@ -123,11 +124,21 @@ class Grid:
             out.append(sums.log().to(log_resp.dtype))
         return out
 
-    def likeliest(self, log_resp: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    def likeliest(
+        self, log_resp: Tensor, code_prior: float = 1.0, log_prior: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Marginals of [U, Z]; each field's likeliest codes [U, J]; and the columns [U] of these,
-        or, where they are together none, the likeliest column."""
-        marginals = self.marginals(log_resp)
-        codes = torch.stack([r.argmax(1) for r in marginals], dim=1)
+        or, where they are together none, the likeliest column.
+
+        Args:
+            code_prior: See `userip_fast.em.lifts.Calibration`.
+            log_prior: [Z] that the responsibilities were found with, if it is not the codebooks'.
+        """
+        marginals, priors = self.marginals(log_resp), self._priors
+        if log_prior is not None:
+            priors = [p[0] for p in self.marginals(log_prior[None])]
+        spared = [((1 - code_prior) * p).to(log_resp.dtype) for p in priors]
+        codes = torch.stack([(r - p).argmax(1) for r, p in zip(marginals, spared)], dim=1)
         if self._all:
             at = torch.zeros(len(codes), dtype=torch.int64)
             for size, k in zip(self.sizes, codes.T):

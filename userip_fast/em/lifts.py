@@ -103,6 +103,10 @@ class Calibration:
         usual: Reactions to items, where events tell of them.
         counted: What counting tells beyond the LM; None for nothing.
         columns: [Z, J] int64 codes of the table's columns; None for all combinations of codes.
+        code_prior: How much of the codes' log prior counts when a user is given one of them, in
+            [0, 1]. With all of it that is the likeliest code. After few events that is for most
+            users one of few, which says little of them; with less it is the one that their events
+            speak for. Probabilities are as they are.
         raw: Whether the table is to be calibrated yet; it then keeps what it reads.
     """
 
@@ -112,12 +116,14 @@ class Calibration:
     usual: Usual | None = None
     counted: Counted | None = None
     columns: Tensor | None = None
+    code_prior: float = 1.0
     raw: bool = False
 
     @property
     def plain(self) -> bool:
-        """Whether values are likelihoods, and count whole."""
-        return self.neutral is None and math.isinf(self.half_events)
+        """Whether values are likelihoods, count whole, and codes are the likeliest."""
+        told = self.neutral is None and math.isinf(self.half_events)
+        return told and self.code_prior == 1
 
     @property
     def finite_half(self) -> float | None:
@@ -166,6 +172,8 @@ class Calibration:
     def state(self) -> dict[str, Tensor]:
         """Tensors that `from_state` reads, beside `neutral`."""
         out = {"half_events": torch.tensor([self.half_events], dtype=torch.float64)}
+        if self.code_prior != 1:  # as in older models, whose fingerprints stay what they were
+            out["code_prior"] = torch.tensor([self.code_prior], dtype=torch.float64)
         return out if self.log_norm is None else {**out, "log_norm": self.log_norm}
 
     @classmethod
@@ -181,15 +189,19 @@ class Calibration:
         norm = state.get("log_norm")
         if half.shape != (1,) or not float(half[0]) > 0:
             raise FormatError("half_events must be one positive number")
+        share = state.get("code_prior", torch.ones(1, dtype=torch.float64))
+        if share.shape != (1,) or not 0 <= float(share[0]) <= 1:
+            raise FormatError("code_prior must be one number in [0, 1]")
+        how = cls(half_events=float(half[0]), code_prior=float(share[0]))
         if norm is None:
-            return cls(half_events=float(half[0]))
+            return how
         if (
             norm.shape != (combinations,)
             or norm.dtype != torch.float64
             or not norm.isfinite().all()
         ):
             raise FormatError(f"log_norm must be fp64 [{combinations}] and finite")
-        return cls(neutral, norm, float(half[0]))
+        return replace(how, neutral=neutral, log_norm=norm)
 
 
 PLAIN = Calibration()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from userip_fast.codebook.books import Codebook
+from userip_fast.core import heap
 from userip_fast.core.config import EMConfig
 from userip_fast.em.crowd import Found, MixtureStats, Users
 from userip_fast.em.scorer import log_prior
@@ -175,7 +176,9 @@ class Mixture:
         }
 
     def _judge(self, codebooks: list[Codebook], lr: float) -> Fitted:
-        return Fitted(codebooks, self.users.judge(codebooks), None, lr)
+        found = self.users.judge(codebooks)
+        heap.trim()
+        return Fitted(codebooks, found, None, lr)
 
     def best_start(self, fields: tuple[ProfileField, ...], start: Tensor) -> list[Codebook]:
         """First codebooks; where they are drawn, the likeliest of `restarts` after some rounds."""

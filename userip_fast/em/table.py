@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from userip_fast.codebook.books import Codebook
+from userip_fast.core import heap
 from userip_fast.core.config import Config, EMConfig
 from userip_fast.core.progress import Progress, progress
 from userip_fast.core.segments import Part, Segments
@@ -196,6 +197,7 @@ class EventTable:
         self._take([part])
         if self.calibration.raw:
             self._raw.append((texts, own, told))
+        heap.trim()
 
     def calibrated(self, how: Calibration, codebooks: list[Codebook]) -> EventTable:
         """A raw table's likelihoods or lifts, read as `how` says; the codebooks may have other
@@ -287,7 +289,7 @@ class EventTable:
         """Of the users of `told`; what was read since the last ones costs each of them alike."""
         rows, offsets = self.rows_told(told), told.offsets
         log_resp, evidence = self.posterior(rows, offsets)
-        marginals, codes, at = self.grid.likeliest(log_resp)
+        marginals, codes, at = self.grid.likeliest(log_resp, self.calibration.code_prior)
         each = at.numpy().repeat(np.diff(offsets))
         nll = -_sums(self.values.numpy()[rows, each].astype(np.float64), offsets)
         own = self._tokens[rows].sum() + self.engine.layout.num_soft * len(hashes)

@@ -103,6 +103,7 @@ def save_model(model: ByTable, path: str | Path) -> None:
             },
             "behaviour": model.format.to_dict(),
             "half_events": model.calibration.finite_half,
+            "code_prior": model.calibration.code_prior,
             "files": folder_sums(tmp, but=[EVENTS]),
         }
         write_json(tmp / MANIFEST, sealed(about))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from userip_fast.core import heap
 from userip_fast.core.config import Config
 from userip_fast.core.errors import DataError
 from userip_fast.data import Catalogue, Data
@@ -43,15 +44,18 @@ def prepare(
     check_device(config.em.engine, device if lm is None else lm.device)
     fmt = BehaviourFormat.fit(config.told, data, config.em.seed)
     catalogue = Catalogue.from_interactions(data)
-    source = behaviour_source(data, fmt, catalogue)
+    source: Source = behaviour_source(data, fmt, catalogue)
     if lm is None:
-        some = source
-        if isinstance(some, StreamSource):
-            some = some.part(0, min(_LM_USERS, some.num_users))
+        users = source.num_users
+        if isinstance(source, StreamSource):
+            users = min(_LM_USERS, users)
+        some = source.part(0, users)
         lm = load_lm(some, config, show=show)
+        del some
+    source = source.without_untold(lm.tokenizer, config.data.on_bad)
+    heap.trim()  # of what the LM was trained on
     trainer = make_trainer(config, lm, show)
-    told = source.without_untold(lm.tokenizer, config.data.on_bad)
-    return Model(config, fmt, lm, [], torch.zeros(0, 0), catalogue, {}, trainer), told
+    return Model(config, fmt, lm, [], torch.zeros(0, 0), catalogue, {}, trainer), source
 
 
 def load_lm(

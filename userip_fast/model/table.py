@@ -176,7 +176,10 @@ class ByTable(Learned):
 
         how = self.calibration.half_events, self.format.repeats
         grid = table.grid
-        profile = Profile(grid.prior.numpy(), grid.sizes, tell, *how, columns=grid.codes.numpy())
+        share = self.calibration.code_prior
+        profile = Profile(
+            grid.prior.numpy(), grid.sizes, tell, *how, grid.codes.numpy(), code_prior=share
+        )
         return profile.extend(items, reactions)
 
     def top_items(

@@ -257,6 +257,8 @@ class BehaviourSource:
 
     def part(self, start: int, stop: int) -> BehaviourSource:
         """See `Source`."""
+        if (start, stop) == (0, self.num_users):
+            return self
         return BehaviourSource(self.events.users(start, stop), self.format, self._shared)
 
     def refuse_untold(self, tokenizer: Any, on_bad: str) -> Int64:
