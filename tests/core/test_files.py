@@ -228,16 +228,21 @@ def test_one_at_a_time_makes_a_file_and_sweeps_what_was_killed(tmp_path):
                 time.sleep(0.05)
                 target.touch()
 
-    threads = [threading.Thread(target=make) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(make, 4)
     assert made == [1]
     assert sorted(os.listdir(tmp_path)) == [".made2.0123.tmp", ".x.0123.tmp", "made"]
     with pytest.raises(ZeroDivisionError), one_writer(target, "another"):
         raise ZeroDivisionError
     assert not (tmp_path / "made.LOCK").exists()
+
+
+def in_threads(run, count):
+    """Runs it in so many threads at once."""
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def test_a_lock_whose_file_its_holder_removes_is_handed_on(tmp_path):
@@ -251,11 +256,7 @@ def test_a_lock_whose_file_its_holder_removes_is_handed_on(tmp_path):
             time.sleep(0.01)
             inside.pop()
 
-    threads = [threading.Thread(target=enter) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(enter, 8)
     assert most == [1] * 8
     assert os.listdir(tmp_path / "RUN") == []
 

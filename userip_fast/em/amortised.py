@@ -118,14 +118,7 @@ class AmortisedEStep:
             cost[unsure] += found.forward_equivalents
             for r, own in zip(log_resp, found.log_resp):
                 r[unsure] = own
-        return Profiles(
-            hashes=block.hashes,
-            code_ids=codes,
-            nll=nll,
-            weight=torch.from_numpy(block.behaviour.total_weight),
-            forward_equivalents=cost,
-            log_resp=log_resp,
-        )
+        return Profiles(block.hashes, codes, nll, block.weight, cost, log_resp=log_resp)
 
 
 def is_sure(log_resp: list[Tensor], sure: float) -> Tensor:

@@ -54,14 +54,7 @@ class GradientEStep:
         codes = None
         if codebooks is not None:
             codes = assign(codebooks, theta, self.engine.layout.field_slices)
-        return Profiles(
-            hashes=block.hashes,
-            code_ids=codes,
-            nll=nll,
-            weight=torch.from_numpy(block.behaviour.total_weight),
-            forward_equivalents=cost,
-            theta=theta,
-        )
+        return Profiles(block.hashes, codes, nll, block.weight, cost, theta)
 
     def _descent(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         key = block.digest()  # the same users may come again with another history
@@ -87,7 +80,7 @@ class GradientEStep:
         rows = theta.view(users * soft, dim)
         m, v = torch.zeros_like(rows), torch.zeros_like(rows)
         step = torch.zeros(users * soft, dtype=torch.int32, device=lm.device)
-        weight = torch.from_numpy(block.behaviour.total_weight).clamp_min(1e-9).float()
+        weight = block.weight.clamp_min(1e-9).float()
 
         best = torch.full((users,), float("inf"))
         last = torch.zeros(users)

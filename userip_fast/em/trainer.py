@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from userip_fast.codebook.books import Codebook, UsageStats
-from userip_fast.core.config import Config
-from userip_fast.core.distributed import Processes
 from userip_fast.core.progress import progress
 from userip_fast.em.amortised import AmortisedEStep, Head, HeadReport, features, train_head
 from userip_fast.em.blocks import in_memory
@@ -35,7 +33,6 @@ from userip_fast.em.starts import ToldUsers, shared_start
 from userip_fast.em.steps import EMState, EStep, Profiles, profiles_total
 from userip_fast.em.sweeps import Sweeps
 from userip_fast.em.table import EventTable, Kind, answers, has_table, survey
-from userip_fast.lm.engine import Engine
 from userip_fast.prompts.behaviour import Source
 
 
@@ -61,20 +58,12 @@ class Trainer(Sweeps):
         calibration: How an event table is read.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        config: Config,
-        show: bool = False,
-        processes: Processes | None = None,
-    ) -> None:
-        super().__init__(engine, config, show, processes)
-        # What `fit` leaves for an `infer` of the same users: descents already made, or, in the
-        # published recipe, the thetas that were trained with the codebooks.
-        self._estep: EStep | None = None
-        self.head: Head | None = None
-        self.calibration = PLAIN
-        self._trained: tuple[str, Profiles] | None = None
+    head: Head | None = None
+    calibration = PLAIN
+    # What `fit` leaves for an `infer` of the same users: descents already made, or, in the
+    # published recipe, the thetas that were trained with the codebooks.
+    _estep: EStep | None = None
+    _trained: tuple[str, Profiles] | None = None
 
     def fit(
         self,
