@@ -58,7 +58,7 @@ def test_a_log_goes_straight(tmp_path, monkeypatch):
     monkeypatch.setenv("USERIP_FAST_CACHE", str(tmp_path / "cache"))
     way = a_way(tmp_path)
     assert ("jobs/fit.py", "fit") in way
-    assert ("prompts/behaviour.py", "events") in way
+    assert ("prompts/format.py", "events") in way
     assert len(stops(way)) <= MOST_STOPS, way
     assert climbs(stops(way)) <= MOST_CLIMBS, way
 
