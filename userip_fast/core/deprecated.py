@@ -113,7 +113,7 @@ def gone(name: str) -> bool:
 def _say(why: str) -> None:
     told = f"{why}; it is refused from {GONE_IN} on"
     logger.warning("%s", told)  # Python shows no DeprecationWarning but to whoever asks
-    warnings.warn(told, DeprecationWarning, stacklevel=4)
+    warnings.warn(told, DeprecationWarning, stacklevel=6)
 
 
 class _Moved(MetaPathFinder, Loader):
