@@ -46,12 +46,8 @@ def prepare(
     catalogue = Catalogue.from_interactions(data)
     source: Source = behaviour_source(data, fmt, catalogue)
     if lm is None:
-        users = source.num_users
-        if isinstance(source, StreamSource):
-            users = min(_LM_USERS, users)
-        some = source.part(0, users)
-        lm = load_lm(some, config, show=show)
-        del some
+        most = _LM_USERS if isinstance(source, StreamSource) else source.num_users
+        lm = load_lm(source.part(0, min(most, source.num_users)), config, show=show)
     source = source.without_untold(lm.tokenizer, config.data.on_bad)
     heap.trim()  # of what the LM was trained on
     trainer = make_trainer(config, lm, show)
