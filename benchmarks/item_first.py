@@ -15,6 +15,10 @@ mean over 16 codes (k-means of the training users' v) under the posterior that t
 each whole or counting a quarter; `counts`, the item's own rate. Differences come with a 95 %
 interval over users. The table of these items and codes is timed, item first from kept K/V, which
 must say what a whole reading does. The last line is JSON.
+
+With --frozen SmolLM2-135M stands in the Llama's place, item first, of which nothing is trained but
+W (and the bias of its one soft row): its word is added to the item's own rate, and stands beside
+that rate and the user's generosity alone. Of choices benchmarks/real_lm.py asks the same.
 """
 
 from __future__ import annotations
@@ -28,7 +32,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _frozen_reader import FrozenReader
+from _whose_choice import NO, YES, small
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -54,7 +61,7 @@ class Log:
         self.liked = (log.rating > np.median(log.rating)).astype(np.float64)
         self.new = np.arange(log.num_users) % 4 == 0
         self.user = np.repeat(np.arange(log.num_users), np.diff(self.offsets))
-        texts = log.item_text.to_pylist()
+        self.texts = texts = log.item_text.to_pylist()
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
@@ -74,6 +81,7 @@ class Log:
         n = np.bincount(self.item[learn], minlength=len(texts))
         likes = np.bincount(self.item[learn], self.liked[learn], len(texts))
         self.rate = (likes + 10 * self.liked[learn].mean()) / (n + 10)
+        self.usual = np.log(self.rate / (1 - self.rate))
         # How each training user differs from what is usual of an item.
         matrix = np.zeros((log.num_users, len(texts)), np.float32)
         matrix[self.user[learn], self.item[learn]] = (self.liked - self.rate[self.item])[learn]
@@ -97,12 +105,15 @@ class Log:
 class Reader(nn.Module):
     """A Llama that reads items and profiles in one order or the other."""
 
-    def __init__(self, vocab: int, seed: int) -> None:
+    rate, close = 3e-3, 1e-3
+
+    def __init__(self, log: Log, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
+        self.ids = log.ids
         config = LlamaConfig(
             hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4,
-            vocab_size=vocab, max_position_embeddings=256, tie_word_embeddings=True,
+            vocab_size=log.vocab, max_position_embeddings=256, tie_word_embeddings=True,
             attn_implementation="sdpa",
         )  # fmt: skip
         self.lm = LlamaForCausalLM(config)
@@ -111,8 +122,9 @@ class Reader(nn.Module):
         nn.init.normal_(self.told.bias, std=0.02)
         self.read = 0  # tokens
 
-    def forward(self, ids: list[list[int]], v: Tensor, order: str) -> Tensor:
+    def forward(self, items: list[int], v: Tensor, order: str) -> Tensor:
         """[n] log odds that an item is liked."""
+        ids = [self.ids[i] for i in items]
         soft = self.told(v).view(len(ids), ROWS, -1)
         longest = max(map(len, ids))
         text = torch.zeros(len(ids), longest, dtype=torch.int64)
@@ -136,16 +148,17 @@ class Reader(nn.Module):
         return hidden @ (words[1] - words[0])
 
     @torch.no_grad()
-    def table(self, ids: list[list[int]], v: Tensor, order: str) -> Tensor:
+    def table(self, items: list[int], v: Tensor, order: str) -> Tensor:
         """[items, codes] log odds."""
+        ids = [self.ids[i] for i in items]
         out = torch.empty(len(ids), len(v))
         by_length: dict[int, list[int]] = {}
         for i, own in enumerate(ids):
             by_length.setdefault(len(own), []).append(i)
         soft = self.told(v).view(len(v), ROWS, -1)
-        for length, items in by_length.items():  # of equal length: nothing is padded
-            for a in range(0, len(items), 32):
-                some = items[a : a + 32]
+        for length, alike in by_length.items():  # of equal length: nothing is padded
+            for a in range(0, len(alike), 32):
+                some = alike[a : a + 32]
                 text = torch.tensor([ids[i] for i in some])
                 if order == ORDERS[0]:
                     rows = torch.cat(
@@ -171,27 +184,89 @@ class Reader(nn.Module):
         return out
 
 
-def train(reader: Reader, log: Log, order: str, steps: int, batch: int, seed: int) -> None:
+class Frozen(nn.Module):
+    """SmolLM2-135M, of which nothing is trained, told by one soft row; the item first alone.
+
+    Its log odds of " yes" over " no" are added to those of the item's own rate.
+    """
+
+    rate, close = 1e-2, 0.2  # bfloat16
+
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        lm, tokenizer = small()
+        yes, no, colon = (tokenizer.encode(w, add_special_tokens=False)[0] for w in (YES, NO, ":"))
+        self.lm = FrozenReader(lm, (yes, no))
+        self.rms = float(self.lm.embedding.square().mean().sqrt())
+        self.told = nn.Linear(RANK + 1, self.lm.dim)
+        nn.init.normal_(self.told.weight, std=0.05)
+        self.told.bias.data.copy_(self.lm.embedding[colon] / self.rms)
+        items = np.unique(log.item)
+        self.row = np.full(len(log.texts), -1)
+        self.row[items] = np.arange(len(items))
+        self.usual = torch.from_numpy(log.usual).float()
+        began = time.process_time()
+        asked = [f"Movie: {log.texts[i]}\nViewer:" for i in items]
+        self.kept = self.lm.read([tokenizer.encode(x, add_special_tokens=False) for x in asked])
+        self.cost = {"tokens": self.kept.tokens, "seconds": time.process_time() - began}
+        self.read = 0
+
+    def forward(self, items: list[int], v: Tensor, order: str) -> Tensor:
+        return self._odds(items, v[:, None])[:, 0]
+
+    @torch.no_grad()
+    def table(self, items: list[int], v: Tensor, order: str) -> Tensor:
+        by = sorted(range(len(items)), key=lambda i: np.diff(self.kept.offsets)[self.row[items[i]]])
+        out = torch.empty(len(items), len(v))
+        for a in range(0, len(by), 32):
+            some = by[a : a + 32]
+            out[some] = self._odds([items[i] for i in some], v.expand(len(some), -1, -1))
+        return out
+
+    def _odds(self, items: list[int], v: Tensor) -> Tensor:
+        self.read += v.shape[0] * v.shape[1]
+        soft = self.rms * self.told(v)[..., None, :]
+        return self.lm.odds(self.kept, self.row[items], soft) + self.usual[items][:, None]
+
+
+def others(log: Log, events: NDArray[np.int64], random: np.random.Generator) -> list[Any]:
+    """Of each event's user some other events, of every seventh none."""
+    told = []
+    for e in events.tolist():
+        a, b = log.offsets[log.user[e]], log.offsets[log.user[e] + 1]
+        few = 0 if random.random() < 0.15 else random.integers(1, MOST + 1)
+        told.append(random.permutation(np.delete(np.arange(a, b), e - a))[:few])
+    return told
+
+
+def train(reader: Reader | Frozen, log: Log, order: str, steps: int, batch: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     events = np.flatnonzero(~log.new[log.user])
-    rates = {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.01}
-    adam = torch.optim.AdamW(reader.parameters(), **rates)
+    rates = {"lr": reader.rate, "betas": (0.9, 0.95), "weight_decay": 0.01}
+    learned = [p for p in reader.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(learned, **rates)
     for step in range(steps):
+        shrink = min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / steps))
         for group in adam.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / steps))
+            group["lr"] = reader.rate * shrink
         some = random.choice(events, batch)
-        told = []
-        for e in some.tolist():
-            a, b = log.offsets[log.user[e]], log.offsets[log.user[e] + 1]
-            others = np.delete(np.arange(a, b), e - a)
-            few = 0 if random.random() < 0.15 else random.integers(1, MOST + 1)
-            told.append(random.permutation(others)[:few])
-        odds = reader([log.ids[i] for i in log.item[some]], log.fold(told), order)
+        told = others(log, some, random)
+        odds = reader(log.item[some].tolist(), log.fold(told), order)
         loss = F.binary_cross_entropy_with_logits(odds, torch.from_numpy(log.liked[some]).float())
         adam.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         adam.step()
+
+
+def generous(log: Log, items: NDArray[np.int64], v: Tensor) -> NDArray[Any]:
+    """Log odds by the item's own rate and how generous the user is, without a text."""
+    random = np.random.default_rng(0)
+    some = random.choice(np.flatnonzero(~log.new[log.user]), 20_000)
+    told = log.fold(others(log, some, random))[:, RANK:].numpy()
+    x = np.column_stack([log.usual[log.item[some]], told])
+    model = LogisticRegression().fit(x, log.liked[some])
+    return np.asarray(model.decision_function(np.column_stack([log.usual[items], v[:, RANK:]])))
 
 
 def auc(score: NDArray[Any], liked: NDArray[Any], weight: NDArray[Any] | None = None) -> float:
@@ -205,7 +280,25 @@ def auc(score: NDArray[Any], liked: NDArray[Any], weight: NDArray[Any] | None = 
     return float((np.bincount(tie, w * y) * below).sum() / ((w * y).sum() * bad.sum()))
 
 
-def judged(reader: Reader, log: Log, order: str, codes: Tensor) -> tuple[dict[str, Any], Any]:
+def resampled(found: dict[str, Any], a: NDArray[Any], b: NDArray[Any], seed: int) -> list[float]:
+    """AUC of `a` less that of `b`, of users drawn again and again."""
+    random, user, out = np.random.default_rng(seed), found["user"], []
+    those = np.unique(user)
+    for _ in range(200):
+        drawn = random.choice(those, len(those))
+        weight = np.bincount(drawn, minlength=those[-1] + 1)[user]
+        out.append(auc(a, found["liked"], weight) - auc(b, found["liked"], weight))
+    return out
+
+
+def interval(d: list[float]) -> list[float]:
+    """Mean, and the ends of its 95 % interval."""
+    return [round(float(x), 4) for x in (np.mean(d), *np.quantile(d, [0.025, 0.975]))]
+
+
+def judged(
+    reader: Reader | Frozen, log: Log, order: str, codes: Tensor
+) -> tuple[dict[str, Any], Any]:
     """Scores [later events] of new users, by name; and the table's tokens and time."""
     new = np.flatnonzero(log.new)
     early = [np.arange(log.offsets[u], log.offsets[u] + FIRST) for u in new]
@@ -216,16 +309,14 @@ def judged(reader: Reader, log: Log, order: str, codes: Tensor) -> tuple[dict[st
         for name, told in ("told", v), ("item", torch.zeros_like(v)):
             out[name] = np.concatenate(
                 [
-                    reader(
-                        [log.ids[i] for i in log.item[at[a : a + 512]]], told[a : a + 512], order
-                    )
+                    reader(log.item[at[a : a + 512]].tolist(), told[a : a + 512], order)
                     for a in range(0, len(at), 512)
                 ]
             )
     items, row = np.unique(log.item[np.concatenate([*early, at])], return_inverse=True)
-    ids, few = [log.ids[i] for i in items], len(new) * FIRST
+    few = len(new) * FIRST
     reader.read, began, cpu = 0, time.perf_counter(), time.process_time()
-    table = reader.table(ids, codes, order)
+    table = reader.table(items.tolist(), codes, order)
     cost = {
         "items": len(items),
         "tokens": reader.read,
@@ -234,15 +325,36 @@ def judged(reader: Reader, log: Log, order: str, codes: Tensor) -> tuple[dict[st
     }
     with torch.no_grad():  # a whole reading of some says the same
         for k in (0, CODES - 1):
-            whole = reader(ids[:64], codes[k].expand(64, -1), order)
-            torch.testing.assert_close(table[:64, k], whole, rtol=1e-3, atol=1e-3)
+            whole = reader(items[:64].tolist(), codes[k].expand(64, -1), order)
+            torch.testing.assert_close(table[:64, k], whole, rtol=reader.close, atol=reader.close)
     went = torch.from_numpy(2 * log.liked[np.concatenate(early)] - 1).float()
     seen = F.logsigmoid(table[row[:few]] * went[:, None]).view(len(new), FIRST, -1).sum(1)
     for name, power in ("codes", 1.0), ("codes, a quarter", 0.25):
         p = (power * seen).softmax(1).repeat_interleave(torch.from_numpy(count), 0)
         out[name] = (p * table[row[few:]].sigmoid()).sum(1).numpy()
     out["counts"] = log.rate[log.item[at]]
+    out["counts, generosity"] = generous(log, log.item[at], v)
     return {"scores": out, "liked": log.liked[at], "user": np.repeat(new, count)}, cost
+
+
+def frozen(log: Log, args: argparse.Namespace) -> None:
+    """What a frozen LM tells when it is told of users by one soft row; the last line is JSON."""
+    torch.set_num_threads(1)
+    reader = Frozen(log)
+    mine = [np.arange(log.offsets[u], log.offsets[u + 1]) for u in np.flatnonzero(~log.new)]
+    codes = Codebook.kmeans(log.fold(mine), CODES, seed=0).codewords
+    began = time.process_time()
+    train(reader, log, ORDERS[1], args.steps, args.batch, 0)
+    training = {"rows": reader.read, "processor_seconds": time.process_time() - began}
+    found, cost = judged(reader, log, ORDERS[1], codes)
+    scores = found["scores"]
+    apart = resampled(found, scores["told"], scores["counts, generosity"], 0)
+    result = {
+        "texts": reader.cost, "training": training, "table": cost,
+        "auc": {name: auc(score, found["liked"]) for name, score in scores.items()},
+        "told - counts, generosity": interval(apart),
+    }  # fmt: skip
+    print(json.dumps(result))
 
 
 def main() -> None:
@@ -252,13 +364,17 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=4000)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--frozen", action="store_true", help="SmolLM2-135M, item first alone")
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
     log = Log(args.data, args.users, args.text)
+    if args.frozen:
+        frozen(log, args)
+        return
     result: dict[str, Any] = {k: v for k, v in vars(args).items() if k != "data"}
     apart: dict[str, list[Any]] = {}
     for seed in range(args.seeds):
-        start, found = Reader(log.vocab, seed), {}
+        start, found = Reader(log, seed), {}
         users = np.flatnonzero(~log.new)
         mine = [np.arange(log.offsets[u], log.offsets[u + 1]) for u in users]
         codes = Codebook.kmeans(log.fold(mine), CODES, seed=seed).codewords
@@ -277,19 +393,11 @@ def main() -> None:
             result[f"seed {seed}, {order}"] = one
             print(seed, order, one, flush=True)
         before, after = (found[order] for order in ORDERS)
-        random = np.random.default_rng(seed)
-        for _ in range(200):
-            users = random.choice(np.unique(after["user"]), len(np.unique(after["user"])))
-            weight = np.bincount(users, minlength=len(log.new))[after["user"]]
-            for name, score in after["scores"].items():
-                if name == "counts":
-                    continue
-                both = [auc(s, after["liked"], weight) for s in (score, before["scores"][name])]
-                apart.setdefault(name, []).append(both[0] - both[1])
-    result["item first - profile first"] = {
-        name: [round(float(x), 4) for x in (np.mean(d), *np.quantile(d, [0.025, 0.975]))]
-        for name, d in apart.items()
-    }
+        for name, score in after["scores"].items():
+            if not name.startswith("counts"):
+                own = resampled(after, score, before["scores"][name], seed)
+                apart.setdefault(name, []).extend(own)
+    result["item first - profile first"] = {name: interval(d) for name, d in apart.items()}
     costs = [[result[f"seed {s}, {o}"]["table"] for o in ORDERS] for s in range(args.seeds)]
     for what in "tokens", "processor_seconds":
         result[f"ratios.{what}"] = float(np.median([a[what] / b[what] for a, b in costs]))

@@ -14,6 +14,7 @@ of one data set, beat one process of more threads. Beside the page lie its pictu
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
@@ -25,11 +26,12 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).resolve().parent
+PLAN = HERE / "results.yaml"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--plan", type=Path, default=HERE / "results.yaml")
+    parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--out", type=Path, help="runs/results, or runs/results-quick")
     parser.add_argument("--page", type=Path, help="docs/results.md; quick: results.md in --out")
@@ -61,12 +63,24 @@ def main(arguments: list[str] | None = None) -> int:
         _run_each(partial(run, seconds=60 * args.minutes), asked, args.jobs)
     found = run(seconds=0, show=False)
     command = "python benchmarks/results_table.py --data DATA" + " --quick" * args.quick
-    write_page(page, plan, found, command, picture=_draw(found, page.with_suffix(".png")))
+    picture = _draw(found, page.with_suffix(".png"))
+    further = _real_lm() if args.plan == PLAN and not args.quick else []
+    write_page(page, plan, found, command, picture=picture, further=further)
     write_figures(page.with_suffix(".json"), found)
     every = [r for labels in found.values() for by in labels.values() for r in by.values()]
     missing = sum(r is None for r in every)
     print(f"{page}: {len(every) - missing} evaluations, {missing} to do")
     return 0
+
+
+def _real_lm() -> list[str]:
+    """What `real_lm.py` measured on the same rows."""
+    result = HERE / "results" / "cpu" / "real_lm.json"
+    if not result.is_file():
+        return []
+    from _real_lm_section import section
+
+    return section(json.loads(result.read_text(encoding="utf-8")))
 
 
 def _run_each(run, asked: list[tuple[str, ...]], jobs: int) -> None:  # type: ignore[no-untyped-def]

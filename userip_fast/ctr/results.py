@@ -24,7 +24,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -222,11 +222,13 @@ def write_page(
     command: str,
     *,
     picture: str | None = None,
+    further: Sequence[str] = (),
 ) -> None:
     """The results as Markdown, what is missing named as missing.
 
     Args:
         picture: File beside the page that draws them.
+        further: Lines of what was measured beside the plan.
     """
     done = list(_done(found))
     lines = ["# Results", "", *_introduction(command, done), *_headline(done)]
@@ -247,6 +249,7 @@ def write_page(
                     lines += [f"n/a: {result}.", ""]
                 else:
                     lines += _table(result)
+    lines += further
     if notes := plan.get("notes"):
         lines += ["## What was tried", "", notes.strip(), ""]
     with atomic_file(path) as tmp:
