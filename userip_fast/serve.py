@@ -4,6 +4,7 @@
 
     server = Server.open("RUN/model", bank="RUN/bank")
     codes = server.lookup(user_ids, on_unknown="code")      # [n, J] of users that are in the bank
+    p = server.lookup_profiles(user_ids)                    # [n, Z], of a bank that keeps profiles
     p = server.profile([3, 17], ["liked", "disliked"])      # p(codes | events) of anybody else
     items, scores = server.top_items(p, 20)
 
@@ -33,6 +34,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from userip_fast.bank import FeatureBank
+from userip_fast.bank.parquet import Best
 from userip_fast.core.errors import ConfigError, DataError, FormatError, MismatchError
 from userip_fast.core.files import open_regular, read_json, sha256_file
 from userip_fast.core.profiles import (
@@ -43,6 +45,7 @@ from userip_fast.core.profiles import (
     all_codes,
     codes_of,
     counting,
+    joint,
     lifts,
     likings,
     odds,
@@ -178,6 +181,44 @@ class Server:
         if self.bank is None:
             raise ConfigError("lookup: the server was opened without a bank; open it with bank=")
         return self.bank.lookup(user_ids, on_unknown)
+
+    def lookup_profiles(self, user_ids: Any, on_unknown: str = "error") -> NDArray[np.float32]:
+        """p(codes | behaviour) of users who are in a bank with profiles, as `profile` gives it of
+        events, for `affinity` and `top_items`.
+
+        Args:
+            user_ids, on_unknown: As for `lookup`; "code" gives a user who is not there the prior.
+
+        Returns:
+            [n, Z] float32. Of several fields the product of each one's probabilities.
+
+        Raises:
+            ConfigError: The server was opened without a bank, or the bank holds no profiles.
+            DataError, KeyTypeError, FormatError: As for `lookup`.
+        """
+        if self.bank is None:
+            raise ConfigError("lookup: the server was opened without a bank; open it with bank=")
+        return self._joint_of(self.bank.lookup_profiles(user_ids, on_unknown))
+
+    def best_items(self, n: int) -> Best:
+        """What exports of a bank take to add users' best items: `top_items(p, n)` of the profiles
+        that a bank keeps.
+
+        Raises:
+            ConfigError: The model tells no reactions.
+            DataError: `n` is below 1.
+        """
+        self.top_items(np.exp(self.log_prior), n)
+        return lambda profiles: self.top_items(self._joint_of(profiles), n)
+
+    def _joint_of(self, profiles: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[n, Z] of a bank's profiles [n, sum of K_j]; the prior for one that is all zeros."""
+        out = np.empty((len(profiles), len(self.log_prior)), np.float32)
+        known = profiles.any(1)
+        each = np.split(profiles[known], np.cumsum(self._sizes)[:-1], axis=1)
+        out[~known] = softmax(self.log_prior)
+        out[known] = joint(each, self.columns)
+        return out
 
     def knows(self, item: Any) -> bool:
         """Whether the table has an item."""

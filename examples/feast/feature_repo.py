@@ -6,7 +6,9 @@
     store = feast.FeatureStore(".")
     store.get_online_features(["codes:taste"], entity_rows=[{"user_id": 3}]).to_dict()
 
-Replace the fields by those of your bank (`userip bank info BANK`).
+Replace the fields by those of your bank (`userip bank info BANK`). An export with --probabilities
+and --model MODEL --top 20 has lists too: Field(name="taste_p", dtype=Array(Float32)), and likewise
+top_items (Array(Int64), or of String) and top_scores (Array(Float32)).
 """
 
 from datetime import timedelta

@@ -181,8 +181,8 @@ def test_flags_name_settings_and_are_flags_of_fit():
         assert flag in {p.name for p in commands["fit"].params}
     of_infer = {p.name for p in commands["infer"].params}
     assert of_infer - set(FLAGS) == {
-        "model", "interactions", "items", "out", "max_users", "probabilities", "quiet", "shard",
-        "stream", "update",
+        "model", "interactions", "items", "out", "max_users", "probabilities", "profiles", "quiet",
+        "shard", "stream", "update",
     }  # fmt: skip
 
 

@@ -5,14 +5,19 @@ import pyarrow as pa
 import pytest
 from test_protocols import log
 
+from userip_fast.core.config import Config
+from userip_fast.ctr.cells import Cells
 from userip_fast.ctr.codes import describe_codes
 from userip_fast.ctr.config import CTRConfig
+from userip_fast.ctr.features import Profiles
+from userip_fast.ctr.inputs import Inputs
 from userip_fast.ctr.numbers import Numbers
 from userip_fast.ctr.protocols import make_task
 from userip_fast.ctr.ranking import choice_scores, rank_choices
 from userip_fast.ctr.work import Work
 from userip_fast.data import read_interactions
 from userip_fast.data.attributes import item_attributes
+from userip_fast.em import columns
 from userip_fast.em.free import FreeMixture
 from userip_fast.report.words import codes_in_words
 
@@ -252,3 +257,41 @@ def test_users_without_a_view_have_the_mean(choices):
     assert isinstance(data.item_keys, pa.Array)
     for name, x in Numbers(warm, []).fit(-1).base(warm.train).items():
         assert np.isfinite(x).all(), name
+
+
+def test_affinity_of_listed_columns_is_the_models(tmp_path, monkeypatch):
+    """Where not all combinations of codes are columns of the event table: scores of rows are what
+    the model says of the users' columns, kept cells included."""
+    monkeypatch.setenv("USERIP_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(columns, "ALL", 1)
+    monkeypatch.setattr(columns, "MOST", 7)
+    config = Config.from_dict(
+        {
+            "fields": [{"name": "a", "prompt": "a", "codebook_size": 4},
+                       {"name": "b", "prompt": "b", "codebook_size": 3}],
+            "lm": {"embedded_tokens": 3000, "embedded_layers": 1, "embedded_hidden": 32,
+                   "embedded_vocab": 300, "quantization": "none"},
+            "data": {"behaviour_context": "independent"},
+            "em": {"estep": "posterior", "rounds": 1},
+        }
+    )  # fmt: skip
+    task = make_task(log(users=120), CTRConfig(first=3, seeds=1))
+    for _ in range(2):  # the second time from disk
+        profiles = Profiles(task.learn, config, folder=tmp_path / "cells")
+        inputs = Inputs(task, CTRConfig(first=3, seeds=1), profiles, Cells(tmp_path / "cells"))
+        table, codes = inputs.affinity_table(0)
+        assert table.shape == (task.data.num_items, len(codes))
+        assert len(codes) == 7 < 12
+        found = inputs.affinities(0)["test"]["affinity"]
+        model = profiles.model("ids", 0)
+        np.testing.assert_array_equal(codes, model.event_table().grid.codes.numpy())
+        view = task.views[0]
+        read = profiles.read("ids", view, 0)["probabilities"]
+        p = model.event_table().grid.joint(np.split(read, [4], axis=1))
+        at = task.view_rows(0)
+        texts = dict(zip(task.data.item_keys.to_pylist(), task.data.item_text.to_pylist()))
+        every = model.affinity(p, list(texts), texts)
+        for n in range(0, len(task.test), 97):
+            own = every[at[task.test.user[n]], task.test.item[n]]
+            assert found[n] == pytest.approx(np.log(own / (1 - own)), rel=1e-3, abs=1e-4)
+        monkeypatch.setattr(Profiles, "affinity", None)

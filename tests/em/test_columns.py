@@ -1,5 +1,6 @@
 """Of many combinations of codes those that carry weight are columns, and say what all would."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from test_table import RAW, WHOLE, block_of, books_of, engine_of, likelihood, so
 import userip_fast as uf
 from userip_fast.codebook.books import Codebook
 from userip_fast.core.errors import FormatError
-from userip_fast.core.profiles import Profile, all_codes, codes_of
+from userip_fast.core.profiles import Profile, all_codes, codes_of, joint
 from userip_fast.em import columns
 from userip_fast.em.columns import Grid, choose, lines, places
 from userip_fast.em.crowd import Crowd
@@ -23,8 +24,10 @@ from userip_fast.em.lifts import Calibration
 from userip_fast.em.posterior import PosteriorEStep
 from userip_fast.em.steps import EMState
 from userip_fast.em.table import EventTable
+from userip_fast.jobs.profiles import export_profiles
 from userip_fast.jobs.shards import infer_shard, merge_shards
 from userip_fast.ops import profile_posterior
+from userip_fast.report.show import show_run
 from userip_fast.serve import Server
 
 KINDS, USERS, EVENTS = 200, 1500, 60
@@ -182,7 +185,9 @@ def test_a_grid_of_some_columns_is_a_part_of_the_whole(lm):
     all_of_them, few = whole.joint(each), some.joint(each)
     np.testing.assert_allclose(all_of_them.sum(1), 1, rtol=1e-5)
     np.testing.assert_allclose(few.sum(1), 1, rtol=1e-5)
-    np.testing.assert_allclose(few[:, 1] / few[:, 0], all_of_them[:, at[1]] / all_of_them[:, at[0]])
+    # Quotients of fp32 values, three roundings on either side.
+    odds = all_of_them[:, at[1]] / all_of_them[:, at[0]]
+    np.testing.assert_allclose(few[:, 1] / few[:, 0], odds, rtol=3 * 2.0**-23)
 
 
 @pytest.mark.parametrize("fields", [2, 3])
@@ -329,6 +334,66 @@ def test_codes_under_other_numbers_keep_their_columns(fitted):
     a = model.open_profile(items, went).codes
     b = other.open_profile(items, went).codes
     assert [int(o[k]) for o, k in zip(orders, b)] == a.tolist()
+
+
+def test_profiles_and_a_bank_of_them_are_the_joint_of_columns(fitted, few, tmp_path):
+    folder, data, model = fitted
+    some, sizes = model.calibration.columns.numpy(), [f.codebook_size for f in model.config.fields]
+    export_profiles(model, data, tmp_path / "p.parquet", top=3)
+    table = pq.read_table(tmp_path / "p.parquet")
+    names = [f.name for f in model.config.fields]
+    each = [np.stack(table[f"{n}_p"].to_numpy()) for n in names]
+    for p, size in zip(each, sizes):
+        assert p.shape == (data.num_users, size)
+        np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)
+    codes = np.stack([table[n].to_numpy() for n in names], axis=1)
+    assert np.array_equal(codes, model.infer(data))
+    product = np.prod([p[:, k] for p, k in zip(each, some.T)], axis=0)
+    product /= product.sum(1, keepdims=True)
+    items, scores = model.top_items(product, 3)
+    np.testing.assert_allclose(np.stack(table["top_scores"].to_numpy()), scores, rtol=1e-4)
+    assert (np.stack(table["top_items"].to_numpy()) == items).mean() > 0.95  # but for ties
+
+    bank = model.infer(data, tmp_path / "bank", profiles=True)
+    server = Server.open(folder / "whole" / "model", tmp_path / "bank")
+    p = server.lookup_profiles(table["user_id"])
+    np.testing.assert_allclose(p, product, atol=2e-3)
+    nobody = server.lookup_profiles([10**9], on_unknown="code")
+    np.testing.assert_allclose(nobody[0], server.profile([], []), rtol=1e-5)
+    bank.to_parquet(tmp_path / "b.parquet", server.best_items(3))
+    best = pq.read_table(tmp_path / "b.parquet")
+    np.testing.assert_allclose(np.stack(best["top_scores"].to_numpy()), scores, rtol=5e-3)
+
+
+def test_a_user_between_columns_has_a_profile():
+    """Whose likeliest codes are together no column, and in 16 bits each alone all there is."""
+    codes = np.array([[0, 0], [1, 1]])
+    p = joint([np.array([[1.0, 0.0]], np.float16), np.array([[0.0, 1.0]], np.float16)], codes)
+    np.testing.assert_allclose(p, [[0.5, 0.5]])
+
+
+def test_what_is_shown_of_columns_is_what_they_say(fitted, few):
+    """A code's share of an item's reactions is the mean over its columns; of a code that is in none
+    it is anybody's."""
+    folder, _, model = fitted
+    show_run(folder / "whole")
+    page = (folder / "whole" / "explore.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    grid = model.event_table().grid
+    prior, codes = grid.prior.exp().numpy(), grid.codes.numpy()
+    assert len(data["items"]) > 3
+    for item in data["items"]:
+        each = model.affinity(np.eye(len(codes), dtype=np.float32), [int(item["key"])])[:, 0]
+        at = 0
+        for j, size in enumerate(grid.sizes):
+            for k in range(size):
+                own = prior * (codes[:, j] == k)
+                own = prior if own.sum() == 0 else own / own.sum()
+                assert item["liked"][at] == pytest.approx(own @ each, abs=1e-3)
+                at += 1
+        assert at == len(item["liked"])
+    missing = [set(range(n)) - set(codes[:, j].tolist()) for j, n in enumerate(grid.sizes)]
+    assert any(missing)
 
 
 @pytest.mark.parametrize(

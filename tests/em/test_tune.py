@@ -14,7 +14,7 @@ from userip_fast.codebook.books import Codebook
 from userip_fast.core.config import Config, DataConfig, EMConfig
 from userip_fast.core.errors import ConfigError, MismatchError
 from userip_fast.em.matching import agreement, assignment, numbered_like
-from userip_fast.jobs.tune import tune
+from userip_fast.jobs.tune import _levels, _tried, sizes_for, tune
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 6])
@@ -85,3 +85,43 @@ def test_tune_compares_choices_on_the_same_users():
     assert alone
     with pytest.raises(ConfigError, match="sizes must be 2 or more"):
         tune(read(), config, [1], lm=lm)
+    with pytest.raises(ConfigError, match="levels 1 or more"):
+        tune(read(), config, [2], lm=lm, levels=0)
+
+
+def test_tune_tries_as_many_codes_as_the_log_has_users_for():
+    assert sizes_for(8) == [4]
+    assert sizes_for(600) == [4, 8, 16]  # 450 train
+    assert sizes_for(3414) == [4, 8, 16, 32, 64, 128]
+    assert sizes_for(10**6) == [4, 8, 16, 32, 64, 128, 256]
+    lm, field = tiny.frozen("llama"), uf.ProfileField("a", "taste", 1, 3)
+    em = EMConfig(estep="posterior", rounds=1)
+    data = DataConfig(max_tokens=60, behaviour_context="independent")
+    config = Config(data=data, em=em, fields=(field,))
+    found = tune(read(32), config, lm=lm, seeds=1)
+    assert sorted(c.codes["a"] for c in found) == [1, 3, 4]
+
+
+def test_tune_tries_levels_of_a_field():
+    lm, field = tiny.frozen("llama"), uf.ProfileField("a", "taste", 1, 3, ("rod", "lamp", "map"))
+    em = EMConfig(estep="posterior", rounds=1)
+    data = DataConfig(max_tokens=60, behaviour_context="independent")
+    config = Config(data=data, em=em, fields=(field,))
+    found = tune(read(32), config, [2], lm=lm, seeds=1, levels=2)
+    sizes = sorted(tuple(c.codes.items()) for c in found)
+    assert sizes == [
+        (("a", 1), ("a_2", 1)), (("a", 2), ("a_2", 1)), (("a", 2), ("a_2", 2)),
+        (("a", 3), ("a_2", 1)),
+    ]  # fmt: skip
+    by = {tuple(c.codes.values()): c for c in found}
+    assert by[1, 1].gain == 0
+    assert by[2, 2].perplexity["a_2"] >= 1
+    two = (field, uf.ProfileField("b", "b", 1, 2))
+    assert _tried([3, 2], [4], 2) == [
+        (1, 1, 1, 1), (4, 4, 1, 1), (4, 4, 4, 4), (3, 2, 1, 1), (1, 2, 1, 1), (3, 1, 1, 1),
+    ]  # fmt: skip
+    names = [(f.name, f.prompt, f.candidates) for f in _levels(two, 2)]
+    assert names == [
+        ("a", "taste", ("rod", "lamp", "map")), ("b", "b", ()), ("a_2", "taste", ()),
+        ("b_2", "b", ()),
+    ]  # fmt: skip

@@ -325,7 +325,7 @@ def event_tables(
         return uf.Model.load(root)
 
     def infer(root: Path, bank: Path) -> None:
-        load(root).infer(new, bank, probabilities=True)
+        load(root).infer(new, bank, probabilities=True, profiles=True)
 
     def names(root: Path) -> list[str]:
         for path in (found := sorted((root / "events").rglob("*.arrow"))):
@@ -470,12 +470,17 @@ def full_disk(world: World, folder: Path, sizes: list[int], counts: Counts) -> s
 FIELDS = [{"name": "a", "codebook_size": 9}, {"name": "b", "codebook_size": 300}]
 
 
-def made_bank(path: Path, keys: Any, seed: int) -> tuple[uf.FeatureBank, np.ndarray, np.ndarray]:
-    """A bank with probabilities, and what was written into it."""
+def made_bank(
+    path: Path, keys: Any, seed: int, profiles: bool = False
+) -> tuple[uf.FeatureBank, np.ndarray, np.ndarray]:
+    """A bank with probabilities, and what was written into it; maybe with profiles."""
     rng = np.random.default_rng(seed)
     values = np.stack([rng.integers(0, f["codebook_size"], len(keys)) for f in FIELDS], axis=1)
     p = rng.random(values.shape, np.float32)
-    settings = {"fields": FIELDS, "model_fingerprint": f"m{seed}"}
+    settings: dict[str, Any] = {"fields": FIELDS, "model_fingerprint": f"m{seed}"}
+    if profiles:
+        every = [rng.dirichlet(np.ones(f["codebook_size"]), len(keys)) for f in FIELDS]
+        settings["profiles"] = np.concatenate(every, axis=1)
     return uf.FeatureBank.write(path, keys, values, probabilities=p, **settings), values, p
 
 
@@ -486,7 +491,7 @@ def damaged_banks(folder: Path, rounds: int, draw: random.Random, counts: Counts
     users = 700
     for name, keys in (("int", np.arange(users)), ("text", [f"user {i}" for i in range(users)])):
         path = folder / name
-        bank, values, p = made_bank(path, keys, 0)
+        bank, values, p = made_bank(path, keys, 0, profiles=True)
         rows = bank.rows(keys)
         reads: list[tuple[Callable[[Any], Any], Any]] = [
             (lambda b, k=keys: b.lookup(k, on_unknown="code"), values),
@@ -494,6 +499,8 @@ def damaged_banks(folder: Path, rounds: int, draw: random.Random, counts: Counts
             (lambda b, k=keys: b.rows(k), rows),
             (lambda b, r=rows: b.codes()[r], values),
             (lambda b, r=rows: b.probabilities[r], p),
+            (lambda b, k=keys: b.lookup_profiles(k), bank.lookup_profiles(keys)),
+            (lambda b, k=keys: b.lookup_profiles(k[5:6]), bank.lookup_profiles(keys[5:6])),
             (lambda b, r=rows: np.array(b.keys())[r], np.array(keys)),
         ]
         files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.name != "LOCK"]

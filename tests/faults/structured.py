@@ -582,23 +582,33 @@ class StandIn:
 def redis_values(folder: Path) -> Job:
     fields = [{"name": n, "codebook_size": k, "code_names": None} for n, k in (("a", 4), ("b", 9))]
     about = {"digest": "d" * 64, "fields": fields, "dtype": "|u1", "key_type": "int64", "users": 3,
-             "model_fingerprint": "m"}  # fmt: skip
+             "model_fingerprint": "m", "probabilities": True, "best": True}  # fmt: skip
+    profile = np.float16([0.25] * 4 + [0.125] * 8 + [0]).tobytes()
 
     def job(draw: Random) -> None:
-        users = {f"n:v:u:{k}": bytes([k, 8 - k]) for k in range(3)}
+        users = {f"n:v:u:{k}": bytes([k, 8 - k]) + profile for k in range(3)}
+        users |= {f"n:v:t:{k}": b"[[7, 0.5], [8, 0.25]]" for k in range(3)}
         told = json.dumps(about if draw.random() < 0.4 else changed(about, draw)).encode()
         if told == json.dumps(about).encode():
             key = draw.choice(list(users))
-            size, top = draw.choice([0, 1, 2, 2, 2, 3, 4]), draw.choice([5, 255])
+            size, top = draw.choice([0, 2, 27, 28, 28, 28, 29, 30]), draw.choice([5, 256])
             users[key] = bytes(draw.randrange(top) for _ in range(size))
         name = draw.choice([b"v"] * 8 + [b"w", b"\xff"])
         client = StandIn({"n:current": name, "n:v:about": told, **users})
         with mock.patch.object(redis_export, "connect", return_value=client):
             bank = redis_export.RedisBank("redis://h", "n")
-            codes = bank.lookup([0, 1, 2, 9], on_unknown="code")
+            asked = [0, 1, 2, 9], "code"
+            read = draw.choice([bank.lookup, bank.lookup_profiles, bank.top_items])
+            found = read(*asked)
         sizes = [f["codebook_size"] for f in bank.fields]
-        assert codes.shape == (4, len(sizes))
-        assert (codes <= np.array(sizes)).all()
+        if read == bank.lookup:
+            assert found.shape == (4, len(sizes))
+            assert (found <= np.array(sizes)).all()
+        elif read == bank.lookup_profiles:
+            assert found.shape == (4, sum(sizes))
+            assert ((found >= 0) & (found <= 1)).all()
+        else:
+            assert all(isinstance(s, float) for own in found for _, s in own)
 
     return job
 

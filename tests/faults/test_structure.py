@@ -17,7 +17,7 @@ import tiny
 import torch
 
 import userip_fast as uf
-from userip_fast.bank.layout import check_fields
+from userip_fast.bank.checks import check_fields
 from userip_fast.bank.parquet import bank_table
 from userip_fast.core.config import LMConfig
 from userip_fast.core.errors import ConfigError, DataError, FormatError, UnsupportedError

@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 import userip_fast as uf
 from userip_fast import cli
 from userip_fast.core.config import Config, DataConfig, EMConfig
-from userip_fast.core.errors import ConfigError
+from userip_fast.core.errors import ConfigError, MismatchError
 from userip_fast.jobs.profiles import export_profiles
+from userip_fast.jobs.shards import infer_shard, merge_shards
+from userip_fast.serve import Server
 
 FIELDS = (uf.ProfileField("taste", "", 1, 3), uf.ProfileField("habit", "likes", 1, 2))
 
@@ -27,7 +29,8 @@ def made(tmp_path_factory):
         em=EMConfig(rounds=1, start="random", block_users=7),
         fields=FIELDS,
     )
-    return uf.fit(data, lm, config=config, out=folder / "run"), data, folder, paths
+    model = uf.fit(data, lm, config=config, out=folder / "run", profiles=True)
+    return model, data, folder, paths
 
 
 def test_a_row_is_a_users_profile(made):
@@ -61,6 +64,76 @@ def test_the_command_line_writes_the_same(made):
     assert pq.read_table(folder / "cli.parquet").column_names[-1] == "habit_p"
 
 
+def run(*args, code=0):
+    done = CliRunner().invoke(cli.app, [str(a) for a in args])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def test_a_bank_holds_the_profiles(made, tmp_path):
+    """Of fit, infer and shards alike; exports and serving make of it what the model says."""
+    model, data, folder, _ = made
+    export_profiles(model, data, folder / "p.parquet", top=4)
+    want = pq.read_table(folder / "p.parquet")
+    users = want["user_id"].to_pylist()
+    p = np.concatenate([np.stack(want[f"{f.name}_p"].to_numpy()) for f in FIELDS], axis=1)
+    bank = uf.FeatureBank.open(folder / "run" / "bank", verify=True)
+    np.testing.assert_allclose(bank.lookup_profiles(users), p, atol=3e-4)
+    inferred = model.infer(data, tmp_path / "bank", profiles=True)
+    assert inferred.digest == bank.digest
+    for index in range(2):
+        infer_shard(model, data, index, 2, tmp_path / "shards", profiles=True, show=False)
+    assert merge_shards(tmp_path / "shards", tmp_path / "merged").digest == bank.digest
+    path = infer_shard(model, data, 0, 2, tmp_path / "shards", show=False)  # made anew, without
+    assert "taste_p" not in pq.read_table(path).column_names
+    with pytest.raises(MismatchError, match="another --profiles than shard 0/2"):
+        merge_shards(tmp_path / "shards", tmp_path / "merged")
+
+    server = Server.open(folder / "run" / "model", bank=folder / "run" / "bank")
+    joint = server.lookup_profiles(users)
+    np.testing.assert_allclose(joint, np.einsum("ua,ub->uab", p[:, :3], p[:, 3:]).reshape(-1, 6),
+                               atol=6e-4)  # fmt: skip
+    stranger = server.lookup_profiles([10**9, users[0]], on_unknown="code")
+    np.testing.assert_allclose(stranger[0], server.profile([], []), rtol=1e-5)
+    np.testing.assert_allclose(stranger[1], joint[0], rtol=1e-6)
+    items = want["top_items"][0].as_py()
+    scores = server.affinity(joint[0], items)
+    np.testing.assert_allclose(scores, want["top_scores"][0].as_py(), rtol=2e-3)
+
+    model_, bank_ = folder / "run" / "model", folder / "run" / "bank"
+    out = tmp_path / "b.parquet"
+    told = run("bank", "export", bank_, out, "--model", model_, "--top", 4)
+    assert f"{data.num_users} users" in told
+    table = pq.read_table(out)
+    assert table["user_id"].to_pylist() == users
+    np.testing.assert_allclose(np.stack(table["top_scores"].to_numpy()),
+                               np.stack(want["top_scores"].to_numpy()), rtol=2e-3)  # fmt: skip
+    told = run("bank", "lookup", bank_, users[0], "--model", model_, "--top", 2)
+    first = table["top_items"][0][0].as_py()
+    assert f"{first} (" in told
+    assert f"({p[0, :3].max():.0%}" in told
+    assert "best items" not in run("bank", "lookup", bank_, users[0])
+    assert "go together" in run("bank", "export", bank_, out, "--top", 4, code=2)
+    assert "go together" in run("bank", "lookup", bank_, users[0], "--model", model_, code=2)
+    codes = model.infer(data, tmp_path / "codes").path
+    told = run(
+        "bank", "export", codes, tmp_path / "c.parquet", "--model", model_, "--top", 4, code=2
+    )
+    assert "--profiles" in told
+    assert not (tmp_path / "c.parquet").exists()
+
+
+def test_an_update_keeps_what_the_bank_keeps(made, tmp_path):
+    model, data, _, _ = made
+    some, others = data.head_users(10), data.select_users(np.arange(10, data.num_users))
+    model.infer(some, tmp_path / "bank", profiles=True)
+    with pytest.raises(MismatchError, match=r"profiles: the bank .* has profiles"):
+        model.infer(others, tmp_path / "bank", update=True)
+    bank = model.infer(others, tmp_path / "bank", update=True, profiles=True)
+    whole = model.infer(data, tmp_path / "whole", profiles=True)
+    assert bank.digest == whole.digest
+
+
 def test_what_cannot_be_told(made):
     model, data, folder, _ = made
     with pytest.raises(ConfigError, match="top=-1"):
@@ -71,3 +144,7 @@ def test_what_cannot_be_told(made):
     with pytest.raises(ConfigError, match="posterior"):
         export_profiles(other, data, folder / "no.parquet")
     assert not (folder / "no.parquet").exists()
+    with pytest.raises(ConfigError, match="a nearest codeword has none"):
+        other.infer(data, folder / "none", profiles=True)
+    with pytest.raises(ConfigError, match="a nearest codeword has none"):
+        infer_shard(other, data, 0, 1, folder / "none", profiles=True)

@@ -19,6 +19,7 @@ from userip_fast.core.distributed import Processes
 from userip_fast.core.errors import ConfigError, DataError, MismatchError
 from userip_fast.core.files import read_tensors
 from userip_fast.data import sorting
+from userip_fast.em import columns
 from userip_fast.jobs import shards
 from userip_fast.lm import PackedEngine
 from userip_fast.prompts import stream as behaviour_stream
@@ -171,10 +172,10 @@ def test_an_update_keeps_the_other_users(files, whole, tmp_path):
     assert bank.info()["generation"] == "gen-000002"
 
 
-def torchrun_fit(files, out, *options):
+def torchrun_fit(files, out, *options, program=("-m", "userip_fast")):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "userip_fast", "fit", "--interactions", files / "log.parquet",
+        *program, "fit", "--interactions", files / "log.parquet",
         "--items", files / "items.parquet", "--rating", "rating", "--out", out,
         "--max-tokens", "60", "--lm", files / "lm", "--quantization", "none", "--quiet",
         "--field", "taste:The user's taste is:4", "--field", "b:b:3", *options,
@@ -218,6 +219,40 @@ def test_an_event_table_serves_streams_shards_and_processes_alike(files, tmp_pat
         "--set", "em.rounds=2", "--set", "em.gain=0", "--set", "em.block_users=11",
     )  # fmt: skip
     same_result(tmp_path / "run", whole)
+
+
+FEW_COLUMNS = """
+from userip_fast import cli
+from userip_fast.em import columns
+
+columns.ALL, columns.MOST = 1, 8
+if __name__ == "__main__":
+    cli.app()
+"""
+
+
+def test_torchrun_chooses_the_columns_of_one_process(files, tmp_path, monkeypatch):
+    """Where not all combinations of codes are columns of the event table: the same bytes."""
+    monkeypatch.setattr(columns, "ALL", 1)
+    monkeypatch.setattr(columns, "MOST", 8)
+    em = EMConfig(estep="posterior", rounds=2, gain=0.0)
+    settings = replace(config(files, behaviour_context="independent"), em=em)
+    data = read(files, rating="rating")
+    model = uf.fit(data, config=settings, out=tmp_path / "whole", profiles=True)
+    assert len(model.calibration.columns) == 8 < 12
+    (tmp_path / "few.py").write_text(FEW_COLUMNS)
+    torchrun_fit(
+        files, tmp_path / "run", "--estep", "posterior", "--behaviour-context", "independent",
+        "--set", "em.rounds=2", "--set", "em.gain=0", "--profiles", program=[tmp_path / "few.py"],
+    )  # fmt: skip
+    same_result(tmp_path / "run", tmp_path / "whole")
+    banks = [uf.FeatureBank.open(tmp_path / r / "bank") for r in ("run", "whole")]
+    assert np.array_equal(*(bank.profiles for bank in banks))
+    names = {p.name for p in (tmp_path / "whole" / "model").glob("*.parquet")}
+    assert "columns.parquet" in names
+    for name in {*names, "start.safetensors"}:
+        ours, theirs = ((tmp_path / r / "model" / name).read_bytes() for r in ("run", "whole"))
+        assert ours == theirs, name
 
 
 # In a process of its own: Ray sets signal handlers and variables that it never puts back.

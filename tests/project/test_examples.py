@@ -1,16 +1,22 @@
 """The four examples run on the real data sets, and their comments tell the counts that come out."""
 
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import small_log
+import tiny
 from typer.testing import CliRunner
 
 import userip_fast as uf
 from userip_fast import cli
 from userip_fast.data.read import read_interactions
+from userip_fast.serve import Server
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 DATA = {
@@ -86,3 +92,38 @@ def test_example(name, shared_dir, tmp_path, monkeypatch):
     assert (interactions.user_index(bank.coerce_keys(keys)) >= 0).all()  # in the bank of all users
     table = run(lookup)
     assert all(f"│ {key} " in table for key in keys)
+
+
+def test_features_of_a_bank_reach_both_recommenders(tmp_path, capsys):
+    """Labels follow affinities of the users' codes, and are told so; strangers have features."""
+    for module in ("lightgbm", "torch_rechub", "sklearn"):
+        pytest.importorskip(module)
+    spec = importlib.util.spec_from_file_location("features", EXAMPLES / "features.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    paths = small_log.write(tmp_path)
+    data = read_interactions(*paths, rating="rating", time="timestamp")
+    config = {
+        "data": {"behaviour_context": "independent", "chunk_tokens": 64},
+        "em": {"estep": "posterior", "rounds": 1, "start": "random"},
+        "fields": [{"name": "taste", "prompt": "", "codebook_size": 4}],
+    }
+    run = tmp_path / "run"
+    uf.fit(data, tiny.frozen("llama"), config=config, out=run, profiles=True)
+    server = Server.open(run / "model", bank=run / "bank")
+    random = np.random.default_rng(0)
+    user, item = random.integers(0, small_log.USERS + 3, 2500), random.integers(0, 24, 2500)
+    keys = np.arange(small_log.USERS + 3)
+    p = server.lookup_profiles(keys, on_unknown="code")
+    affinity = server.affinity(p, list(range(24)))[user, item]
+    label = (affinity > np.median(affinity)).astype(int)
+    rows = pa.table({"user_id": user, "item_id": item, "label": label})
+    pq.write_table(rows, tmp_path / "rows.parquet")
+    sparse, dense = example.features(server, rows)
+    assert sparse["taste"][user >= small_log.USERS].tolist() == [4] * (user >= 30).sum()
+    np.testing.assert_allclose(dense["affinity"], np.log(affinity), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sum(dense[f"p{k}"] for k in range(4)), 1, rtol=1e-3)
+    example.main(run, tmp_path / "rows.parquet")
+    told = dict(re.findall(r"(\w+): AUC ([\d.]+)", capsys.readouterr().out))
+    assert float(told["LightGBM"]) > 0.95
+    assert float(told["DCN"]) > 0.7

@@ -1,4 +1,5 @@
-"""The layout that Feast's file source reads: entity key, one int32 column per field, a time in UTC.
+"""The layout that Feast's file source reads: entity key, one int32 column per field, a time in UTC;
+probabilities and best items where they are asked for.
 
     bank.to_feast("codes.parquet")     # then, in the feature repository, see examples/feast
 
@@ -13,10 +14,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from userip_fast.bank.parquet import (
+    BLOCK,
+    Best,
+    best_columns,
+    probability_columns,
+    write_tables,
+)
 from userip_fast.core.errors import ConfigError
-from userip_fast.core.files import atomic_file
 
 if TYPE_CHECKING:
     from userip_fast.bank.feature_bank import FeatureBank
@@ -25,7 +31,12 @@ TIME = "event_timestamp"
 
 
 def write_feast(
-    bank: FeatureBank, path: str | os.PathLike[str], at: datetime | None = None
+    bank: FeatureBank,
+    path: str | os.PathLike[str],
+    at: datetime | None = None,
+    *,
+    probabilities: bool = False,
+    best: Best | None = None,
 ) -> None:
     """See `FeatureBank.to_feast`."""
     at = datetime.now(UTC) if at is None else at
@@ -36,11 +47,24 @@ def write_feast(
         raise ConfigError(
             f"fields: {sorted(clash)} are columns of Feast's layout; rename the field"
         )
-    columns = {"user_id": bank.keys()}
-    for j, name in enumerate(names):
-        columns[name] = pa.array(bank.codes()[:, j].astype(np.int32))
+    if probabilities and bank.probabilities is None:
+        raise ConfigError(
+            f"probabilities: the bank {bank.path} has none; infer or fit with profiles=True "
+            "(--profiles) or probabilities=True"
+        )
+    told = (bank.probabilities, bank.profiles) if probabilities else (None, None)
     stamp = pa.scalar(at.astimezone(UTC), pa.timestamp("us", tz="UTC"))
-    columns["model_fingerprint"] = pa.repeat(bank.model_fingerprint, len(bank)).dictionary_encode()
-    columns[TIME] = pa.repeat(stamp, len(bank))
-    with atomic_file(path) as tmp:
-        pq.write_table(pa.table(columns), tmp, compression="zstd")
+
+    def block(start: int) -> pa.Table:
+        keys, rows = bank.keys().slice(start, BLOCK), slice(start, start + BLOCK)
+        columns = {"user_id": keys}
+        for j, name in enumerate(names):
+            columns[name] = pa.array(bank.codes()[rows, j].astype(np.int32))
+        columns |= probability_columns(bank.fields, *told, rows)
+        columns |= best_columns(bank, rows, best)
+        fingerprint = pa.repeat(bank.model_fingerprint, len(keys)).dictionary_encode()
+        return pa.table(
+            {**columns, "model_fingerprint": fingerprint, TIME: pa.repeat(stamp, len(keys))}
+        )
+
+    write_tables(path, map(block, range(0, max(len(bank), 1), BLOCK)))

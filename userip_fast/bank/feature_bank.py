@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from userip_fast.bank.checks import Field, split_fields
 from userip_fast.bank.feast import write_feast
 from userip_fast.bank.generations import current_generation
 from userip_fast.bank.index import (
@@ -29,8 +27,16 @@ from userip_fast.bank.index import (
     name_some,
     unknown_users,
 )
-from userip_fast.bank.layout import PAGE_SUMS, VERSION, Field, Generation
-from userip_fast.bank.parquet import read_parquet, whole_table, write_csv, write_parquet
+from userip_fast.bank.layout import Generation
+from userip_fast.bank.pages import PagedArray
+from userip_fast.bank.parquet import (
+    Best,
+    no_profiles,
+    read_parquet,
+    tables,
+    write_csv,
+    write_parquet,
+)
 from userip_fast.bank.writer import LOCK_TIMEOUT_S, BankWriter
 from userip_fast.core.errors import (
     ConfigError,
@@ -74,6 +80,7 @@ class FeatureBank:
         fields: Sequence[Mapping[str, Any]],
         model_fingerprint: str,
         probabilities: Any = None,
+        profiles: Any = None,
         metadata: Mapping[str, Any] | None = None,
         lock_timeout_s: float = LOCK_TIMEOUT_S,
     ) -> FeatureBank:
@@ -88,7 +95,7 @@ class FeatureBank:
             metadata=metadata,
             lock_timeout_s=lock_timeout_s,
         ) as writer:
-            writer.append(user_keys, code_ids, probabilities)
+            writer.append(user_keys, code_ids, probabilities, profiles)
         return cls.open(path)
 
     @classmethod
@@ -144,6 +151,39 @@ class FeatureBank:
             raise unknown_users(unknown, len(keys), str(self.path))
         return codes
 
+    def lookup_profiles(self, user_ids: Any, on_unknown: str = "error") -> NDArray[np.float32]:
+        """Probabilities of all codes given users' behaviour, as `lookup` gives codes.
+
+        Args:
+            user_ids: See `lookup`.
+            on_unknown: "error", or "code": a user who is not in the bank has the reserved code of
+                each field, so that no other has any probability: zeros.
+
+        Returns:
+            [n, sum of K_j] float32, field after field, each adding up to one but for 16 bits.
+
+        Raises:
+            ConfigError: The bank has no profiles, or another `on_unknown`.
+            DataError, KeyTypeError, FormatError: See `lookup`.
+        """
+        if on_unknown not in ON_UNKNOWN:
+            raise bad_on_unknown(on_unknown)
+        kept = self._kept_profiles()
+        keys = self._as_keys("user_ids", user_ids)
+        rows = self._generation.index.find(keys)
+        there = rows >= 0
+        if on_unknown == "error" and not there.all():
+            raise unknown_users(keys.filter(pa.array(~there)), len(keys), str(self.path))
+        kept.check(rows[there])
+        out = np.zeros((len(keys), kept.unchecked.shape[1]), np.float32)
+        out[there] = kept.unchecked[rows[there]]
+        return out
+
+    def _kept_profiles(self) -> PagedArray:
+        if (kept := self._generation.values.get("profiles")) is None:
+            raise no_profiles(self.path)
+        return kept
+
     def rows(self, user_ids: Any) -> NDArray[np.int64]:
         """Row of each user in `keys()`, `codes()` and `probabilities`, [n] int64; -1: unknown."""
         return self._generation.index.find(self._as_keys("user_ids", user_ids))
@@ -189,6 +229,7 @@ class FeatureBank:
         user_keys: Any,
         code_ids: Any,
         probabilities: Any = None,
+        profiles: Any = None,
         *,
         lock_timeout_s: float = LOCK_TIMEOUT_S,
     ) -> FeatureBank:
@@ -201,15 +242,16 @@ class FeatureBank:
             user_keys: [n] keys of the bank's type.
             code_ids: [n, J] codes of the same model.
             probabilities: [n, J], if and only if the bank has them (or is empty).
+            profiles: [n, sum of K_j], likewise.
 
         Raises:
             DataError: See `BankWriter.append`; also a user given twice.
             MismatchError: Meanwhile the bank was rewritten with other fields or another model; or
-                probabilities are missing, or not wanted.
+                probabilities or profiles are missing, or not wanted.
         """
         keys = self._as_keys("user_keys", user_keys)
         with self._next(lock_timeout_s) as writer:
-            writer.append(keys, code_ids, probabilities)
+            writer.append(keys, code_ids, probabilities, profiles)
         return FeatureBank.open(self.path)
 
     def remove(
@@ -273,9 +315,17 @@ class FeatureBank:
         """
         self._generation.verify()
 
-    def to_arrow(self) -> pa.Table:
-        """`user_id`, a column of codes per field and, if any, `FIELD_probability`, in memory."""
-        return whole_table(self)
+    def to_arrow(self, best: Best | None = None) -> pa.Table:
+        """Everything, in memory: `user_id`, codes of each field as `FIELD` and, if there are any,
+        `FIELD_probability` and `FIELD_p`, a list of the probabilities of all codes.
+
+        Args:
+            best: Users' best items, `Server.best_items(n)`: lists `top_items` and `top_scores`.
+
+        Raises:
+            ConfigError: `best`, and the bank has no profiles.
+        """
+        return pa.concat_tables(tables(self, best))
 
     def to_pandas(self) -> Any:
         """`to_arrow` as a pandas frame.
@@ -300,21 +350,35 @@ class FeatureBank:
             raise UnavailableError(f"to_{library}: {library} is not installed") from e
         return make(module, self.to_arrow())
 
-    def to_parquet(self, path: str | os.PathLike[str]) -> None:
-        """Writes `user_id`, a column of codes per field and, if any, `FIELD_probability`."""
-        write_parquet(self, path)
+    def to_parquet(self, path: str | os.PathLike[str], best: Best | None = None) -> None:
+        """Writes the columns of `to_arrow`, block by block."""
+        write_parquet(self, path, best)
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes the same columns as text; fields and fingerprint are not in it."""
-        write_csv(self, path)
+    def to_csv(self, path: str | os.PathLike[str], best: Best | None = None) -> None:
+        """Writes the same as text, lists as a column for each place (`FIELD_p_0`, ...); fields and
+        fingerprint are not in it."""
+        write_csv(self, path, best)
 
-    def to_feast(self, path: str | os.PathLike[str], at: datetime | None = None) -> None:
+    def to_feast(
+        self,
+        path: str | os.PathLike[str],
+        at: datetime | None = None,
+        *,
+        probabilities: bool = False,
+        best: Best | None = None,
+    ) -> None:
         """Writes the Parquet layout that Feast's file source reads.
 
         Args:
             at: `event_timestamp` of all rows, with a time zone; None for now.
+            probabilities: Whether to add what the bank holds of them, as columns of `to_arrow`.
+            best: As for `to_arrow`.
+
+        Raises:
+            ConfigError: `probabilities` or `best`, and the bank has none; a field is named like one
+                of Feast's columns; `at` has no time zone.
         """
-        write_feast(self, path, at)
+        write_feast(self, path, at, probabilities=probabilities, best=best)
 
     @classmethod
     def from_parquet(
@@ -349,9 +413,7 @@ class FeatureBank:
     @property
     def digest(self) -> str:
         """SHA-256 over fields, users and codes: banks of equal digests give equal look-ups."""
-        files = {n: e["sha256"] for n, e in self._generation.files.items() if n != PAGE_SUMS}
-        about = json.dumps([self.fields, self.model_fingerprint, files], sort_keys=True)
-        return hashlib.sha256(about.encode()).hexdigest()
+        return self._generation.digest
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -370,33 +432,26 @@ class FeatureBank:
 
     @property
     def probabilities(self) -> NDArray[np.float32] | None:
-        """[U, J] float32, rows as in `keys()`; mapped, read-only; checked as a whole, once. None if
-        the bank has none.
-        """
-        p = self._generation.probabilities
+        """[U, J] float32 of the users' codes, rows as in `keys()`; mapped, or out of `profiles`;
+        checked as a whole, once. None if the bank has neither."""
+        if (p := self._generation.values.get("probabilities")) is not None:
+            return p.rows()
+        if (profiles := self.profiles) is None:
+            return None
+        parts = zip(split_fields(self.fields, profiles), self.codes().T)
+        own = [np.take_along_axis(p, z[:, None].astype(np.int64), 1) for p, z in parts]
+        return np.concatenate(own, axis=1).astype(np.float32)
+
+    @property
+    def profiles(self) -> NDArray[np.float16] | None:
+        """[U, sum of K_j] float16, the probabilities of all codes, field after field, rows as in
+        `keys()`; mapped, read-only; checked as a whole, once. None if the bank has none."""
+        p = self._generation.values.get("profiles")
         return None if p is None else p.rows()
 
     def info(self) -> dict[str, Any]:
         """What is in the bank and what it costs, as JSON values."""
-        sizes = {  # by the manifest: the files may be gone
-            name: np.dtype(entry["dtype"]).itemsize * math.prod(entry["shape"])
-            for name, entry in self._generation.files.items()
-        }
-        return {
-            "path": str(self.path),
-            "generation": self._generation.folder.name,
-            "version": VERSION,
-            "users": len(self),
-            "key_type": self.key_type,
-            "code_dtype": self._codes.unchecked.dtype.name,
-            "fields": self.fields,
-            "probabilities": self._generation.probabilities is not None,
-            "page_sums": PAGE_SUMS in self._generation.files,
-            "model_fingerprint": self.model_fingerprint,
-            "metadata": self.metadata,
-            "file_bytes": sizes,
-            "bytes_per_user": sum(sizes.values()) / max(1, len(self)),
-        }
+        return {"path": str(self.path), **self._generation.info()}
 
     # What is opened stays as it is, so a copy is the same thing. Another process maps it anew.
     def __copy__(self) -> FeatureBank:

@@ -9,7 +9,9 @@
     directory.bin       uint32 [2**b + 1], see `userip_fast.bank.index`
     codes.bin           [n, J], row-major, the smallest unsigned type that holds K_j for every j:
                         code ids are 0 .. K_j - 1, and K_j itself is reserved for unknown users
-    probabilities.bin   float32 [n, J], optional
+    probabilities.bin   float32 [n, J], optional: of the codes
+    profiles.bin        float16 [n, sum of K_j], optional: of all codes, field after field; banks of
+                        earlier releases have none, and earlier releases refuse a bank that has it
     page_sums.bin       uint32, CRC-32 of each 4 KiB of the files above, one file after the other in
                         the order of their names; banks of earlier releases are read without
 
@@ -33,6 +35,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from userip_fast.bank.checks import (
+    Field,
+    check_codes,
+    check_fields,
+    check_probabilities,
+    check_profiles,
+    code_dtype,
+)
 from userip_fast.bank.generations import MANIFEST
 from userip_fast.bank.index import (
     HashIndex,
@@ -44,105 +54,16 @@ from userip_fast.bank.index import (
 )
 from userip_fast.bank.pages import PagedArray, PageSums, num_pages
 from userip_fast.bank.spool import Users
-from userip_fast.core.errors import ConfigError, DataError, FormatError, shown
+from userip_fast.core.errors import DataError, FormatError
 from userip_fast.core.files import open_regular, read_json_bytes, write_json
 from userip_fast.core.keys import hash_keys, key_order
 
 FORMAT = "userip_fast.bank"
 VERSION = 1
 PAGE_SUMS = "page_sums.bin"
+OPTIONAL = ("probabilities", "profiles")
+"""What a bank may hold of users beside their codes."""
 _PIECE = 1 << 16  # values, or users, read at once
-
-Field = dict[str, Any]
-"""`{"name": str, "codebook_size": int, "code_names": [str, ...] | None}`"""
-
-
-def check_fields(fields: Any) -> list[Field]:
-    """The fields, a sequence of mappings, as plain dicts.
-
-    Raises:
-        ConfigError: None at all or something else, a size or a list of names that does not fit, a
-            name used twice.
-    """
-    if not fields:
-        raise ConfigError("fields: a bank has at least one profile field, got none")
-    if isinstance(fields, str) or not isinstance(fields, Sequence):
-        raise ConfigError(f"fields: must be a list of mappings, is {shown(fields)}")
-    checked: list[Field] = []
-    for j, field in enumerate(fields):
-        if not isinstance(field, Mapping):
-            raise ConfigError(f"fields[{j}]: must be a mapping, is {shown(field)}")
-        unknown = set(field) - {"name", "codebook_size", "code_names"}
-        name, size = field.get("name"), field.get("codebook_size")
-        names = field.get("code_names")
-        if unknown:
-            raise ConfigError(f"fields[{j}]: unknown entries {sorted(unknown)}")
-        if not isinstance(name, str) or not name:
-            raise ConfigError(f"fields[{j}]: name must be a text that is not empty, got {name!r}")
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**32:
-            raise ConfigError(f"field {name!r}: codebook_size must be 1 .. 2**32 - 1, got {size!r}")
-        if names is not None:
-            if not isinstance(names, Sequence):
-                raise ConfigError(f"field {name!r}: code_names must be a list, is {shown(names)}")
-            names = list(names)
-            if len(names) != size or not all(isinstance(n, str) for n in names):
-                raise ConfigError(
-                    f"field {name!r}: code_names must be {size} texts, one per code, "
-                    f"got {len(names)}: {names[:3]!r}"
-                )
-        checked.append({"name": name, "codebook_size": size, "code_names": names})
-    # They become the columns of the Parquet file.
-    columns = ["user_id"]
-    for field in checked:
-        columns += [field["name"], f"{field['name']}_probability"]
-    clash = sorted({c for c in columns if columns.count(c) > 1})
-    if clash:
-        raise ConfigError(f"fields: the column names {clash} are used twice; rename a field")
-    return checked
-
-
-def code_dtype(fields: Sequence[Field]) -> np.dtype[Any]:
-    """Smallest unsigned type that holds 0 .. K_j (K_j: unknown user) of every field."""
-    return np.min_scalar_type(max(field["codebook_size"] for field in fields)).newbyteorder("<")
-
-
-def check_codes(fields: Sequence[Field], keys: pa.Array, code_ids: Any) -> NDArray[Any]:
-    """`code_ids` as a new [n, J] array of `code_dtype`.
-
-    Raises:
-        DataError: Wrong shape or dtype, or a code outside 0 .. K_j - 1.
-    """
-    codes = np.asarray(code_ids)
-    shape = (len(keys), len(fields))
-    if codes.shape != shape:
-        raise DataError(f"code_ids: must be [users, fields] = {shape}, got {codes.shape}")
-    if codes.dtype.kind not in "iu":
-        raise DataError(f"code_ids: must be integers, got {codes.dtype}")
-    sizes = np.array([field["codebook_size"] for field in fields])
-    bad = (codes < 0) | (codes >= sizes)
-    if bad.any():
-        i, j = np.argwhere(bad)[0]
-        raise DataError(
-            f"code_ids: user {keys[int(i)].as_py()!r} has code {codes[i, j]} in field "
-            f"{fields[j]['name']!r}, which has codes 0 .. {sizes[j] - 1} ({bad.sum()} such values)"
-        )
-    return codes.astype(code_dtype(fields))
-
-
-def check_probabilities(shape: tuple[int, int], probabilities: Any) -> NDArray[np.float32]:
-    """`probabilities` as a new float32 array of `shape`.
-
-    Raises:
-        DataError: Wrong shape, or a value that is not within 0 .. 1.
-    """
-    p = np.array(probabilities, dtype="<f4")
-    if p.shape != shape:
-        raise DataError(f"probabilities: must be [users, fields] = {shape}, got {p.shape}")
-    bad = ~((p >= 0) & (p <= 1))
-    if bad.any():
-        i, j = np.argwhere(bad)[0]
-        raise DataError(f"probabilities: must be within 0 .. 1, [{i}, {j}] is {p[i, j]}")
-    return p
 
 
 class _Growing:
@@ -189,8 +110,8 @@ def write_generation(
 
     Args:
         folder: An empty folder.
-        parts: At least one, of one key type, all with probabilities or none; together the users in
-            hash order, unique.
+        parts: At least one, of one key type, all with the same values; together the users in hash
+            order, unique.
     """
     files: dict[str, _Growing] = {}
 
@@ -212,9 +133,8 @@ def write_generation(
             append("key_text.bin", text)
             append("key_hashes.bin", part.hashes)
             text_bytes += len(text)
-        append("codes.bin", part.codes)
-        if part.probabilities is not None:
-            append("probabilities.bin", part.probabilities)
+        for name, values in part.values.items():
+            append(f"{name}.bin", values)
         users += len(part)
     hashes: Iterable[NDArray[np.uint64]]
     if kind == "int64":
@@ -266,8 +186,10 @@ class Generation:
         return self.arrays["codes.bin"]
 
     @property
-    def probabilities(self) -> PagedArray | None:
-        return self.arrays.get("probabilities.bin")
+    def values(self) -> dict[str, PagedArray]:
+        """`codes`, and of `OPTIONAL` what is there."""
+        names = ("codes", *OPTIONAL)
+        return {n: self.arrays[f"{n}.bin"] for n in names if f"{n}.bin" in self.arrays}
 
     @classmethod
     def open(cls, folder: Path, manifest_sha256: str) -> Generation:
@@ -297,7 +219,7 @@ class Generation:
             if unknown := set(files) - set(expected) - {PAGE_SUMS}:
                 raise FormatError(f"{path}: names {sorted(unknown)}, no files of such a bank")
             for name, (dtype, shape) in expected.items():
-                if name == "probabilities.bin" and name not in files:
+                if name.removesuffix(".bin") in OPTIONAL and name not in files:
                     continue
                 got = (files[name]["dtype"], tuple(files[name]["shape"]))
                 if got != (dtype, shape or got[1]):
@@ -328,6 +250,34 @@ class Generation:
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise FormatError(f"{path}: not a valid manifest ({e!r})") from e
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over fields, fingerprint and the content of files."""
+        files = {n: e["sha256"] for n, e in self.files.items() if n != PAGE_SUMS}
+        about = json.dumps([self.fields, self.model_fingerprint, files], sort_keys=True)
+        return hashlib.sha256(about.encode()).hexdigest()
+
+    def info(self) -> dict[str, Any]:
+        """What is in it and what it costs, as JSON values."""
+        sizes = {  # by the manifest: the files may be gone
+            name: np.dtype(entry["dtype"]).itemsize * math.prod(entry["shape"])
+            for name, entry in self.files.items()
+        }
+        return {
+            "generation": self.folder.name,
+            "version": VERSION,
+            "users": len(self.index),
+            "key_type": self.key_type,
+            "code_dtype": self.codes.unchecked.dtype.name,
+            "fields": self.fields,
+            **{name: name in self.values for name in OPTIONAL},
+            "page_sums": PAGE_SUMS in self.files,
+            "model_fingerprint": self.model_fingerprint,
+            "metadata": self.metadata,
+            "file_bytes": sizes,
+            "bytes_per_user": sum(sizes.values()) / max(1, len(self.index)),
+        }
+
     def verify(self) -> None:
         """Reads every file and checks its SHA-256, then what the arrays say.
 
@@ -356,10 +306,12 @@ class Generation:
             try:
                 refuse_duplicates("keys", keys, hashes)
                 keys, hashes = keys[start - before :], hashes[start - before :]
-                check_codes(self.fields, keys, self.codes.rows(start, stop))
-                if self.probabilities is not None:
-                    p = self.probabilities.rows(start, stop)
+                values = {name: x.rows(start, stop) for name, x in self.values.items()}
+                check_codes(self.fields, keys, values["codes"])
+                if (p := values.get("probabilities")) is not None:
                     check_probabilities((len(keys), len(self.fields)), p)
+                if (p := values.get("profiles")) is not None:
+                    check_profiles(self.fields, len(keys), p)
             except DataError as e:
                 raise FormatError(f"{self.folder}: {e}") from e
             own = self.index.hashes
@@ -377,6 +329,7 @@ def _expected(
         "directory.bin": (directory_dtype(users), (2 ** directory_bits(users) + 1,)),
         "codes.bin": (code_dtype(fields).str, rows),
         "probabilities.bin": ("<f4", rows),
+        "profiles.bin": ("<f2", (users, sum(field["codebook_size"] for field in fields))),
     }
     if kind == "int64":
         return expected | {"keys.bin": ("<i8", (users,))}
@@ -416,17 +369,3 @@ def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[An
             return np.asarray(np.memmap(file, dtype, mode="r", shape=shape))
     except OSError as e:
         raise FormatError(f"{path}: cannot be opened ({e})") from e
-
-
-def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`metadata` as it will be read back.
-
-    Raises:
-        ConfigError: It is not a mapping of JSON values.
-    """
-    try:
-        checked = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
-    except (TypeError, ValueError) as e:
-        raise ConfigError(f"metadata: must be a mapping of JSON values ({e})") from e
-    assert isinstance(checked, dict)
-    return checked

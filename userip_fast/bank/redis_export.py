@@ -2,7 +2,9 @@
 
     NS:current          the version that readers use, a string
     NS:VERSION:about    JSON: fields, code dtype, model fingerprint, number of users, digest
-    NS:VERSION:u:KEY    the user's J codes, little-endian, in the bank's own type
+    NS:VERSION:u:KEY    the user's J codes, little-endian, in the bank's own type; on request behind
+                        them sum of K_j float16: the probabilities of all codes, field after field
+    NS:VERSION:t:KEY    on request the user's best items, JSON: [[item, score], ...], best first
 
 All users of a version are written, in pipelines, before NS:current names it: a reader sees one
 version or the other. An export that was cut off leaves the pointer alone; run again, it writes the
@@ -13,6 +15,7 @@ A reader that keeps a version asks for the start of its `about` and for users in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -25,8 +28,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from userip_fast.bank.checks import Field, check_fields, code_dtype
 from userip_fast.bank.index import ON_UNKNOWN, bad_on_unknown, keys_of_type, unknown_users
-from userip_fast.bank.layout import Field, check_fields, code_dtype
+from userip_fast.bank.parquet import Best, no_profiles
 from userip_fast.core.errors import (
     ConfigError,
     FormatError,
@@ -122,6 +126,8 @@ def export_redis(
     version: str | None = None,
     batch: int = 10_000,
     keep: int = 2,
+    probabilities: bool = False,
+    best: Best | None = None,
 ) -> str:
     """Writes a bank to Redis and points readers to it.
 
@@ -132,17 +138,25 @@ def export_redis(
             before is cleared of another bank's users first.
         batch: Users per pipeline.
         keep: Versions to keep, this one included; keys of older ones are removed.
+        probabilities: Whether to write the probabilities of all codes too.
+        best: Users' best items, `Server.best_items(n)`, to write too.
 
     Returns:
         The version.
 
     Raises:
         ConfigError: A bad URL, namespace or version; or readers use a version of that name, and it
-            is of another bank.
+            is of another bank; or `probabilities` or `best`, and the bank has no profiles.
         UnavailableError: Redis went away; the pointer is where it was.
     """
+    profiles = bank.profiles
+    if profiles is None and (probabilities or best is not None):
+        raise no_profiles(bank.path)
+    digest = _digest(bank, probabilities, best)
     if version is None:
         version = f"{bank.info()['generation']}-{bank.model_fingerprint[:12]}"
+        if digest != bank.digest:  # beside the codes alone
+            version += f"-{digest[:8]}"
     for name, value in (("namespace", namespace), ("version", version)):
         if not _NAMESPACE.fullmatch(value):
             raise ConfigError(f"{name}={value!r}: must be 1 to 64 of A-Z a-z 0-9 _ . -")
@@ -151,18 +165,19 @@ def export_redis(
     client = connect(url)
     prefix = f"{namespace}:{version}"
     about = {
-        "digest": bank.digest,  # first: readers know their version by it
+        "digest": digest,  # first: readers know their version by it
         "fields": bank.fields,
         "dtype": bank.codes().dtype.str,
         "key_type": bank.key_type,
         "users": len(bank),
         "model_fingerprint": bank.model_fingerprint,
+        "probabilities": probabilities,
+        "best": best is not None,
     }
     keys, codes = bank.keys(), np.ascontiguousarray(bank.codes())
-    width = codes.itemsize * codes.shape[1]
     with _told(url):
         before = client.get(f"{prefix}:about")
-        if before and json.loads(before).get("digest") != bank.digest:
+        if before and json.loads(before).get("digest") != digest:
             if client.get(f"{namespace}:current") == version.encode():
                 raise ConfigError(
                     f"version={version!r}: readers use a version of that name, of another bank; "
@@ -172,11 +187,16 @@ def export_redis(
         client.set(f"{prefix}:about", json.dumps(about))
         for start in range(0, len(bank), batch):
             part = keys.slice(start, batch).to_pylist()
-            packed = codes[start : start + batch].tobytes()
+            rows = slice(start, start + batch)
+            told = [row.tobytes() for row in codes[rows]]
+            if probabilities and profiles is not None:
+                told = [a + row.tobytes() for a, row in zip(told, profiles[rows])]
             pipeline = client.pipeline(transaction=False)
-            pipeline.mset(
-                {f"{prefix}:u:{k}": packed[i * width :][:width] for i, k in enumerate(part)}
-            )
+            pipeline.mset({f"{prefix}:u:{k}": value for k, value in zip(part, told)})
+            if best is not None and profiles is not None:
+                lists = (x.tolist() for x in best(profiles[rows].astype(np.float32)))
+                texts = [json.dumps(list(zip(*own))) for own in zip(*lists)]
+                pipeline.mset({f"{prefix}:t:{k}": text for k, text in zip(part, texts)})
             pipeline.execute()
         pipeline = client.pipeline(transaction=True)
         pipeline.set(f"{namespace}:current", version)
@@ -188,6 +208,18 @@ def export_redis(
     return version
 
 
+def _digest(bank: FeatureBank, probabilities: bool, best: Best | None) -> str:
+    """Of what is written: of the bank, where it is the codes alone, as ever."""
+    if not probabilities and best is None:
+        return bank.digest
+    asked = b"probabilities" * probabilities
+    if best is not None:  # what is said of anybody says which items there are
+        size = sum(field["codebook_size"] for field in bank.fields)
+        items, scores = best(np.full((1, size), 1 / size, np.float32))
+        asked += repr(items.tolist()).encode() + scores.tobytes()
+    return hashlib.sha256(bank.digest.encode() + asked).hexdigest()
+
+
 def _remove(client: Any, namespace: str, version: str) -> None:
     """Removes a version's users, then what names it: an interrupted removal is taken up again.
 
@@ -195,7 +227,7 @@ def _remove(client: Any, namespace: str, version: str) -> None:
     """
     client.set(f"{namespace}:{version}:about", "{}", xx=True)
     found = []
-    for key in client.scan_iter(match=f"{namespace}:{version}:u:*", count=10_000):
+    for key in client.scan_iter(match=f"{namespace}:{version}:[ut]:*", count=10_000):
         found.append(key)
         if len(found) == 10_000:
             client.unlink(*found)
@@ -215,7 +247,15 @@ class _Version:
     model_fingerprint: str
     key_type: str | None
     dtype: np.dtype[Any]
+    probabilities: bool
+    best: bool
     head: bytes
+
+    @property
+    def width(self) -> int:
+        """Bytes of a user."""
+        sizes = [field["codebook_size"] for field in self.fields]
+        return int(self.dtype.itemsize * len(sizes) + 2 * sum(sizes) * self.probabilities)
 
 
 class RedisBank:
@@ -261,34 +301,13 @@ class RedisBank:
             FormatError: A user's value is damaged.
             UnavailableError: Redis went away.
         """
-        if on_unknown not in ON_UNKNOWN:
-            raise bad_on_unknown(on_unknown)
-        while True:
-            at = self._at
-            keys = keys_of_type("user_ids", user_ids, at.key_type, self._where)
-            if (found := self._values(keys)) is not None:
-                break
-            new = self._current()
-            if (new.model_fingerprint, new.fields) != (at.model_fingerprint, at.fields):
-                raise MismatchError(
-                    f"{self._where}: version {at.name} is gone, and {new.name} is of another model "
-                    "or has other fields; make a new RedisBank for readers of its codes"
-                )
-            self._use(new)
+        at, keys, told = self._read(user_ids, on_unknown)
         sizes = np.array([field["codebook_size"] for field in at.fields])
-        unknown = [value is None for value in found]
-        if any(unknown) and on_unknown == "error":
-            raise unknown_users(keys.filter(pa.array(unknown)), len(keys), self._where)
+        width = at.dtype.itemsize * len(sizes)
         reserved = sizes.astype(at.dtype).tobytes()
-        for i, value in enumerate(found):
-            if value is not None and len(value) != len(reserved):
-                raise FormatError(
-                    f"{self._where}: version {at.name} holds {len(value)} bytes for user "
-                    f"{keys[i].as_py()!r}, must be {len(reserved)}; export the bank again"
-                )
-        packed = b"".join(reserved if value is None else value for value in found)
+        packed = b"".join(reserved if value is None else value[:width] for value in told)
         codes = np.frombuffer(packed, at.dtype).reshape(len(keys), len(sizes)).astype(np.int64)
-        bad = (codes >= sizes).any(1) & ~np.array(unknown, bool)
+        bad = (codes >= sizes).any(1) & np.array([value is not None for value in told], bool)
         if bad.any():
             raise FormatError(
                 f"{self._where}: version {at.name} holds {codes[bad][0].tolist()} for user "
@@ -297,7 +316,75 @@ class RedisBank:
             )
         return codes
 
-    def _values(self, keys: pa.Array) -> list[bytes | None] | None:
+    def lookup_profiles(self, user_ids: Any, on_unknown: str = "error") -> NDArray[np.float32]:
+        """[n, sum of K_j] probabilities of all codes; see `FeatureBank.lookup_profiles`.
+
+        Raises:
+            ConfigError: They were not exported; or as `lookup`, as all else.
+        """
+        at, keys, told = self._read(user_ids, on_unknown, need="probabilities")
+        total = sum(field["codebook_size"] for field in at.fields)
+        nobody = bytes(2 * total)
+        packed = b"".join(nobody if value is None else value[-2 * total :] for value in told)
+        p = np.frombuffer(packed, "<f2").reshape(len(keys), total).astype(np.float32)
+        if (bad := ~((p >= 0) & (p <= 1)).all(1)).any():
+            raise FormatError(
+                f"{self._where}: version {at.name} holds no probabilities for user "
+                f"{keys[int(bad.argmax())].as_py()!r}; export the bank again"
+            )
+        return p
+
+    def top_items(self, user_ids: Any, on_unknown: str = "error") -> list[list[tuple[Any, float]]]:
+        """Per user the best items that were exported, (key, score), best first; none of a user who
+        is not there.
+
+        Raises:
+            ConfigError: They were not exported; or as `lookup`, as all else.
+        """
+        at, keys, told = self._read(user_ids, on_unknown, need="best", kind="t")
+        try:
+            return [[] if v is None else [(k, float(s)) for k, s in json.loads(v)] for v in told]
+        except (TypeError, ValueError) as e:
+            raise FormatError(
+                f"{self._where}: version {at.name} holds no list of items for one of "
+                f"{len(keys)} users ({e!r}); export the bank again"
+            ) from e
+
+    def _read(
+        self, user_ids: Any, on_unknown: str, need: str = "", kind: str = "u"
+    ) -> tuple[_Version, pa.Array, list[bytes | None]]:
+        """The version, keys, and of each what is stored, None where nothing is."""
+        if on_unknown not in ON_UNKNOWN:
+            raise bad_on_unknown(on_unknown)
+        while True:
+            at = self._at
+            if need and not getattr(at, need):
+                raise ConfigError(
+                    f"{self._where}: version {at.name} was exported without {need}; export the "
+                    f"bank with {need}="
+                )
+            keys = keys_of_type("user_ids", user_ids, at.key_type, self._where)
+            if (told := self._values(keys, kind)) is not None:
+                break
+            new = self._current()
+            if (new.model_fingerprint, new.fields) != (at.model_fingerprint, at.fields):
+                raise MismatchError(
+                    f"{self._where}: version {at.name} is gone, and {new.name} is of another model "
+                    "or has other fields; make a new RedisBank for readers of its codes"
+                )
+            self._use(new)
+        unknown = [value is None for value in told]
+        if any(unknown) and on_unknown == "error":
+            raise unknown_users(keys.filter(pa.array(unknown)), len(keys), self._where)
+        for i, value in enumerate(told):
+            if kind == "u" and value is not None and len(value) != at.width:
+                raise FormatError(
+                    f"{self._where}: version {at.name} holds {len(value)} bytes for user "
+                    f"{keys[i].as_py()!r}, must be {at.width}; export the bank again"
+                )
+        return at, keys, told
+
+    def _values(self, keys: pa.Array, kind: str) -> list[bytes | None] | None:
         """What is stored for users; None where the version in use is gone, or going."""
         prefix = f"{self._namespace}:{self.version}"
         if len(keys) == 0:
@@ -305,7 +392,7 @@ class RedisBank:
         with _told(self._url):
             both = self._client.pipeline(transaction=True)
             both.getrange(f"{prefix}:about", 0, len(self._at.head) - 1)
-            both.mget([f"{prefix}:u:{key}" for key in keys.to_pylist()])
+            both.mget([f"{prefix}:{kind}:{key}" for key in keys.to_pylist()])
             head, found = both.execute()
         values: list[bytes | None] = found
         return values if head == self._at.head else None
@@ -324,6 +411,8 @@ class RedisBank:
                 str(values["model_fingerprint"]),
                 str(values["key_type"]) if values["users"] else None,
                 code_dtype(values["fields"]),
+                bool(values.get("probabilities")),  # versions of before tell neither
+                bool(values.get("best")),
                 about[:_HEAD],
             )
         except (KeyError, TypeError, ValueError) as e:

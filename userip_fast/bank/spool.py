@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,40 +31,34 @@ class Users:
     Attributes:
         keys: [n] canonical keys.
         hashes: [n] their hashes.
-        codes: [n, J] in the bank's code type.
-        probabilities: [n, J], or None.
+        values: [n, ...] what is known of them, by name: `codes`, in the bank's code type, and maybe
+            `probabilities` and `profiles`. See `userip_fast.bank.layout`.
     """
 
     keys: pa.Array
     hashes: NDArray[np.uint64]
-    codes: NDArray[Any]
-    probabilities: NDArray[np.float32] | None
+    values: Mapping[str, NDArray[Any]]
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, rows: slice) -> Users:
-        p = self.probabilities
-        return Users(
-            self.keys[rows], self.hashes[rows], self.codes[rows], None if p is None else p[rows]
-        )
+        values = {name: x[rows] for name, x in self.values.items()}
+        return Users(self.keys[rows], self.hashes[rows], values)
 
     def take(self, rows: NDArray[np.int64]) -> Users:
-        p = self.probabilities
-        keys = self.keys.take(pa.array(rows))
-        return Users(keys, self.hashes[rows], self.codes[rows], None if p is None else p[rows])
+        values = {name: x[rows] for name, x in self.values.items()}
+        return Users(self.keys.take(pa.array(rows)), self.hashes[rows], values)
 
     @classmethod
     def concat(cls, blocks: Sequence[Users]) -> Users:
-        """One or more blocks, of one key type and all with probabilities or none."""
+        """One or more blocks, of one key type and all with the same values."""
         if len(blocks) == 1:
             return blocks[0]
-        p = [b.probabilities for b in blocks if b.probabilities is not None]
         return cls(
             pa.concat_arrays([b.keys for b in blocks]),
             np.concatenate([b.hashes for b in blocks]),
-            np.concatenate([b.codes for b in blocks]),
-            np.concatenate(p) if p else None,
+            {n: np.concatenate([b.values[n] for b in blocks]) for n in blocks[0].values},
         )
 
     def in_hash_order(self) -> Users:
@@ -169,14 +163,12 @@ class Spool:
 
 
 def _to_table(users: Users) -> pa.Table:
-    columns = {"key": users.keys, "hash": pa.array(users.hashes), "codes": _rows(users.codes)}
-    if users.probabilities is not None:
-        columns["probabilities"] = _rows(users.probabilities)
-    return pa.table(columns)
+    values = {name: _rows(x) for name, x in users.values.items()}
+    return pa.table({"key": users.keys, "hash": pa.array(users.hashes), **values})
 
 
 def _rows(values: NDArray[Any]) -> pa.Array:
-    """[n, J] as n texts of bytes."""
+    """[n, ...] as n texts of bytes."""
     kind = pa.binary(values.shape[1] * values.itemsize)
     buffer = pa.py_buffer(np.ascontiguousarray(values))
     return pa.FixedSizeBinaryArray.from_buffers(kind, len(values), [None, buffer])
@@ -189,10 +181,5 @@ def _from_batch(batch: pa.RecordBatch, like: Users) -> Users:
             -1, kind.shape[1]
         )
 
-    p = like.probabilities
-    return Users(
-        batch["key"],
-        batch["hash"].to_numpy(),
-        values("codes", like.codes),
-        None if p is None else values("probabilities", p),
-    )
+    known = {name: values(name, kind) for name, kind in like.values.items()}
+    return Users(batch["key"], batch["hash"].to_numpy(), known)

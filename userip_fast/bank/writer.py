@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from userip_fast.bank.generations import CURRENT, current_generation, publish, write_lock
-from userip_fast.bank.index import as_keys, key_type
-from userip_fast.bank.layout import (
-    PAGE_SUMS,
-    Generation,
+from userip_fast.bank.checks import (
     check_codes,
     check_fields,
     check_metadata,
     check_probabilities,
-    write_generation,
+    check_profiles,
 )
+from userip_fast.bank.generations import CURRENT, current_generation, publish, write_lock
+from userip_fast.bank.index import as_keys, key_type
+from userip_fast.bank.layout import OPTIONAL, PAGE_SUMS, Generation, write_generation
 from userip_fast.bank.spool import Spool, Users
 from userip_fast.core.errors import ConfigError, MismatchError
 from userip_fast.core.keys import hash_keys, shard_of
@@ -87,25 +87,34 @@ class BankWriter:
         self._open.callback(self._spool.clear)
         self._closed = False
 
-    def append(self, user_keys: Any, code_ids: Any, probabilities: Any = None) -> None:
+    def append(
+        self, user_keys: Any, code_ids: Any, probabilities: Any = None, profiles: Any = None
+    ) -> None:
         """Adds users.
 
         Args:
             user_keys: [n] integers or strings, see `FeatureBank.lookup`.
             code_ids: [n, J] integers, 0 .. K_j - 1.
             probabilities: [n, J] probability of each code, 0 .. 1; with every block or with none.
+            profiles: [n, sum of K_j] probabilities of all codes of each field, adding up to one;
+                with every block or with none. Kept in 16 bits.
 
         Raises:
+            ConfigError: Profiles of fields whose names clash with their columns in exports.
             DataError: A code or probability out of range, or arrays that do not fit together.
-            MismatchError: Keys of another type than those before, or probabilities for some blocks
-                only.
+            MismatchError: Keys of another type than those before, or probabilities or profiles for
+                some blocks only.
             StorageError: The bank's disk is full.
         """
         if self._closed:
             raise ValueError(f"{self.path}: the writer is closed")
         keys = as_keys("user_keys", user_keys)
         codes = check_codes(self._fields, keys, code_ids)
-        p = None if probabilities is None else check_probabilities(codes.shape, probabilities)
+        values: dict[str, NDArray[Any]] = {"codes": codes}
+        if probabilities is not None:
+            values["probabilities"] = check_probabilities(codes.shape, probabilities)
+        if profiles is not None:
+            values["profiles"] = check_profiles(self._fields, len(codes), profiles)
         if len(keys) == 0:
             return  # it has no key type
         if (before := self._spool.first) is not None:
@@ -114,9 +123,9 @@ class BankWriter:
                     f"user_keys: {key_type(keys)} keys after {key_type(before.keys)} keys; "
                     "a bank has one key type"
                 )
-            if (p is None) != (before.probabilities is None):
-                raise MismatchError("probabilities: give them with every block or with none")
-        self._spool.add(Users(keys, hash_keys(keys), codes, p))
+            for name in sorted(set(values) ^ set(before.values)):
+                raise MismatchError(f"{name}: give them with every block or with none")
+        self._spool.add(Users(keys, hash_keys(keys), values))
 
     def remove(self, user_keys: Any) -> None:
         """Leaves users of the current generation out; with `keep_others`, which has them otherwise.
@@ -144,7 +153,8 @@ class BankWriter:
         Raises:
             DataError: A user was appended more than once; nothing is published.
             MismatchError: With `keep_others`: the current generation is of another model, fields or
-                key type, or has probabilities where the blocks have none or the other way round.
+                key type, or has probabilities or profiles where the blocks have none, or the other
+                way round.
         """
         if self._closed:
             return
@@ -171,7 +181,7 @@ class BankWriter:
             if others is None:  # a bank of nobody
                 keys, codes = as_keys("user_keys", []), np.empty((0, len(self._fields)), np.int64)
                 nobody = check_codes(self._fields, keys, codes)
-                self._spool.add(Users(keys, hash_keys(keys), nobody, None))
+                self._spool.add(Users(keys, hash_keys(keys), {"codes": nobody}))
             else:
                 self._spool.add(_users(others, 0, 0))
         write = partial(
@@ -220,9 +230,10 @@ class BankWriter:
                 f"user_keys: {key_type(appended.keys)} keys, the bank {self.path} has "
                 f"{current.key_type}"
             )
-        if (appended.probabilities is None) != (current.probabilities is None):
-            has = "has no" if current.probabilities is None else "has"
-            raise MismatchError(f"probabilities: the bank {self.path} {has} probabilities")
+        for name in OPTIONAL:
+            if (name in appended.values) != (name in current.values):
+                has = "has" if name in current.values else "has no"
+                raise MismatchError(f"{name}: the bank {self.path} {has} {name}")
 
     def __enter__(self) -> BankWriter:
         return self
@@ -242,13 +253,8 @@ class BankWriter:
 def _users(generation: Generation, start: int, stop: int) -> Users:
     """Users `start:stop` of a generation, copied."""
     keys = generation.index.keys(start, stop).take(pa.array(np.arange(stop - start)))
-    p = generation.probabilities
-    return Users(
-        keys,
-        hash_keys(keys),
-        generation.codes.rows(start, stop).copy(),
-        None if p is None else p.rows(start, stop).copy(),
-    )
+    values = {name: x.rows(start, stop).copy() for name, x in generation.values.items()}
+    return Users(keys, hash_keys(keys), values)
 
 
 def _first_row(generation: Generation, shard: int) -> int:

@@ -76,12 +76,20 @@ def tune(
     seeds: int,
     out: Path | None,
     quiet: bool,
-    codes: Annotated[str, said("Numbers of codes to try in every field.", FIELDS)] = "4,8,16",
+    codes: Annotated[
+        str | None,
+        said("Numbers of codes to try in every field (4 to 256, by the number of users).", FIELDS),
+    ] = None,
+    levels: Annotated[
+        int, said("Fields of one prompt, at most: each begins at what those before leave.", FIELDS)
+    ] = 1,
 ) -> None:
     """Compare numbers of codes, and fields, by users held out: likelihood, usage, stability."""
     settings = settings_of(ctx.params).override({"em.estep": "posterior"})
-    numbers = [k.strip() for k in codes.split(",")]
-    sizes = [int(k) if k.isdecimal() and len(k) < 10 else 0 for k in numbers]
+    sizes = None
+    if codes is not None:
+        numbers = [k.strip() for k in codes.split(",")]
+        sizes = [int(k) if k.isdecimal() and len(k) < 10 else 0 for k in numbers]
     data = read_log(ctx.params, settings)
     from userip_fast.cli.terminal import print_choices
     from userip_fast.core.files import write_json
@@ -97,7 +105,7 @@ def tune(
             write_json(out, [c.to_dict() for c in judged])
 
     try:
-        run_tune(data, settings, sizes, seeds=seeds, show=not quiet, each=keep)
+        run_tune(data, settings, sizes, levels=levels, seeds=seeds, show=not quiet, each=keep)
     finally:  # after an interrupt too, which may have cost an hour
         if judged:
             print_choices(judged)

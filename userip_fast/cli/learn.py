@@ -46,12 +46,13 @@ def demo(
 @app.command()
 @takes(
     *LOG, "stream", *TOLD, *PROFILE, "verify", "out", *EM, *FROM, "max_users", "probabilities",
-    "quiet", out={"help": "Run folder: model/ bank/ metrics.json report.html ..."},
+    "profiles", "quiet", out={"help": "Run folder: model/ bank/ metrics.json report.html ..."},
 )  # fmt: skip
 def fit(
     ctx: typer.Context,
     out: Path,
     probabilities: bool,
+    profiles: bool,
     quiet: bool,
     like: Annotated[
         Path | None, said("Model folder of an earlier fit whose code numbers are kept.", RUN)
@@ -74,6 +75,7 @@ def fit(
         out=out,
         resume=resume,
         probabilities=probabilities,
+        profiles=profiles,
         like=like,
         show=not quiet,
     )
@@ -95,7 +97,8 @@ def fit(
 
 @app.command()
 @takes(
-    *LOG, "stream", "device", "verify", "model", "out", "max_users", "probabilities", "quiet",
+    *LOG, "stream", "device", "verify", "model", "out", "max_users", "probabilities", "profiles",
+    "quiet",
     out={"help": "Bank folder."},
 )  # fmt: skip
 def infer(
@@ -105,6 +108,7 @@ def infer(
     device: str | None,
     verify: bool | None,
     probabilities: bool,
+    profiles: bool,
     quiet: bool,
     shard: Annotated[
         str | None, said("I/N: only this share of the users, as a file in the folder --out.", RUN)
@@ -128,10 +132,13 @@ def infer(
     rule = settings.data.on_bad
     if shard is not None:
         if probabilities:
-            die("--probabilities is not kept by --shard files; infer without --shard", 2)
+            die("--probabilities is not kept by --shard files; --profiles, which tells more, is", 2)
         from userip_fast.jobs.shards import infer_shard, parse_shard
 
-        file = infer_shard(fitted, data, *parse_shard(shard), out, on_bad=rule, show=not quiet)
+        index, count = parse_shard(shard)
+        file = infer_shard(
+            fitted, data, index, count, out, on_bad=rule, profiles=profiles, show=not quiet
+        )
         say(f"{file}: done")
         return
     found: dict[str, Any] = {}
@@ -142,6 +149,7 @@ def infer(
         on_bad=rule,
         update=update,
         probabilities=probabilities,
+        profiles=profiles,
         show=not quiet,
         log=found.update,
     )
@@ -173,7 +181,8 @@ def profiles(
 ) -> None:
     """Write users' codes, the probabilities of all codes, and their best items as a table.
 
-    What a recommender takes beside the codes; a bank holds codes alone.
+    What a recommender takes beside the codes. A bank holds the same with --profiles, and `bank
+    export` adds best items.
     """
     from userip_fast.jobs.profiles import export_profiles
     from userip_fast.model.fitted import Model

@@ -112,6 +112,10 @@ OPTIONS: Mapping[str, Option] = {
     "probabilities": Option(
         bool, "The bank keeps the probability of each code (posterior E-step).", default=False
     ),
+    "profiles": Option(
+        bool, "The bank keeps the probabilities of all codes: exports and serving make affinities "
+        "of them.", default=False
+    ),
     "quiet": Option(
         bool, "No progress and no table.", default=False, names=("--quiet", "-q")
     ),

@@ -16,7 +16,11 @@ from userip_fast.core.late import Late
 from userip_fast.core.visible import visible
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from userip_fast.bank import FeatureBank
+    from userip_fast.bank.parquet import Best
     from userip_fast.cli.doctor import Check
     from userip_fast.data import Interactions, InteractionStream
     from userip_fast.jobs.tune import Choice
@@ -78,7 +82,7 @@ def print_choices(choices: Sequence[Choice]) -> None:
 
 def print_ctr(result: Mapping[str, Any]) -> None:
     """AUC by feature and backbone, what stands beside it, and how the IDs compare."""
-    from userip_fast.report.words import codes_in_words, in_words
+    from userip_fast.report.words import codes_in_words, in_words, left_out_in_words
 
     rows = result["rows"]
     first = f", first {result['first']}" if result["first"] else ""
@@ -115,6 +119,8 @@ def print_ctr(result: Mapping[str, Any]) -> None:
                 f"{backbone}: {name} = {d['difference']:+.4f}  95% [{low:+.4f}, {high:+.4f}]  "
                 f"p {d['p']:.3f}"
             )
+    for line in left_out_in_words(result.get("left_out")):
+        print(line)
     for warning in result["warnings"]:
         print(visible(f"warning: {warning}"))
 
@@ -172,15 +178,41 @@ def print_results(
     _print(table)
 
 
-def print_codes(bank: FeatureBank, users: Sequence[str], on_unknown: str) -> None:
-    """Codes of users given as text, and what they mean."""
-    keys = bank.coerce_keys(users)
+def print_codes(
+    bank: FeatureBank, users: Sequence[str], on_unknown: str, best: Best | None = None
+) -> None:
+    """Codes of users given as text, and what they mean. Of a bank with profiles also how likely
+    they are, with what else is likely; and with `best` the best items."""
+    from userip_fast.bank.checks import split_fields
+
+    keys, names = bank.coerce_keys(users), [f["name"] for f in bank.fields]
     codes = bank.lookup(keys, on_unknown=on_unknown)
-    table = Table("user", *(f["name"] for f in bank.fields))
-    for key, row in zip(keys.to_pylist(), codes.tolist()):
-        cells = [f"{code}: {bank.describe(f['name'], code)}" for f, code in zip(bank.fields, row)]
-        table.add_row(*map(escape, [str(key), *cells]))
+    kept = bank.info()["profiles"] or best is not None
+    profiles = bank.lookup_profiles(keys, on_unknown) if kept else None
+    items = [[]] * len(keys) if best is None or profiles is None else _in_a_line(*best(profiles))
+    table = Table("user", *names, *(["best items"] if best else []))
+    parts = None if profiles is None else split_fields(bank.fields, profiles)
+    for i, (key, row) in enumerate(zip(keys.to_pylist(), codes.tolist())):
+        cells = [f"{code}: {bank.describe(name, code)}" for name, code in zip(names, row)]
+        if parts is not None:
+            cells = [c + _likely(p[i], k) for c, p, k in zip(cells, parts, row)]
+        table.add_row(*map(escape, [str(key), *cells, *items[i]]))
     _print(table)
+
+
+def _likely(p: NDArray[np.float32], code: int) -> str:
+    """How likely a code is, and which others are: those of 5 % or more, three at most."""
+    if code >= len(p):
+        return ""
+    others = [k for k in p.argsort()[::-1][:4].tolist() if k != code and p[k] >= 0.05][:3]
+    more = "".join(f", {k} {p[k]:.0%}" for k in others)
+    return f" ({p[code]:.0%}{more})"
+
+
+def _in_a_line(items: NDArray[Any], scores: NDArray[np.float32]) -> list[list[str]]:
+    """Of each user a cell."""
+    rows = zip(items.tolist(), scores.tolist())
+    return [[", ".join(f"{k} ({s:.3g})" for k, s in zip(*row))] for row in rows]
 
 
 def print_checks(checks: Sequence[Check]) -> None:

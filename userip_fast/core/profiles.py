@@ -19,6 +19,7 @@ NEGATIVE_WORDS = ("chosen", "passed over")
 SAMPLING_POWER = 0.75
 """Of an item's count, when items passed over are sampled, as in word2vec (Mikolov et al., 2013)."""
 
+_LEAST = 2.0**-25  # of a probability: half of what 16 bits can tell from nothing
 _BLOCK = 1 << 22  # values of an event table that are looked at together
 
 
@@ -152,6 +153,15 @@ def codes_of(table: pa.Table, sizes: Sequence[int]) -> NDArray[np.int64]:
     if len(np.unique(codes, axis=0)) < len(codes):
         raise FormatError("columns must be different combinations of codes")
     return codes
+
+
+def joint(each: Sequence[NDArray[np.float32]], codes: NDArray[np.int64]) -> NDArray[np.float32]:
+    """[U, Z] fp32, adding up to one: the product of each field's probabilities [U, K_j] at columns
+    `codes` [Z, J]. What 16 bits rounded to nothing is still possible."""
+    out = np.ones((len(each[0]), len(codes)))
+    for p, k in zip(each, codes.T):
+        out *= np.maximum(p, _LEAST, dtype=np.float32)[:, k]
+    return np.asarray(out / out.sum(1, keepdims=True), np.float32)
 
 
 def softmax(log_joint: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -3,8 +3,9 @@
 Read in this order: `config` (settings), `protocols` (who teaches, trains and is tested, and what a
 profile may know), `numbers` (statistics and scores without an LM), `vectors`, `mixture` and
 `features` (codes), `inputs` (what a recommender is given), `backbones` (torch-rechub's models and
-LightGBM), `statistics`, `codes` and `ranking` (what is measured), `evaluate` (all of it together),
-`work` (how long it takes), `cells` (finished work on disk), `results` (many evaluations, a page).
+LightGBM), `statistics`, `codes`, `ranking` and `compare` (what is measured), `warm` (when codes are
+left out), `evaluate` (all of it together), `work` (how long it takes), `cells` (finished work on
+disk), `results` (many evaluations, a page).
 """
 
 from typing import TYPE_CHECKING, Any

@@ -20,18 +20,19 @@ from userip_fast.core.files import write_json
 from userip_fast.ctr.backbones import check_installed, train_and_predict
 from userip_fast.ctr.cells import Cells, data_digest
 from userip_fast.ctr.codes import describe_codes
-from userip_fast.ctr.config import CLUSTERS, DIN, HISTORY, PROFILES, CTRConfig
+from userip_fast.ctr.compare import Scores, comparisons, slices, unseen_pairs
+from userip_fast.ctr.config import DIN, HISTORY, PROFILES, CTRConfig
 from userip_fast.ctr.features import ImpossibleError, Profiles
-from userip_fast.ctr.inputs import PARTS, Input, Inputs, inputs_digest
-from userip_fast.ctr.protocols import MATCHED, REPEAT, Task, make_task
+from userip_fast.ctr.inputs import PARTS, Input, Inputs, inputs_digest, some_rows
+from userip_fast.ctr.protocols import REPEAT, make_task
 from userip_fast.ctr.ranking import choice_scores, rank_choices
-from userip_fast.ctr.statistics import Bootstrap, auc, log_loss, paired
+from userip_fast.ctr.statistics import Bootstrap, auc, log_loss
+from userip_fast.ctr.warm import CODED, held_out_parts, leave_out, warm_rows
 from userip_fast.ctr.work import Work
 from userip_fast.data import Interactions
 from userip_fast.em.columns import MOST
 from userip_fast.prompts.packing import Int64
 
-Scores = list[NDArray[np.float32]]
 _FLOOR = 0.005
 """AUC that `none` may stay behind the better of item rate and popularity without a warning."""
 _SAMPLED = 0.25
@@ -66,7 +67,8 @@ def evaluate_ctr(
     Returns:
         What `ctr.json` holds. By feature and backbone `auc` and `logloss` (mean, std, seeds and a
         95 % interval over users and seeds; null for a feature the data cannot have, with
-        `reasons`), `slices` of it (see `_slices`) and `relative_improvement` over `none`; `paired`
+        `reasons`), `slices` of it (see `userip_fast.ctr.compare.slices`) and `relative_improvement`
+        over `none`; of warm users `left_out` (see `userip_fast.ctr.warm.leave_out`); `paired`
         comparisons, and those on items never met in training (`paired_unseen`); `floor`, AUC of the
         item's rate and popularity alone; `numbers`, AUC of further single numbers; `unseen`, shares
         of items never met in training; `codes` by seed, what the IDs are (`describe_codes`); of
@@ -137,21 +139,29 @@ class _Evaluation:
                 impossible[part] = str(why)
                 self.work.drop(_kind(part))
         scores: dict[str, dict[str, Scores]] = {}
+        judging: dict[str, dict[str, Scores]] = {}
         for feature, backbone, seed in self.models:
             if lacking := [impossible[p] for p in PARTS[feature] if p in impossible]:
                 self.reasons[feature] = lacking[0]
                 self.work.drop(backbone)
+                self.work.drop("judging", self._judged(feature))
                 continue
             with self.work.job(backbone, f"{feature} in {backbone}, seed {seed}"):
-                found = self._scores(self.inputs.of(feature, seed), backbone, seed)
+                columns = self.inputs.of(feature, seed)
+                found = self._scores(columns, backbone, seed)
             scores.setdefault(feature, {}).setdefault(backbone, []).append(found)
+            if self._judged(feature):
+                with self.work.job("judging", f"{feature} in {backbone} held out, seed {seed}"):
+                    found = self._held_out(columns, backbone, seed)
+                judging.setdefault(feature, {}).setdefault(backbone, []).append(found)
         codes = {}
         if "codes" in self.work.left:
             for seed in range(self.ctr.seeds):
                 with self.work.job("codes", f"what codes are, seed {seed}"):
                     codes[str(seed)] = self._codes(seed)
         with self.work.job("statistics", "intervals"):
-            result = self._result(scores, codes)
+            left_out = leave_out(self.task, self.ctr, scores, judging)
+            result = {**self._result(scores, codes), "left_out": left_out}
         if out is not None:
             write_json(out / "ctr.json", result)
         return result
@@ -167,8 +177,10 @@ class _Evaluation:
         jobs = {"base": 1, "statistics": 1}
         for part, _ in self.parts:
             jobs[_kind(part)] = jobs.get(_kind(part), 0) + 1
-        for _, backbone, _ in self.models:
+        for feature, backbone, _ in self.models:
             jobs[backbone] = jobs.get(backbone, 0) + 1
+            if self._judged(feature):
+                jobs["judging"] = jobs.get("judging", 0) + 1
         if set(_LM_FEATURES.values()) & set(jobs):
             jobs["LM"] = 1
         if {"ids", "ids_prob", "affinity", "all+ids"} & set(ctr.features):
@@ -188,7 +200,7 @@ class _Evaluation:
             "affinity": width * pairs / 6e3, "codes": width * 5,
             "published recipe": 600 * read, "LM states": 10 + 20 * read,
             "clusters": 2 + 2 * read, "numbers": 1 + 5 * rows,
-            **dict.fromkeys((*ctr.backbones, DIN), 0.1 + rows),
+            **dict.fromkeys((*ctr.backbones, DIN), 0.1 + rows), "judging": 0.4 + 4 * rows,
         }  # fmt: skip
         what = f"ctr {ctr.protocol}" + (f" {ctr.first}" if ctr.protocol == "new-users" else "")
         return Work(what, jobs, guess, self.show)
@@ -203,22 +215,53 @@ class _Evaluation:
             for seed in range(self.ctr.seeds)
         ]
 
+    def _judged(self, feature: str) -> bool:
+        """Whether training rows are scored by a feature too, held out: for warm users' codes."""
+        return self.ctr.protocol == "warm" and feature in ("none", *CODED)
+
     def _scores(
         self, columns: dict[str, list[Input]], backbone: str, seed: int
     ) -> NDArray[np.float32]:
+        """Of test rows."""
+        labels = self.task.train.label, self.task.valid.label
+        return self._trained(columns, labels, backbone, seed)
+
+    def _held_out(
+        self, columns: dict[str, list[Input]], backbone: str, seed: int
+    ) -> NDArray[np.float32]:
+        """Of warm users' training rows, each by a recommender that was trained without it."""
         task = self.task
-        labels = [r.label.tobytes() for r in (task.train, task.valid)]
+        out = np.zeros(len(task.train), np.float32)
+        for rows, held in held_out_parts(task, self.ctr):
+            some = {
+                "train": some_rows(columns["train"], rows),
+                "valid": columns["valid"],
+                "test": some_rows(columns["train"], held),
+            }
+            labels = task.train.label[rows], task.valid.label
+            out[held] = self._trained(some, labels, backbone, seed)
+        return out[warm_rows(task, self.ctr)]
+
+    def _trained(
+        self,
+        columns: dict[str, list[Input]],
+        labels: tuple[NDArray[np.float32], NDArray[np.float32]],
+        backbone: str,
+        seed: int,
+    ) -> NDArray[np.float32]:
+        """Scores of the rows of `test`, by a recommender trained on those of `train` until those of
+        `valid` gain nothing; kept."""
         key = {
             "kind": "scores", "backbone": backbone, "seed": seed, "version": 1,
-            "columns": inputs_digest(columns), "labels": _hash(labels),
+            "columns": inputs_digest(columns), "labels": _hash([x.tobytes() for x in labels]),
             "ctr": {name: getattr(self.ctr, name) for name in _DECIDES},
         }  # fmt: skip
 
         def compute() -> dict[str, NDArray[Any]]:
             return {
                 "score": train_and_predict(
-                    backbone, columns["train"], task.train.label, columns["valid"],
-                    task.valid.label, columns["test"], self.ctr, seed,
+                    backbone, columns["train"], labels[0], columns["valid"], labels[1],
+                    columns["test"], self.ctr, seed,
                 )
             }  # fmt: skip
 
@@ -282,9 +325,9 @@ class _Evaluation:
                 measured["auc"][f][b] = {**_summary(areas), "ci95": ci.tolist()}
                 losses = [log_loss(label, s[counts]) for s in by_seed]
                 measured["logloss"][f][b] = _summary(losses)
-                measured["slices"][f][b] = _slices(task, by_seed, seen)
+                measured["slices"][f][b] = slices(task, by_seed, seen)
         mean = {f: {b: v["mean"] for b, v in by.items()} for f, by in measured["auc"].items() if by}
-        unseen = _unseen(task, scores, ~seen, ctr)
+        unseen = unseen_pairs(task, scores, ~seen, ctr)
         relative = {
             f: {b: _relative(by[b], mean["none"][b]) for b in by if b in mean["none"]}
             for f, by in mean.items()
@@ -301,7 +344,7 @@ class _Evaluation:
         return {
             **measured,
             "relative_improvement": relative,
-            "paired": _comparisons(resampled, mean, ctr),
+            "paired": comparisons(resampled, mean, ctr),
             "paired_unseen": unseen,
             "reasons": self.reasons,
             "floor": floor,
@@ -390,89 +433,6 @@ def _kind(part: str) -> str:
     if kind in ("code", "probabilities"):
         return _LM_FEATURES.get(what, "clusters")
     return "numbers"
-
-
-def _slices(
-    task: Task, scores: Scores, seen: NDArray[np.bool_]
-) -> dict[str, dict[str, Any] | None]:
-    """AUC of some test rows apart, mean over seeds; None where they have one label alone.
-
-    `unseen`: items never met in training. Of choices also `repeats`: positives that the profile
-    holds already, against the sampled items of all; `matched`: negatives as popular as the
-    positive.
-    """
-    test = task.test
-    counts = test.kind == 0
-    masks = {"unseen": counts & ~seen}
-    if task.choices:
-        masks["repeats"] = (test.kind == REPEAT) | (counts & (test.label == 0))
-        masks["matched"] = (test.kind == MATCHED) | (counts & (test.label == 1))
-    out: dict[str, dict[str, Any] | None] = {}
-    for name, mask in masks.items():
-        label = test.label[mask]
-        if not len(label) or label.min() == label.max():
-            out[name] = None
-            continue
-        areas = [float(auc(label, s[mask])[0]) for s in scores]
-        out[name] = {"mean": float(np.mean(areas)), "rows": int(mask.sum()),
-                     "positives": int(label.sum())}  # fmt: skip
-    return out
-
-
-def _unseen(
-    task: Task, scores: dict[str, dict[str, Scores]], unseen: NDArray[np.bool_], ctr: CTRConfig
-) -> dict[str, dict[str, Any]]:
-    """By backbone, on rows of items never met in training: what the LM says of an item against what
-    others say of it, and `all+ids` against `all`."""
-    mask = unseen & (task.test.kind == 0)
-    label, out = task.test.label[mask], {}
-    if not len(label) or label.min() == label.max():
-        return {}
-    draw = Bootstrap.draw(task.test.user[mask], ctr.seeds, ctr.bootstrap)
-    others = ("none", "text", "kmeans_attributes", "mixture", "foldin")
-    pairs = [(ours, f) for ours in ("affinity", "theta") for f in others]
-    for b in ctr.backbones:
-        own = {f: [s[mask] for s in by[b]] for f, by in scores.items() if b in by}
-        asked = [p for p in [*pairs, ("all+ids", "all")] if p[0] in own and p[1] in own]
-        resampled = {f: draw.auc(label, own[f]) for f in {f for p in asked for f in p}}
-        mean = {f: np.mean([float(auc(label, s)[0]) for s in own[f]]) for f in resampled}
-        out[b] = {
-            f"{x} - {y}": paired(resampled[x], resampled[y], float(mean[x] - mean[y]))
-            for x, y in asked
-        }
-    return out
-
-
-def _comparisons(
-    resampled: dict[str, dict[str, Any]], mean: dict[str, dict[str, float]], ctr: CTRConfig
-) -> dict[str, Any]:
-    """By backbone: the IDs against every feature it reads, `best_cluster` the best of equal
-    capacity; and `all+ids` against `all`."""
-    out: dict[str, Any] = {}
-    for b in ctr.backbones:
-        found: dict[str, Any] = {}
-        if "ids" in mean:
-            clusters = [f for f in CLUSTERS if f in mean]
-            found["best_cluster"] = max(clusters, key=lambda f: mean[f][b], default=None)
-            found["against"] = {
-                f: paired(resampled["ids"][b], resampled[f][b], mean["ids"][b] - mean[f][b])
-                for f in mean
-                if f != "ids" and b in mean[f]
-            }
-        for ours, theirs in (
-            ("all+ids", "all"),
-            ("ids_prob", "none"),
-            ("affinity", "mixture"),
-            ("all", "none"),
-        ):
-            if ours in mean and theirs in mean:
-                difference = mean[ours][b] - mean[theirs][b]
-                found[f"{ours} - {theirs}"] = paired(
-                    resampled[ours][b], resampled[theirs][b], difference
-                )
-        if found:
-            out[b] = found
-    return out
 
 
 def _over_profiles(values: Mapping[str, Any]) -> Config:

@@ -24,6 +24,7 @@ from userip_fast.codebook.books import ResidualCodebook
 from userip_fast.core.config import Config
 from userip_fast.core.errors import ConfigError
 from userip_fast.core.keys import hash_keys, seeded
+from userip_fast.core.profiles import all_codes, joint
 from userip_fast.core.progress import progress
 from userip_fast.ctr.cells import Cells, data_digest
 from userip_fast.ctr.vectors import (
@@ -302,14 +303,8 @@ class Profiles:
     ) -> NDArray[np.float32]:
         """[U, Z] of all combinations, or of `codes` [Z, J], from [U, sum of K_j]: the product over
         fields."""
-        if codes is not None:
-            first = np.cumsum([0, *self.sizes[:-1]])
-            some = probabilities[:, codes + first].prod(2)
-            return np.asarray(some / some.sum(1, keepdims=True), np.float32)
-        out = np.ones((len(probabilities), 1), np.float32)
-        for part in np.split(probabilities, np.cumsum(self.sizes)[:-1], axis=1):
-            out = (out[:, :, None] * part[:, None, :]).reshape(len(out), -1)
-        return out
+        each = np.split(probabilities, np.cumsum(self.sizes)[:-1], axis=1)
+        return joint(each, all_codes(self.sizes) if codes is None else codes)
 
     def _learned(self, feature: str, seed: int) -> tuple[Vectors, ResidualCodebook]:
         if (feature, seed) not in self._books:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -315,6 +315,15 @@ class Inputs:
                 z = (told[side][name] - mean) / (deviation or 1.0)
                 out[side].append(Number(name, np.clip(z, -_CLIP, _CLIP).astype(np.float32)))
         return out
+
+
+def some_rows(columns: list[Input], rows: Int64) -> list[Input]:
+    """Columns of some rows."""
+
+    def taken(column: Any) -> Any:
+        return replace(column, values=column.values[rows])
+
+    return [taken(c) for c in columns]
 
 
 def inputs_digest(columns: Mapping[str, list[Input]]) -> str:

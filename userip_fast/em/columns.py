@@ -38,6 +38,7 @@ from torch import Tensor
 
 from userip_fast.codebook.books import Codebook
 from userip_fast.core.config import EMConfig
+from userip_fast.core.profiles import joint
 from userip_fast.em.scorer import log_prior, soft_tables, with_mean
 from userip_fast.em.steps import books_digest
 from userip_fast.lm.engine import Engine
@@ -149,11 +150,7 @@ class Grid:
 
     def joint(self, probabilities: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
         """[U, Z], adding up to one, the product of each field's probabilities [U, K_j]."""
-        codes = self.codes.numpy()
-        out = np.ones((len(probabilities[0]), len(codes)), np.float32)
-        for p, k in zip(probabilities, codes.T):
-            out *= p[:, k]
-        return out if self._all else out / out.sum(1, keepdims=True)
+        return joint(probabilities, self.codes.numpy())
 
 
 def places(codes: Int64, among: Int64) -> Int64:

@@ -46,6 +46,7 @@ def fit(
     max_users: int | None = None,
     resume: bool = False,
     probabilities: bool = False,
+    profiles: bool = False,
     like: str | os.PathLike[str] | None = None,
     show: bool = True,
 ) -> Model:
@@ -63,6 +64,7 @@ def fit(
         max_users: Only the first so many users in hash order.
         resume: Goes on after the last checkpoint of `out`.
         probabilities: Whether the bank keeps each code's probability given the behaviour.
+        profiles: Whether it keeps the probabilities of all codes; see `Model.infer`.
         like: Folder of an earlier model with the same LM and fields; each code gets the number of
             the one nearest to it there.
         show: Whether to show progress.
@@ -76,7 +78,7 @@ def fit(
     """
     loaded = lm if isinstance(lm, FrozenLM) else None
     config = _asked(config, loaded.source if loaded else lm, fields, data.read_as)
-    check_probabilities(config, probabilities)
+    check_probabilities(config, probabilities or profiles)
     if like is not None and config.em.recipe == "paper":
         raise ConfigError("like: the published recipe trains codes and users at once; fit without")
     if resume and out is None:
@@ -99,7 +101,8 @@ def fit(
         if old is not None:
             model.renumber(orders_like(old, model))
         cache = trainer.infer_cache(run.checkpoints, model.start) if run else None
-        everyone = infer_everyone(model, source, traits, cache, probabilities, show)
+        kept = probabilities, profiles
+        everyone = infer_everyone(model, source, traits, cache, kept, show)
         model.cards = {n: [card.to_dict() for card in own] for n, own in everyone.cards.items()}
         if written:
             model.save(written.model)

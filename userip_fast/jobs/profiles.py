@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
+from userip_fast.bank.parquet import lists, write_tables
 from userip_fast.core.errors import ConfigError
-from userip_fast.core.files import atomic_file
 
 if TYPE_CHECKING:
     from userip_fast.data import Interactions, InteractionStream
@@ -56,18 +55,7 @@ def export_profiles(
             f"profiles: em.estep={model.config.em.estep} tells no probabilities of all codes; fit "
             "with em.estep=posterior"
         )
-    users = 0
-    with atomic_file(path) as tmp:
-        writer: pq.ParquetWriter | None = None
-        try:
-            for table in _blocks(model, data, top, on_bad, show):
-                writer = writer or pq.ParquetWriter(tmp, table.schema)
-                writer.write_table(table)
-                users += len(table)
-        finally:
-            if writer is not None:
-                writer.close()
-    return users
+    return write_tables(path, _blocks(model, data, top, on_bad, show))
 
 
 def _blocks(
@@ -88,16 +76,11 @@ def _blocks(
         for j, (field, log_resp) in enumerate(zip(model.config.fields, found.log_resp)):
             p = torch.as_tensor(log_resp).exp().float().numpy()
             columns[field.name] = pa.array(found.code_ids[:, j].numpy().astype(np.int32))
-            columns[f"{field.name}_p"] = _lists(p)
+            columns[f"{field.name}_p"] = lists(p)
             each.append(p)
         if top:
             items, scores = model.top_items(model.event_table().grid.joint(each), top)
-            columns["top_items"] = _lists(items)
-            columns["top_scores"] = _lists(scores)
+            columns["top_items"] = lists(items)
+            columns["top_scores"] = lists(scores)
         done += users
         yield pa.table(columns)
-
-
-def _lists(values: np.ndarray[Any, Any]) -> pa.Array:
-    """A list for each row."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])

@@ -31,6 +31,7 @@ class ShardWorker:
         reading: dict[str, Any],
         out: str,
         shards: int,
+        profiles: bool,
     ) -> None:
         from userip_fast.data import stream_interactions
         from userip_fast.model.fitted import Model
@@ -40,13 +41,15 @@ class ShardWorker:
         names = ("user", "item", "rating", "time", "text", "filter", "on_bad", "min_history")
         settings = {**{n: getattr(d, n) for n in names}, "seed": self.model.config.em.seed}
         self.data = stream_interactions(interactions, items, work=work, **{**settings, **reading})
-        self.out, self.shards = out, shards
+        self.out, self.shards, self.profiles = out, shards, profiles
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         from userip_fast.jobs.shards import infer_shard
 
         index = int(row["shard"])
-        path = infer_shard(self.model, self.data, index, self.shards, self.out)
+        path = infer_shard(
+            self.model, self.data, index, self.shards, self.out, profiles=self.profiles
+        )
         return {"shard": index, "file": str(path)}
 
 
@@ -61,6 +64,7 @@ def infer_on_ray(
     workers: int = 1,
     cpus: float = 1,
     gpus: float = 0,
+    profiles: bool = False,
     **reading: Any,
 ) -> list[Path]:
     """Infers all shards; those that are there already cost nothing.
@@ -72,6 +76,7 @@ def infer_on_ray(
         shards: How many; some times the number of workers, so that none waits long at the end.
         workers: Actors, each with a model of its own.
         cpus, gpus: Of each actor.
+        profiles: Whether to keep the probabilities of all codes; see `Model.infer`.
         reading: Other arguments of `stream_interactions`, where they are not the model's.
 
     Returns:
@@ -92,7 +97,7 @@ def infer_on_ray(
         ray.data.from_items([{"shard": i} for i in range(shards)], override_num_blocks=shards)
         .map(
             ShardWorker,
-            fn_constructor_args=(*paths, reading, str(out), shards),
+            fn_constructor_args=(*paths, reading, str(out), shards, profiles),
             concurrency=workers,
             num_cpus=cpus,
             num_gpus=gpus,

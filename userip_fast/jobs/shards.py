@@ -25,7 +25,8 @@ from userip_fast.bank.parquet import bank_table, read_parquet
 from userip_fast.core.errors import ConfigError, DataError, FormatError, MismatchError
 from userip_fast.core.files import atomic_file
 from userip_fast.data import Data
-from userip_fast.model.fitted import Model
+from userip_fast.model.fitted import Model, all_probabilities
+from userip_fast.model.learned import check_probabilities
 
 _NAME = re.compile(r"shard-(\d{5})-of-(\d{5})\.parquet")
 
@@ -59,25 +60,32 @@ def infer_shard(
     out: str | Path,
     *,
     on_bad: str | None = None,
+    profiles: bool = False,
     show: bool = True,
 ) -> Path:
     """Infers one shard into `out/shard-IIIII-of-NNNNN.parquet`, unless it is there already.
 
     Finished blocks wait in `out/shard-... .part`, where the next try finds them.
 
+    Args:
+        profiles: Whether to keep the probabilities of all codes; see `Model.infer`. A shard without
+            them is made again where they are wanted, and the other way round.
+
     Returns:
         The file.
 
     Raises:
-        DataError: See `Model.infer`.
+        ConfigError, DataError: See `Model.infer`.
         StorageError: `out` cannot be written.
     """
+    check_probabilities(model.config, profiles)
     source = model.source(data, on_bad)
     path = Path(out) / f"shard-{index:05d}-of-{count:05d}.parquet"
     about = {"userip_fast": __version__, "shard": [index, count], "data": source.content_key()}
     try:
         done = read_parquet(path)
-        if (done["model_fingerprint"], done["metadata"]) == (model.fingerprint, about):
+        same = (done["model_fingerprint"], done["metadata"]) == (model.fingerprint, about)
+        if same and (done["profiles"] is not None) == profiles:
             return path
     except FormatError:
         pass  # not there, or damaged
@@ -86,15 +94,19 @@ def infer_shard(
         model.event_table(Path(f"{out}.events"))
     cache = model.block_cache(path.with_suffix(".part"))
     codes, keys, at = [], [source.keys_of(users[0], users[0])], users[0]
-    for profiles in model.infer_blocks(source, users=users, cache=cache, show=show):
-        assert profiles.code_ids is not None
-        stop = at + len(profiles.nll)
-        codes.append(profiles.code_ids.numpy().astype(np.uint32))
+    every = [np.zeros((0, sum(map(len, model.codebooks))), np.float16)]
+    for found in model.infer_blocks(source, users=users, cache=cache, show=show):
+        assert found.code_ids is not None
+        stop = at + len(found.nll)
+        codes.append(found.code_ids.numpy().astype(np.uint32))
+        if profiles:
+            every.append(all_probabilities(found).astype(np.float16))
         keys.append(source.keys_of(at, stop))
         at = stop
     table = bank_table(
         pa.concat_arrays(keys),
         np.concatenate([np.zeros((0, len(model.codebooks)), np.uint32), *codes]),
+        np.concatenate(every) if profiles else None,
         fields=model.bank_fields(),
         model_fingerprint=model.fingerprint,
         metadata=about,
@@ -166,13 +178,14 @@ def merge_shards(folder: str | Path, bank: str | Path, update: bool = False) -> 
                 ("model", shard["model_fingerprint"], first["model_fingerprint"]),
                 ("data", about.get("data"), first["metadata"].get("data")),
                 ("fields", shard["fields"], first["fields"]),
+                ("--profiles", shard["profiles"] is None, first["profiles"] is None),
             ):
                 if a != b:
                     raise MismatchError(
                         f"{shards[index, count]}: made with another {what} than shard 0/{count}; "
                         "infer it again"
                     )
-            writer.append(shard["user_keys"], shard["code_ids"])
+            writer.append(shard["user_keys"], shard["code_ids"], profiles=shard["profiles"])
         assert writer is not None
         writer.close()
     finally:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from userip_fast.core.config import Config
 from userip_fast.core.errors import ConfigError
+from userip_fast.core.fields import ProfileField
 from userip_fast.core.progress import progress
 from userip_fast.data import Interactions
 from userip_fast.em.crowd import APART_USERS
@@ -31,6 +32,8 @@ from userip_fast.prompts.packing import Int64
 Float64 = NDArray[np.float64]
 _JUDGES = 4  # every fourth user judges
 _SHARE = 0.8  # of the training users that one seed sees
+_SIZES = (4, 8, 16, 32, 64, 128, 256)
+_USERS_PER_CODE = 20
 
 
 @dataclass(frozen=True)
@@ -58,17 +61,26 @@ class Choice:
         return asdict(self)
 
 
+def sizes_for(users: int) -> list[int]:
+    """Numbers of codes worth trying on a log of so many users: 4, 8, ... 256, as long as a code of
+    those who train has twenty of them; 4 in any case."""
+    training = users * (_JUDGES - 1) // _JUDGES
+    return [k for k in _SIZES if k == _SIZES[0] or k * _USERS_PER_CODE <= training]
+
+
 def tune(
     data: Interactions,
     config: Config,
-    sizes: Sequence[int],
+    sizes: Sequence[int] | None = None,
     *,
+    levels: int = 1,
     lm: FrozenLM | None = None,
     seeds: int = 2,
     show: bool = True,
     each: Callable[[Choice], None] = lambda choice: None,
 ) -> list[Choice]:
-    """Tries `sizes` codes in every field, and the config's own sizes without each field in turn.
+    """Tries `sizes` codes in every field, and the config's own sizes without each field in turn;
+    and further levels: fields of the same prompt, which begin at what those before leave.
 
     A field is left out by giving it one code, so that the LM reads the same prompt.
 
@@ -76,7 +88,9 @@ def tune(
         data: Histories. All users are used where an event table serves, else the first 4/3
             `em.fit_users` (None: 1,024) in hash order.
         config: LM, fields and EM; the E-step is the posterior.
-        sizes: Numbers of codes, 2 or more.
+        sizes: Numbers of codes, 2 or more; None takes `sizes_for` the users.
+        levels: How many fields stand for each of the config's, at most; the further ones are named
+            `FIELD_2`, ...
         lm: The frozen LM; None loads the config's.
         seeds: Runs per choice.
         show: Whether to show progress.
@@ -89,22 +103,22 @@ def tune(
         ConfigError: There is nothing to try.
         DataError: There are fewer users than codes.
     """
-    if not sizes or min(sizes) < 2 or seeds < 1:
-        raise ConfigError(
-            f"tune: sizes must be 2 or more, and seeds 1 or more; got {list(sizes)}, {seeds}"
-        )
-    own = [f.codebook_size for f in config.fields]
-    wanted = [[1] * len(own), *([k] * len(own) for k in sizes), own]
-    if len(own) > 1:
-        wanted += [[1 if i == j else k for i, k in enumerate(own)] for j in range(len(own))]
-    tried = list(dict.fromkeys(map(tuple, wanted)))
-    largest = [max(codes[j] for codes in tried) for j in range(len(own))]
-
     em = replace(config.em, estep="posterior")
     config = replace(config, em=em)
+    if sizes is None:
+        serves = has_table(_with_codes(config, [_SIZES[0]] * len(config.fields)))
+        most = data.num_users if serves else _most_users(config)
+        sizes = sizes_for(min(data.num_users, most))
+    if not sizes or min(sizes) < 2 or seeds < 1 or levels < 1:
+        raise ConfigError(
+            "tune: sizes must be 2 or more, seeds and levels 1 or more; got "
+            f"{list(sizes)}, {seeds} and {levels}"
+        )
+    tried = _tried([f.codebook_size for f in config.fields], sizes, levels)
+    config = replace(config, fields=_levels(config.fields, levels))
+    largest = [max(codes[j] for codes in tried) for j in range(len(config.fields))]
     if not has_table(_with_codes(config, largest)):
-        most = (em.fit_users or APART_USERS) * _JUDGES // (_JUDGES - 1)
-        data = data.head_users(min(data.num_users, most))
+        data = data.head_users(min(data.num_users, _most_users(config)))
     index = np.arange(data.num_users)
     training = data.select_users(index[index % _JUDGES > 0])
     # The LM learns from the training users alone: who judges is new to it.
@@ -129,6 +143,36 @@ def tune(
             choices.append(_judge(config, list(codes), found, choices))
             each(choices[-1])
     return sorted(choices, key=lambda c: -c.elbo)
+
+
+def _tried(own: list[int], sizes: Sequence[int], levels: int) -> list[tuple[int, ...]]:
+    """Codes of every field and level: none, each size at one level and more, the fields' own, and
+    these without each field in turn. Fields stand level by level."""
+    none, rest = [1] * len(own), levels - 1
+    wanted = [none * levels]
+    for k in sizes:
+        wanted += [[k] * (len(own) * n) + none * (levels - n) for n in range(1, levels + 1)]
+    wanted.append(own + none * rest)
+    if len(own) > 1:
+        without = ([1 if i == j else k for i, k in enumerate(own)] for j in range(len(own)))
+        wanted += [codes + none * rest for codes in without]
+    return list(dict.fromkeys(map(tuple, wanted)))
+
+
+def _levels(fields: Sequence[ProfileField], levels: int) -> tuple[ProfileField, ...]:
+    """The fields, and those of further levels behind them. Words that say what a trait may be are
+    the first level's: the next ones begin at what it leaves."""
+    more = [
+        replace(f, name=f"{f.name}_{level}", candidates=())
+        for level in range(2, levels + 1)
+        for f in fields
+    ]
+    return (*fields, *more)
+
+
+def _most_users(config: Config) -> int:
+    """Users that are read one by one, at most, so that those who train are `em.fit_users`."""
+    return (config.em.fit_users or APART_USERS) * _JUDGES // (_JUDGES - 1)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from userip_fast._version import __version__
 from userip_fast.bank import BankWriter, FeatureBank
+from userip_fast.core.errors import ConfigError
 from userip_fast.core.files import sweep_leftovers
 from userip_fast.data import Data
 from userip_fast.em.cache import DiskCache
@@ -46,6 +48,7 @@ class Model(ByTable):
         on_bad: str | None = None,
         update: bool = False,
         probabilities: bool = False,
+        profiles: bool = False,
         show: bool = True,
         log: Log = lambda record: None,
     ) -> FeatureBank | Int64:
@@ -63,6 +66,8 @@ class Model(ByTable):
                 model's setting.
             update: Users of an existing bank who are not in `data` stay as they are.
             probabilities: Whether the bank keeps each code's probability given the behaviour.
+            profiles: Whether it keeps the probabilities of all codes, from which exports and
+                `userip_fast.serve` make affinities: 2 bytes a code of each user.
             show: Whether to show progress.
             log: Called once the bank is written, with `users`, `nll_per_weight`,
                 `forward_equivalents` per user, and what was `told` of them (see `Reach`).
@@ -77,7 +82,7 @@ class Model(ByTable):
             StorageError: The bank's disk is full or read-only; the bank stays what it was.
             ConfigError: Probabilities of an E-step that has none.
         """
-        check_probabilities(self.config, probabilities)
+        check_probabilities(self.config, probabilities or profiles)
         if max_users is not None:
             data = data.head_users(max_users)
         source = self.source(data, on_bad)
@@ -91,11 +96,12 @@ class Model(ByTable):
         with self.bank_writer(out, update) as writer:
             if cache is not None:
                 sweep_leftovers(cache.folder / "profiles")  # under the bank's lock
-            for profiles in self.infer_blocks(source, cache=cache, show=show):
-                users = tally.add(profiles, source, self.lm.tokenizer)
-                sure = profiles.probabilities() if probabilities else None
+            for found in self.infer_blocks(source, cache=cache, show=show):
+                users = tally.add(found, source, self.lm.tokenizer)
+                sure = found.probabilities() if probabilities else None
                 p = None if sure is None else sure.numpy()
-                writer.append(source.keys_of(*users), _codes(profiles), p)
+                every = all_probabilities(found) if profiles else None
+                writer.append(source.keys_of(*users), _codes(found), p, every)
         if cache is not None:
             cache.clear()
         log(
@@ -283,6 +289,20 @@ class Model(ByTable):
             MismatchError: The LM is not the one the codebooks were learned with.
         """
         return load_model(cls, path, lm=lm, device=device, verify=verify)
+
+
+def all_probabilities(found: Profiles) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """[U, sum of K_j] p(code | behaviour), field after field, as a bank keeps profiles.
+
+    Raises:
+        ConfigError: The E-step tells none.
+    """
+    if found.log_resp is None:
+        raise ConfigError(
+            "profiles: this E-step tells no probabilities of all codes; fit with em.estep=posterior"
+        )
+    p = torch.cat(found.log_resp, dim=1).exp().clamp(max=1.0)
+    return np.asarray(p.float().numpy())
 
 
 def _codes(profiles: Profiles) -> Int64:

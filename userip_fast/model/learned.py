@@ -119,4 +119,6 @@ def make_trainer(config: Config, lm: FrozenLM, show: bool) -> Trainer:
 def check_probabilities(config: Config, wanted: bool) -> None:
     """Raises ConfigError when codes have no probabilities to keep."""
     if wanted and (config.em.estep == "gradient" or config.em.recipe == "paper"):
-        raise ConfigError("probabilities: a nearest codeword has none; choose em.estep=posterior")
+        raise ConfigError(
+            "probabilities, profiles: a nearest codeword has none; choose em.estep=posterior"
+        )

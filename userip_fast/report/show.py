@@ -182,7 +182,7 @@ def _items(model: Model, most: int) -> tuple[str, list[dict[str, Any]]]:
     if not model.has_table or not keys:
         return "", told
     grid = model.event_table().grid
-    codes, prior = grid.codes.numpy(), grid.log_prior.exp().numpy()
+    codes, prior = grid.codes.numpy(), grid.prior.exp().numpy()
     given = np.stack(
         [
             np.where(codes[:, j] == k, prior, 0)
@@ -190,8 +190,10 @@ def _items(model: Model, most: int) -> tuple[str, list[dict[str, Any]]]:
             for k in range(f.codebook_size)
         ]
     )
+    total = given.sum(1, keepdims=True)
+    given = np.where(total > 0, given / np.maximum(total, 1e-30), prior)  # of no column: anybody's
     try:
-        found = model.affinity(given / np.maximum(given.sum(1, keepdims=True), 1e-30), keys)
+        found = model.affinity(given, keys)
     except ConfigError:  # the model puts no loss on reactions
         return "", told
     for i, item in enumerate(told):

@@ -34,3 +34,30 @@ def codes_in_words(codes: Mapping[str, Any]) -> str:
             sure += f", same code by other events {listed('same_again', '.2f')}"
         parts.append(sure)
     return "; ".join(parts)
+
+
+def left_out_in_words(told: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
+    """A sentence of each feature and recommender of `userip_fast.ctr.warm.leave_out`."""
+    lines = []
+    for feature, by in (told or {}).items():
+        for backbone, d in by.items():
+            seen = d["held_out"]
+            if seen["difference"] is None:
+                why = f"{seen['rows']:,} training rows of such users have one label alone"
+            else:
+                why = (
+                    f"on {seen['rows']:,} held-out rows of {seen['users']:,} such users "
+                    f"{feature} - none is {_told(seen)}"
+                )
+            kept = "are left out of" if d["left_out"] else "stay in"
+            lines.append(
+                f"{backbone}, {feature}: codes {kept} the scores of users with {d['rows_from']} "
+                f"training rows or more: {why}"
+                + (f"; kept in, it is {_told(d['kept_in'])} on test rows" * d["left_out"])
+            )
+    return lines
+
+
+def _told(d: Mapping[str, Any]) -> str:
+    low, high = d["ci95"]
+    return f"{d['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"

@@ -326,7 +326,7 @@ def _ctr(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """AUC of each evaluation, and what stands beside it."""
     if not results:
         return []
-    from userip_fast.report.words import codes_in_words, in_words
+    from userip_fast.report.words import codes_in_words, in_words, left_out_in_words
 
     drawn = [
         page.figure(f"{name}: {r['protocol']}, {r['label']}", pictures.ctr_dots(r, name))
@@ -351,6 +351,7 @@ def _ctr(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         floor = ", ".join(f"{n.replace('_', ' ')} {x:.4f}" for n, x in r.get("floor", {}).items())
         body += [f"<h3>{escape(visible(name))}</h3>", page.table(["AUC", *backbones], rows)]
         notes = [f"Item alone: {floor}."] if floor else []  # older files have none of these
+        notes += [f"{line}." for line in left_out_in_words(r.get("left_out"))]
         notes += r.get("warnings", [])
         notes += [f"Codes, seed {s}: {codes_in_words(c)}." for s, c in r.get("codes", {}).items()]
         body += [f'<p class="note">{escape(visible(note))}</p>' for note in notes]
