@@ -26,7 +26,8 @@ from userip_fast.demo.world import make_world
 from userip_fast.em import Block, EMState, PosteriorEStep
 from userip_fast.em.starts import word_codewords
 from userip_fast.lm import FrozenLM, PackedEngine
-from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.prompts.behaviour import BehaviourSource
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.layout import PromptTemplate
 
 FLOOR = 1e-4

@@ -113,7 +113,7 @@ def step(what: str, folder: Path) -> dict[str, Any]:
     anonymous = Anonymous()
     if what == "lm":
         from userip_fast.core.config import Config
-        from userip_fast.jobs.fit import prepare
+        from userip_fast.model.prepare import prepare
 
         prepare(data, Config.from_dict(config))
     elif what == "fit":

@@ -59,7 +59,8 @@ from userip_fast.em.free import FreeMixture
 from userip_fast.em.lifts import Calibration
 from userip_fast.lm.foldin import fold_in
 from userip_fast.ops import profile_posterior
-from userip_fast.prompts.behaviour import BehaviourFormat, Told, judging
+from userip_fast.prompts.behaviour import Told, judging
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.packing import Int64
 
 HERE = Path(__file__).resolve().parent

@@ -12,6 +12,9 @@ from importlib import import_module as _import_module
 from typing import Any as _Any
 
 from userip_fast._version import __version__
+from userip_fast.core.deprecated import find_moved_modules as _find_moved_modules
+
+_find_moved_modules()
 
 # In a checkout (editable install, or the root on sys.path) the Triton kernels lie in `kernels/`
 # beside this package; in a wheel they are `userip_fast/kernels/`. There is no

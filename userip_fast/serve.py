@@ -52,7 +52,7 @@ from userip_fast.core.profiles import (
     softmax,
 )
 from userip_fast.core.segments import Part, Segments
-from userip_fast.core.sums import MANIFEST, check_seal
+from userip_fast.core.sums import MANIFEST, MODEL_FORMATS, check_seal
 
 _NUMBERS = (int, float, np.number)  # made once: a union would be made for each event
 _FILES = "config.json", "codebooks.safetensors", "catalogue.parquet"
@@ -135,7 +135,7 @@ class Server:
         """
         root = Path(model)
         about = read_json(root / MANIFEST)
-        if not isinstance(about, dict) or about.get("format") != "userip_fast.model.fitted":
+        if not isinstance(about, dict) or about.get("format") not in MODEL_FORMATS:
             raise FormatError(f"{root}: not a userip_fast model")
         check_seal(root / MANIFEST, about)
         try:

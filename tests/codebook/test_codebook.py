@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from userip_fast.codebook.books import Codebook, PrunedAssignment, ResidualCodebook
+from userip_fast.codebook.books import Codebook, ResidualCodebook
 from userip_fast.core.errors import MismatchError
-from userip_fast.ops import assign_codes, assign_codes_with_stats
+from userip_fast.ops import assign_codes_with_stats
 
 
 def blobs(k=8, per=60, dim=16, spread=0.05):
@@ -43,14 +43,6 @@ def test_kmeans_is_repeatable_and_near_scikit_learn():
     assert ours <= 1.03 * max(theirs)
 
 
-def test_kmeans_random_start_revives_what_dies():
-    x = torch.cat([torch.zeros(500, 2), torch.eye(2) * 100, -torch.eye(2) * 100])
-    book = Codebook.kmeans(x, 5, seed=0, init="random")
-    ids, distance = book.assign(x)
-    assert book.usage(ids).dead == 0
-    assert float(distance.sum()) == 0.0
-
-
 def test_kmeans_with_fewer_distinct_rows_than_codes():
     x = torch.randn(3, 4).repeat(10, 1)
     book = Codebook.kmeans(x, 6, seed=0)
@@ -82,34 +74,6 @@ def test_ema_leaves_unused_codewords_alone():
     for _ in range(200):
         book.ema_update(torch.tensor([4, 4, 0]), torch.tensor([[4.0], [8.0], [0.0]]), decay=0.5)
     torch.testing.assert_close(book.codewords, torch.tensor([[1.0], [2.0], [50.0]]))
-
-
-def test_revive_moves_dead_codes_to_uncovered_vectors():
-    x, label, centres = blobs(k=5)
-    start = centres.clone()
-    start[3:] = 1e3  # two dead codes, two blobs uncovered
-    book = Codebook(start)
-    moved = book.revive(x, seed=1)
-    assert moved.tolist() == [3, 4]
-    assert torch.equal(book.codewords[:3], start[:3])
-    assert bool((x[:, None] == book.codewords[None, 3:]).all(2).any(0).all())  # rows of x
-    assert set(label[(x[:, None] == book.codewords[None, 3:]).all(2).any(1)].tolist()) <= {3, 4}
-    again = Codebook(start)
-    again.revive(x, seed=1)
-    assert torch.equal(again.codewords, book.codewords)
-    assert len(Codebook(torch.randn(3, 4)).revive(torch.ones(9, 4) * 0, seed=0)) <= 2
-
-
-def test_revive_threshold_and_nothing_left_to_cover():
-    x = torch.cat([torch.zeros(98, 1), torch.ones(2, 1)])
-    book = Codebook(torch.tensor([[0.0], [1.0]]))
-    assert len(book.revive(x, seed=0)) == 0
-    assert (
-        len(book.revive(x, seed=0, threshold=0.1)) == 0
-    )  # rare, but no vector is far from its code
-    x[5] = 0.3
-    assert book.revive(x, seed=0, threshold=0.1).tolist() == [1]
-    assert float(book.codewords[1]) == pytest.approx(0.3)
 
 
 def test_usage():
@@ -145,8 +109,6 @@ def test_bad_arguments_are_named():
         Codebook(torch.full((2, 2), float("nan")))
     with pytest.raises(ValueError, match="N >= k = 5"):
         Codebook.kmeans(torch.randn(4, 2), 5, seed=0)
-    with pytest.raises(ValueError, match="init='best'"):
-        Codebook.kmeans(torch.randn(4, 2), 2, seed=0, init="best")
     book = Codebook(torch.randn(4, 2))
     with pytest.raises(ValueError, match=r"counts must be \[4\]"):
         book.ema_update(torch.ones(3), torch.ones(4, 2), 0.9)
@@ -168,35 +130,3 @@ def test_residual_levels_refine_and_decode():
         book.decode(ids[:, :2])
     with pytest.raises(ValueError, match="one dimension"):
         ResidualCodebook([Codebook(torch.randn(2, 3)), Codebook(torch.randn(2, 4))])
-
-
-@pytest.mark.parametrize("k", [1, 2, 30])
-def test_pruned_assignment_is_exact_and_prunes(k):
-    x, _, _ = blobs(k=30, per=40)
-    c = x[torch.randperm(len(x))[:k]].clone()
-    pruned = PrunedAssignment()
-    looked = []
-    for step in range(12):
-        ids = pruned.assign(x, c)
-        assert torch.equal(ids, assign_codes(x, c)[0])
-        looked.append(pruned.searched)
-        counts, sums = assign_codes_with_stats(x, c)[2:]
-        c[counts > 0] = sums[counts > 0] / counts[counts > 0, None]
-        if step == 6:
-            c += 0.01 * torch.randn_like(c)
-    assert looked[0] == len(x)
-    assert looked[5] < len(x) / 4
-
-
-def test_pruned_assignment_follows_moving_vectors_and_ties():
-    x, c = torch.randn(400, 6), torch.randn(12, 6)
-    c[7] = c[3]  # a tie: bounds never part, so it is searched each time
-    pruned = PrunedAssignment()
-    for scale in (0.3, 0.1, 0.01, 0.0):
-        assert torch.equal(pruned.assign(x, c), assign_codes(x, c)[0])
-        step = scale * torch.randn_like(x)
-        x, c = x + step, c + scale * torch.randn_like(c)
-        c[7] = c[3]
-        assert torch.equal(pruned.assign(x, c, step.norm(dim=1)), assign_codes(x, c)[0])
-    assert pruned.searched < len(x)
-    assert pruned.assign(x[:5], c).shape == (5,)  # other vectors: starts afresh

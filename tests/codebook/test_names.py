@@ -42,7 +42,7 @@ def events_of(users, seed, liked=None):
 
 
 def counted(traits, blocks, **settings):
-    counts = ItemCounts([3], ITEMS, traits, **settings)
+    counts = ItemCounts([3], traits, **settings)
     for codes, events in blocks:
         counts.add(codes, events)
     return counts

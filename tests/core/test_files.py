@@ -216,6 +216,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
 
 
 def at_once(run, count):
+    """Runs it in so many threads."""
     threads = [threading.Thread(target=run) for _ in range(count)]
     for thread in threads:
         thread.start()

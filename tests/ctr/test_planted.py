@@ -9,8 +9,9 @@ import pytest
 from userip_fast.core.config import Config
 from userip_fast.ctr import CTRConfig, evaluate_ctr
 from userip_fast.data import Catalogue, read_interactions
-from userip_fast.jobs.fit import load_lm
-from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.model.prepare import load_lm
+from userip_fast.prompts.behaviour import BehaviourSource
+from userip_fast.prompts.format import BehaviourFormat
 
 GENRES = ("fantasy", "romance", "science", "comics")
 CRITICS = ("harsh", "strict", "mild", "kind")

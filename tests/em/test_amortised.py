@@ -34,7 +34,7 @@ def test_features_are_sums_over_a_users_tokens():
         embedded = lm.embed(torch.from_numpy(behaviour.ids[a]).long())
         want = [hidden[own].sum(0), (hidden[own] * weight).sum(0), embedded.sum(0)]
         torch.testing.assert_close(x[u], torch.cat(want), rtol=1e-4, atol=1e-4)
-    with pytest.raises(UnsupportedError, match="reads states"):
+    with pytest.raises(UnsupportedError, match=r"reads hidden states, which em.engine=.reference"):
         features(ReferenceEngine(lm, layout), behaviour, start, EMConfig())
 
 

@@ -20,9 +20,9 @@ from userip_fast.em.columns import Grid
 from userip_fast.em.counted import Counted, expected
 from userip_fast.em.crowd import Crowd
 from userip_fast.em.lifts import Calibration, Usual
-from userip_fast.jobs.fit import prepare
 from userip_fast.lm import lessons
 from userip_fast.lm.foldin import FoldIn
+from userip_fast.model.prepare import prepare
 from userip_fast.prompts.behaviour import Told, judging
 
 K = 2

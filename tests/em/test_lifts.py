@@ -20,7 +20,8 @@ from userip_fast.em.crowd import Crowd
 from userip_fast.em.lifts import PLAIN, Calibration, Usual, log_lifts, log_norm
 from userip_fast.em.readings import Readings
 from userip_fast.em.table import EventTable, Grid
-from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.prompts.behaviour import BehaviourSource
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.layout import ProfileField
 
 CHOICES = DataConfig(behaviour_context="independent", negatives=0)

@@ -8,7 +8,7 @@ from test_lifts import CHOICES, FIT, choices, lm, source_of  # noqa: F401
 
 import userip_fast as uf
 from userip_fast.core.config import DataConfig
-from userip_fast.prompts.behaviour import BehaviourFormat
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.packing import told_events
 from userip_fast.serve import Server
 

@@ -24,7 +24,8 @@ from userip_fast.em.readings import Readings, log_likelihoods
 from userip_fast.em.table import EventTable, Grid, answers, has_table, survey
 from userip_fast.lm import PackedEngine
 from userip_fast.lm.engine import ReferenceEngine
-from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.prompts.behaviour import BehaviourSource
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.layout import ProfileField
 from userip_fast.prompts.packing import make_pack
 

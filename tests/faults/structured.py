@@ -231,7 +231,7 @@ def finished_blocks(made: uf.Model, folder: Path) -> dict[str, Callable[[], torc
     """What a block of the event table and one of descents give, kept in `folder` once found."""
     trainer, em = made.ready_trainer(), made.config.em
     kinds = list(made.event_table()._numbering.number)
-    block = trainer._block(made.source(read_log()), 0, 4)
+    block = trainer.block(made.source(read_log()), 0, 4)
     cache = DiskCache(folder, b"run")
 
     def table() -> torch.Tensor:

@@ -14,11 +14,12 @@ import torch
 import userip_fast as uf
 from userip_fast.core.config import Config, DataConfig, LMConfig
 from userip_fast.data import Catalogue
-from userip_fast.jobs.fit import load_lm
 from userip_fast.lm import lessons, pretraining
 from userip_fast.lm.lessons import Batches, Data
 from userip_fast.lm.pretraining import _contrast, _Judges, _new_model, _SoftRows
-from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource, Told
+from userip_fast.model.prepare import load_lm
+from userip_fast.prompts.behaviour import BehaviourSource, Told
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.layout import ProfileField
 
 USERS = 60

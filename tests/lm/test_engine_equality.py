@@ -17,6 +17,7 @@ from userip_fast.core.errors import UnsupportedError
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine
 from userip_fast.lm.masks import Near
 from userip_fast.lm.nf4 import NF4Linear, quantize_linears
+from userip_fast.lm.residency import set_recompute
 from userip_fast.ops import nf4_dequantize
 from userip_fast.prompts.layout import ProfileField, PromptTemplate, tokenize_events
 from userip_fast.prompts.packing import build_behaviour, iter_packs
@@ -211,3 +212,22 @@ def test_a_head_that_does_more_than_a_linear_map_is_refused():
     model.lm_head.register_forward_hook(lambda module, args, out: out**3)
     with pytest.raises(UnsupportedError, match="more between hidden states and logits"):
         FrozenLM(model, tiny.tokenizer(), source="strange", quantization="none")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_model_that_recomputes_reads_the_same_in_both_engines(family):
+    """In backward a layer runs again with the attention of its first run, the model's own too."""
+    lm = tiny.frozen(family)
+    layout = tiny.template().layout(lm.tokenizer)
+    behaviour = tiny.behaviour(layout)
+    pack = next(iter(iter_packs(behaviour, np.arange(5), layout, lm.device, 10**6)))
+    theta = torch.randn(5, layout.num_soft, lm.hidden_size, requires_grad=True)
+    for engine in (ReferenceEngine(lm, layout), PackedEngine(lm, layout)):
+        found = []
+        for on in (False, True):
+            set_recompute(lm.model, on)
+            nll = engine.nll(pack, theta)
+            found.append((nll, *torch.autograd.grad(nll.sum(), theta)))
+        set_recompute(lm.model, False)
+        assert all(torch.equal(a, b) for a, b in zip(*found))
+        assert lm.model.config._attn_implementation == "userip_packed"

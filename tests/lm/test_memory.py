@@ -1,6 +1,8 @@
 """The memory model against measurement, and what it decides."""
 
+import importlib
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from userip_fast.core.config import EMConfig, LMConfig
 from userip_fast.core.errors import ConfigError, OutOfMemoryError
 from userip_fast.em.blocks import run_anew
 from userip_fast.em.steps import Block, EMState, Profiles
-from userip_fast.lm import FrozenLM, PackedEngine, attention, memory, memory_table, open_lm
+from userip_fast.lm import FrozenLM, PackedEngine, attention, memory, open_lm
 from userip_fast.lm.limits import GIB, is_out_of_memory
 from userip_fast.lm.memory import Plan, choose
 from userip_fast.lm.residency import set_recompute
@@ -213,7 +215,9 @@ def test_out_of_memory_goes_on_with_the_largest_pack_that_fits(monkeypatch, capl
         run_anew(FailingEStep(engine, 0), block, None, EMState())
 
 
-def test_table_of_a_model_and_its_measurement(tmp_path):
+def test_table_of_a_model_and_its_measurement(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    memory_table = importlib.import_module("memory_table")
     folder = str(tiny.save("llama", tmp_path))
     work = Workload(user_tokens=32, block_users=8)
     lm = open_lm(folder, LMConfig(path=folder), work)

@@ -19,9 +19,10 @@ from userip_fast.core.config import Config, DataConfig, EMConfig, LMConfig
 from userip_fast.core.errors import FormatError, MismatchError
 from userip_fast.core.sums import cache_folder, kept_sum, sealed
 from userip_fast.data import Catalogue
-from userip_fast.jobs.fit import load_lm
 from userip_fast.lm import embedded, open_lm, stored
-from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.model.prepare import load_lm
+from userip_fast.prompts.behaviour import BehaviourSource
+from userip_fast.prompts.format import BehaviourFormat
 
 LM = LMConfig(embedded_hidden=16, embedded_heads=2, embedded_layers=1, embedded_tokens=4_000,
               embedded_vocab=320)  # fmt: skip

@@ -12,9 +12,10 @@ import userip_fast as uf
 from userip_fast.core.config import Config, DataConfig, EMConfig, LMConfig
 from userip_fast.core.sums import cache_folder
 from userip_fast.data import Catalogue
-from userip_fast.jobs.fit import load_lm
 from userip_fast.lm import embedded
-from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.model.prepare import load_lm
+from userip_fast.prompts.behaviour import BehaviourSource
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.layout import ProfileField
 
 FIELDS = (ProfileField("taste", "", 1, 2),)

@@ -142,7 +142,7 @@ def test_an_interrupted_fit_leaves_no_model_and_no_bank(tmp_path, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("userip_fast.jobs.fit.code_cards", stop)
+    monkeypatch.setattr("userip_fast.model.everyone.code_cards", stop)
     with pytest.raises(KeyboardInterrupt):
         uf.fit(read(), config=CONFIG, out=tmp_path / "run")
     left = {p.name for p in (tmp_path / "run").iterdir()}
@@ -177,7 +177,7 @@ def test_feedback_needs_something_to_tell():
 
 
 def test_loss_weights_and_words_follow_the_config():
-    from userip_fast.prompts.behaviour import BehaviourFormat
+    from userip_fast.prompts.format import BehaviourFormat
 
     rated, unrated = read(), read(rated=False)
     fmt = BehaviourFormat.fit(DataConfig(), rated, 0)
@@ -340,3 +340,15 @@ def test_fields_of_a_single_code_are_fitted_saved_and_read(estep, recipe, sizes,
     codes = uf.Model.load(tmp_path / "model").infer(read())
     assert (codes[:, 0] == 0).all()
     assert codes.shape == (40, len(sizes))
+
+
+@pytest.mark.parametrize("said", ["userip_fast.model", "userip_fast.model.fitted"])
+def test_models_of_before_are_read(fitted, tmp_path, said):
+    """Whatever their manifest calls them."""
+    model, run = fitted
+    shutil.copytree(run / "model", tmp_path / "m")
+    manifest = json.loads((tmp_path / "m" / "manifest.json").read_text())
+    assert manifest["format"] == "userip_fast.model"
+    del manifest["sha256"]  # of a model from before manifests had sums
+    (tmp_path / "m" / "manifest.json").write_text(json.dumps({**manifest, "format": said}))
+    assert uf.Model.load(tmp_path / "m").fingerprint == model.fingerprint

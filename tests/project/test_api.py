@@ -11,8 +11,9 @@ from pathlib import Path
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 HEAD = """# Public names
 
-What stays as it is between versions, or warns for one before it changes. Everything else is ours
-to move. Written by `python tests/project/test_api.py`, which as a test holds it to the code;
+What stays as it is between versions, or warns for one before it changes: the old works until then,
+with a `DeprecationWarning` that names the new ([the list](#deprecated)). Everything else is ours to
+move. Written by `python tests/project/test_api.py`, which as a test holds it to the code;
 settings are in [usage.md](usage.md), commands in [README](../README.md#commands).
 """
 
@@ -79,7 +80,21 @@ def page():
                 lines.append("  " + line(signature(method, found), found))
             elif isinstance(found, property):
                 lines.append("  " + line(method, found))
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *deprecations()]) + "\n"
+
+
+def deprecations():
+    """The tables of `userip_fast.core.deprecated`."""
+    from userip_fast.core import deprecated as old
+
+    yield f"\n## Deprecated\n\nUntil {old.GONE_IN}:\n"
+    yield "| old | now |\n|---|---|"
+    for was, now in sorted((old.MODULES | old.NAMES).items()):
+        yield f"| `userip_fast.{was}` | `userip_fast.{now}` |"
+    for name, default in sorted(old.SETTINGS.items()):
+        yield f"| `{name}` | passed over (it was {default}) |"
+    for name, values in old.VALUES.items():
+        yield from (f"| `{name}={was}` | `{name}={now}` |" for was, now in values.items())
 
 
 def test_public_names_are_as_documented():

@@ -10,7 +10,8 @@ import tiny
 import userip_fast as uf
 from userip_fast.core.config import Config, DataConfig, EMConfig, LMConfig
 from userip_fast.data import Catalogue, stream_interactions
-from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.prompts.behaviour import BehaviourSource
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.reach import Reach
 
 

@@ -20,12 +20,12 @@ from userip_fast.core.config import Config
 from userip_fast.core.fields import ProfileField
 from userip_fast.data import read_interactions
 from userip_fast.demo.world import make_world
-from userip_fast.jobs.fit import prepare
 from userip_fast.lm import FrozenLM, PackedEngine, ReferenceEngine, open_lm
 from userip_fast.lm.engine import Engine, check_positions
 from userip_fast.lm.fuse import unfuse
 from userip_fast.lm.residency import make_resident
 from userip_fast.lm.stored import told
+from userip_fast.model.prepare import prepare
 from userip_fast.prompts.layout import Layout, PromptTemplate, TokenTable
 from userip_fast.prompts.packing import Behaviour, build_behaviour, make_pack
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from userip_fast.core.errors import MismatchError
-from userip_fast.ops import assign_codes, assign_codes_with_margin, assign_codes_with_stats
+from userip_fast.ops import assign_codes, assign_codes_with_stats
 
 _INIT_ROWS_PER_CODE = 64  # k-means++ looks at a seeded sample of at most this many rows per code
 
@@ -80,7 +80,6 @@ class Codebook:
         *,
         seed: int,
         iterations: int = 25,
-        init: str = "kmeans++",
         tolerance: float = 1e-6,
     ) -> Codebook:
         """Codewords by Lloyd's algorithm; a code left without vectors restarts at a far one.
@@ -88,9 +87,8 @@ class Codebook:
         Args:
             x: [N, D] fp32, bf16 or fp16, N >= k.
             k: Codebook size.
-            seed: Of the start; with it the result is repeatable.
+            seed: Of the start (k-means++ on a sample where N > 64 k); the result repeats with it.
             iterations: At most so many rounds.
-            init: "kmeans++" (on a seeded sample where N > 64 k) or "random" (k distinct rows).
             tolerance: Stops once a round lowers the total squared distance by less than this share.
 
         Source: k-means++, Arthur and Vassilvitskii, SODA 2007.
@@ -99,16 +97,8 @@ class Codebook:
             raise ValueError(
                 f"Codebook.kmeans: x must be [N, D] with N >= k = {k} >= 1, got {tuple(x.shape)}"
             )
-        if init not in ("kmeans++", "random"):
-            raise ValueError(
-                f"Codebook.kmeans: init={init!r} is unknown; choose 'kmeans++' or 'random'"
-            )
         generator = torch.Generator().manual_seed(seed)
-        if init == "random":
-            start = x[torch.randperm(x.shape[0], generator=generator)[:k].to(x.device)].float()
-        else:
-            start = _kmeans_plus_plus(x, k, generator)
-        book = cls(start)
+        book = cls(_kmeans_plus_plus(x, k, generator))
         previous = float("inf")
         for _ in range(iterations):
             _, distance, counts, sums = assign_codes_with_stats(x, book.codewords)
@@ -151,22 +141,6 @@ class Codebook:
         self.ema_sums.mul_(decay).add_(sums.float(), alpha=1 - decay)
         used = counts > 0
         self.codewords[used] = self.ema_sums[used] / self.ema_counts[used].unsqueeze(1)
-
-    def revive(self, x: Tensor, *, seed: int, threshold: float = 0.0) -> Tensor:
-        """Moves dead codes to vectors that are far from their codeword.
-
-        Args:
-            x: [N, D], the vectors to cover.
-            seed: Of the draw, which is proportional to the squared distance, without repetition.
-            threshold: A code is dead when it has at most this share of N / K vectors.
-
-        Returns:
-            [R] int64, ids of the codes that were moved (at most as many as there are far vectors).
-        """
-        ids, distance = self.assign(x)
-        counts = torch.bincount(ids, minlength=len(self))
-        dead = (counts <= threshold * x.shape[0] / len(self)).nonzero().flatten()
-        return self._move_to_far(x, dead, distance, torch.Generator().manual_seed(seed))
 
     def usage(self, ids: Tensor) -> UsageStats:
         """Usage of the codes by `ids` [N]."""
@@ -287,64 +261,6 @@ class ResidualCodebook:
         for level, book in enumerate(self.levels):
             out += book.codewords[code_ids[:, level]]
         return out
-
-
-class PrunedAssignment:
-    """The code ids of fixed vectors under a moving codebook, searching only where they may change.
-
-    Of each vector it keeps an upper bound of the distance to its codeword and a lower bound of the
-    distance to all others; a round first moves both by how far codewords (and vectors) went.
-    Vectors whose bounds stay apart by more than rounding are skipped: ids are those of
-    `assign_codes` (for bf16 vectors ranked on a GPU, up to that rounding).
-
-    Attributes:
-        searched: Vectors that the last round had to look at.
-
-    Source: Hamerly, "Making k-means even faster", SDM 2010.
-    """
-
-    def __init__(self) -> None:
-        self.searched = 0
-        self._codewords: Tensor | None = None
-        self._ids = self._upper = self._lower = torch.empty(0)
-
-    def assign(self, x: Tensor, codewords: Tensor, x_shift: Tensor | None = None) -> Tensor:
-        """code_ids [N] int64 of `x` [N, D] in `codewords` [K, D].
-
-        Args:
-            x: The vectors of the rounds before, in the same order.
-            codewords: Of this round, fp32; the same K.
-            x_shift: [N], how far each vector moved since the last round; None: not at all.
-        """
-        before = self._codewords
-        self._codewords = codewords.detach().clone()
-        if before is None or before.shape != codewords.shape or len(self._ids) != len(x):
-            self._ids, self._upper, self._lower = self._search(x, codewords)
-            return self._ids.clone()
-        moved = (codewords - before).double().norm(dim=1)
-        self._upper += moved[self._ids]
-        if len(moved) > 1:  # the farthest that any other codeword went
-            (most, next_most), (at, _) = (v.tolist() for v in moved.topk(2))
-            self._lower -= torch.where(self._ids == at, next_most, most)
-        if x_shift is not None:
-            self._upper += x_shift.double()
-            self._lower -= x_shift.double()
-        # What ranking by x.c - |c|^2 / 2 in fp32 may be off by: D roundings of |x| |c|, both ways.
-        norms = codewords.double().norm(dim=1)
-        reach = self._upper + norms[self._ids] + norms.max()
-        rounding = 2.0**-21 * (x.shape[1] + 4) * reach.square()
-        safe = (self._lower - self._upper) * (self._lower + self._upper) > rounding
-        rows = (~(safe & (self._lower > self._upper))).nonzero().flatten()
-        found = self._search(x[rows], codewords)
-        self._ids[rows], self._upper[rows], self._lower[rows] = found
-        return self._ids.clone()
-
-    def _search(self, x: Tensor, codewords: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self.searched = len(x)
-        ids, near, far = assign_codes_with_margin(x, codewords)
-        # The distances themselves are rounded too: by D units of 2^-24 at most.
-        slack = 2.0**-23 * (x.shape[1] + 4)
-        return ids, near.double().sqrt() * (1 + slack), far.double().sqrt() * (1 - slack)
 
 
 def _kmeans_plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:

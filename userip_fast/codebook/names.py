@@ -88,11 +88,13 @@ class Traits:
     """Attribute values, words and items that codes may be told by.
 
     Attributes:
+        texts: [I] of the items.
         names: [T].
         item, trait: [N] pairs of an item and one of its traits.
         is_item: [T] bool.
     """
 
+    texts: pa.Array
     names: list[str]
     item: Int64
     trait: Int64
@@ -130,7 +132,7 @@ class Traits:
         is_item = np.arange(len(names) + len(popular)) >= len(names)
         names += [texts[int(i)].as_py() for i in popular]
         item, trait = (np.concatenate(x) for x in zip(*pairs))
-        return cls(names, item, trait, is_item)
+        return cls(texts, names, item, trait, is_item)
 
 
 class ItemCounts:
@@ -138,24 +140,16 @@ class ItemCounts:
 
     Args:
         sizes: [J] codes of each field.
-        items: Number of items.
-        traits: What to look for; None for items alone.
+        traits: What to look for.
         words: For how an event went; empty where none is told.
     """
 
-    def __init__(
-        self,
-        sizes: list[int],
-        items: int,
-        traits: Traits | None = None,
-        words: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, sizes: list[int], traits: Traits, words: tuple[str, ...] = ()) -> None:
         self.traits, self.words = traits, words
         self.users = [np.zeros(k, np.int64) for k in sizes]
-        self.items = [np.zeros((k, items), np.int64) for k in sizes]
-        width = 0 if traits is None else len(traits.names)
+        self.items = [np.zeros((k, len(traits.texts)), np.int64) for k in sizes]
         # The last column counts all choices.
-        self.folds = [np.zeros((2 * _FOLDS, k, width + 1), np.int64) for k in sizes]
+        self.folds = [np.zeros((2 * _FOLDS, k, len(traits.names) + 1), np.int64) for k in sizes]
         self.reactions = [np.zeros((k, len(words)), np.int64) for k in sizes]
 
     def add(self, code_ids: Int64, events: Events) -> None:
@@ -189,7 +183,7 @@ class ItemCounts:
         """Adds choices [n] to [K, T + 1]."""
         size = self.items[0].shape[1]
         table[:, -1] += np.bincount(code, minlength=len(table))
-        if self.traits is None or not len(item):
+        if not len(item):
             return
         pair, count = np.unique(code * size + item, return_counts=True)
         k, i = np.divmod(pair, size)
@@ -205,7 +199,6 @@ class ItemCounts:
 
     @cached_property
     def _by_item(self) -> tuple[Int64, Int64]:
-        assert self.traits is not None
         order = np.argsort(self.traits.item, kind="stable")
         return self.traits.item[order], self.traits.trait[order]
 
@@ -222,8 +215,6 @@ class ItemCounts:
 
     def told(self, j: int) -> list[tuple[Tell, ...]]:
         """Per code of field j what its users choose more often, the surest first."""
-        if self.traits is None:
-            return [()] * len(self.users[j])
         folds = self.folds[j].astype(np.float64)
         ratio, error = _log_ratios(folds[:_FOLDS])
         surest = ratio - _T * error
@@ -279,7 +270,6 @@ def code_cards(
     fields: tuple[ProfileField, ...],
     codebooks: list[Codebook],
     counts: ItemCounts,
-    item_text: pa.Array,
     *,
     words: int = 3,
     items: int = 3,
@@ -288,7 +278,6 @@ def code_cards(
 
     Args:
         counts: Of the users' events.
-        item_text: [I] text of each item of `counts`.
     """
     cards: dict[str, list[CodeCard]] = {}
     for j, (f, book) in enumerate(zip(fields, codebooks)):
@@ -314,7 +303,7 @@ def code_cards(
                     code=k,
                     users=int(counts.users[j][k]),
                     words=names[k],
-                    items=tuple(item_text[int(i)].as_py() for i in top),
+                    items=tuple(counts.traits.texts[int(i)].as_py() for i in top),
                     lift=tuple(float(own[i] / expected[i]) for i in top),
                     told=told[k],
                     reactions=dict(zip(counts.words, (went / max(1, went.sum())).tolist())),

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from userip_fast.core import deprecated
 from userip_fast.core.errors import ConfigError
 from userip_fast.core.fields import TEMPLATES, ProfileField
 from userip_fast.core.settings import (
@@ -215,8 +216,6 @@ class EMConfig:
     tolerance: float = setting(1e-3, rule=NOT_NEGATIVE)
     """A user is converged when its NLL per weight falls by less than this for `patience` steps."""
     patience: int = setting(3, rule=at_least(1))
-    refine_steps: int = setting(0, rule=NOT_NEGATIVE)
-    """Further Adam steps from the codeword of the nearest code, once there are codebooks."""
     posterior: Literal["auto", "exact", "ascent", "mean_field"] = "auto"
     """Posterior: score all combinations of codes, or one field after another, given codes of the
     others ("ascent") or their probabilities ("mean_field"). "auto": of independent events an event
@@ -229,11 +228,11 @@ class EMConfig:
     """Posterior: candidates are first scored on this share of the behaviour; 0 is off."""
     prune_nats: float = setting(8.0, rule=POSITIVE)
     """Posterior: candidates that far behind the best, in log probability, are dropped there."""
-    start: Literal["auto", "told", "words", "behaviour", "kmeans++", "random"] = "auto"
+    start: Literal["auto", "told", "words", "kmeans++", "random"] = "auto"
     """Posterior: first codewords. "told": k-means on the soft rows that tell the embedded LM of
-    users. Candidate words, k-means on the mean embedding of each user's behaviour, k-means++ on the
-    thetas of the gradient E-step, or random ones around the shared start; "auto" is told where the
-    LM can be told, else words where a field has them, else random."""
+    users. Candidate words, k-means++ on the thetas of the gradient E-step, or random ones around
+    the shared start; "auto" is told where the LM can be told, else words where a field has them,
+    else random."""
     start_spread: float = setting(0.5, rule=POSITIVE)
     """Posterior: standard deviation of random codewords, in units of the embedding RMS."""
     restarts: int = setting(1, rule=at_least(1))
@@ -260,8 +259,6 @@ class EMConfig:
     """Amortised: the head learns from the posterior of the first so many users."""
     sure: float = setting(0.8, rule=Rule("in [0, 1]", lambda x: 0 <= x <= 1))
     """Amortised: where the head gives a field's code less, the posterior decides; 0 is nowhere."""
-    commitment: float = setting(0.0, rule=NOT_NEGATIVE)
-    """beta of beta * ||theta - C[z]||^2 / (D rms^2), in the refining steps."""
     codebook_update: Literal["kmeans", "ema", "mse"] = "kmeans"
     ema_decay: float = setting(0.9, rule=Rule("in [0, 1)", lambda x: 0 <= x < 1))
     mse_lr: float = setting(0.5, rule=POSITIVE)
@@ -329,7 +326,7 @@ class Config:
         Raises:
             ConfigError: A key is unknown, or a value has the wrong type or breaks a rule.
         """
-        return build(Config, values, "config")
+        return build(Config, _of_today(values), "config")
 
     @staticmethod
     def load(path: str | Path) -> Config:
@@ -364,7 +361,15 @@ class Config:
                 if not isinstance(node.get(parent), dict):
                     raise ConfigError(f"setting {name!r} is unknown: there is no {parent!r}")
                 node = node[parent]
-            if leaf not in node:
+            if leaf not in node and not deprecated.gone(name):
                 raise ConfigError(f"setting {name!r} is unknown; choose one of {sorted(node)}")
             node[leaf] = value
         return Config.from_dict(tree)
+
+
+def _of_today(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings as they are called by now; see `userip_fast.core.deprecated`."""
+    if not isinstance(em := dict(values).get("em"), Mapping):
+        return values
+    kept = {name: deprecated.setting(f"em.{name}", value) for name, value in em.items()}
+    return {**values, "em": {name: value for name, (stays, value) in kept.items() if stays}}

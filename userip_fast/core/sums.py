@@ -19,6 +19,8 @@ from userip_fast.core.errors import FormatError, StorageError
 from userip_fast.core.files import read_json, sha256_file, write_json
 
 MANIFEST = "manifest.json"
+MODEL_FORMATS = ("userip_fast.model", "userip_fast.model.fitted")
+"""What a model's manifest says it is; the second was written for a day in November 2026."""
 _SEAL = "sha256"
 _KEPT = 4096  # sums, the latest
 _SETTLED_S = 2.0  # a file changed since is read again: its times may not tell the next change

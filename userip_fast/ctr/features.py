@@ -42,11 +42,12 @@ from userip_fast.em.free import FreeMixture
 from userip_fast.em.readings import Readings, log_likelihoods, pair_log_likelihoods
 from userip_fast.em.starts import shared_start
 from userip_fast.em.states import mean_states
-from userip_fast.jobs.fit import prepare
 from userip_fast.lm import PackedEngine
 from userip_fast.lm.embedded import RECIPE
 from userip_fast.model.fitted import Model
-from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.model.prepare import prepare
+from userip_fast.prompts.behaviour import BehaviourSource
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.packing import Int64
 
 Vectors = Callable[[Interactions], Float64]

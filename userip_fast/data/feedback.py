@@ -71,6 +71,18 @@ class Events:
             level=None if self.level is None else self.level[here],
         )
 
+    def select_users(self, users: NDArray[np.int64]) -> Events:
+        """The events of some users, ascending rows; the items stay."""
+        lengths = np.diff(self.offsets)
+        here = np.repeat(np.isin(np.arange(self.num_users), users), lengths)
+        return replace(
+            self,
+            user_keys=self.user_keys.take(pa.array(users)),
+            offsets=np.concatenate([[0], np.cumsum(lengths[users])]).astype(np.int64),
+            item_index=self.item_index[here],
+            level=None if self.level is None else self.level[here],
+        )
+
 
 @dataclass(frozen=True)
 class FeedbackScale:

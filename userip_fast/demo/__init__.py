@@ -23,11 +23,13 @@ from userip_fast.demo.scores import adjusted_rand_index, normalized_mutual_infor
 from userip_fast.demo.world import HOBBIES, LEVELS, World, make_world
 from userip_fast.em.starts import shared_start
 from userip_fast.em.states import mean_states
-from userip_fast.jobs.fit import fit, load_lm
+from userip_fast.jobs.fit import fit
 from userip_fast.jobs.run_folder import open_run
 from userip_fast.lm import FrozenLM, PackedEngine
 from userip_fast.model.fitted import Model
-from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource
+from userip_fast.model.prepare import load_lm
+from userip_fast.prompts.behaviour import BehaviourSource
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.packing import Int64
 from userip_fast.report.write import report_run
 

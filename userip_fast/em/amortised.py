@@ -118,14 +118,7 @@ class AmortisedEStep:
             cost[unsure] += found.forward_equivalents
             for r, own in zip(log_resp, found.log_resp):
                 r[unsure] = own
-        return Profiles(
-            hashes=block.hashes,
-            code_ids=codes,
-            nll=nll,
-            weight=torch.from_numpy(block.behaviour.total_weight),
-            forward_equivalents=cost,
-            log_resp=log_resp,
-        )
+        return Profiles(block.hashes, codes, nll, block.weight, cost, log_resp=log_resp)
 
 
 def is_sure(log_resp: list[Tensor], sure: float) -> Tensor:
@@ -145,7 +138,10 @@ def features(
         UnsupportedError: The engine gives no hidden states.
     """
     if not isinstance(engine, PackedEngine):
-        raise UnsupportedError("em.estep='amortised' needs em.engine='packed': it reads states")
+        raise UnsupportedError(
+            "em.estep='amortised' reads hidden states, which em.engine='reference' does not give; "
+            "take em.engine=auto, packed or graph"
+        )
     lm, users = engine.lm, behaviour.num_users
     out = torch.zeros(users, 3, lm.hidden_size)
     nll = torch.zeros(users)

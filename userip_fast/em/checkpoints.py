@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from userip_fast.core.sums import check_seal, sealed
 logger = logging.getLogger("userip_fast.em")
 
 _FORMAT = 2
+
+Log = Callable[[dict[str, Any]], None]
+"""Receives one record per round, for metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,34 @@ class Checkpoints:
 
     def _found(self) -> list[Path]:
         return sorted(self.folder.glob("round-[0-9]*"))
+
+
+class Rounds:
+    """Records of a run's rounds, kept with the codebooks of the last.
+
+    Args:
+        kept: Where; None for nowhere.
+        resume: Goes on after the last checkpoint there.
+        writes: Whether this process writes.
+        log: Called with each record, those of old first.
+
+    Attributes:
+        last: The checkpoint that the run goes on from.
+    """
+
+    def __init__(self, kept: Checkpoints | None, resume: bool, writes: bool, log: Log) -> None:
+        self.kept, self.log = kept if writes else None, log
+        self.last = kept.last() if kept is not None and resume else None
+        self.records: list[dict[str, Any]] = [] if self.last is None else self.last.records
+        for record in self.records:
+            log(record)
+
+    def add(self, record: dict[str, Any], codebooks: list[Codebook], codes: Tensor | None) -> None:
+        """The next round; see `Checkpoint`."""
+        self.records.append(record)
+        if self.kept is not None:
+            self.kept.save(Checkpoint(len(self.records), codebooks, codes, self.records))
+        self.log(record)
 
 
 def load_codebooks(path: Path, fields: int) -> list[Codebook]:

@@ -13,11 +13,9 @@ for items of which little was seen, and alone for new ones; counts speak for the
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,19 +24,18 @@ import torch
 from torch import Tensor
 
 from userip_fast.core.errors import FormatError
-from userip_fast.prompts.behaviour import BehaviourFormat
+from userip_fast.em.by_text import ByText, texts_and_values
+from userip_fast.prompts.format import BehaviourFormat
 
 
 @dataclass(frozen=True, eq=False)
-class Counted:
+class Counted(ByText):
     """Factors of the kinds of event that were counted.
 
     Attributes:
-        texts: Of T items.
         log_factors: [T, W, Z] float16, for W words and Z combinations of codes.
     """
 
-    texts: list[str]
     log_factors: npt.NDArray[np.float16]
 
     @classmethod
@@ -59,28 +56,19 @@ class Counted:
 
     def log_of(self, texts: Sequence[str]) -> Tensor:
         """[n W, Z] fp32; 0 of texts that were not counted."""
-        rows = np.asarray([self._row.get(text, -1) for text in texts], np.int64)
+        rows = self.rows_of(texts)
         out = np.zeros((len(rows), *self.log_factors.shape[1:]), np.float32)
         out[rows >= 0] = self.log_factors[rows[rows >= 0]]
         return torch.from_numpy(out).flatten(0, 1)
 
     @cached_property
-    def _row(self) -> dict[str, int]:
-        return {text: i for i, text in enumerate(self.texts)}
-
-    @cached_property
     def digest(self) -> bytes:
         """Of everything."""
-        told = hashlib.sha256("\x1f".join(self.texts).encode())
-        told.update(self.log_factors.tobytes())
-        return told.digest()
+        return self.digest_with(self.log_factors)
 
     def to_arrow(self) -> pa.Table:
         """Ready for Parquet."""
-        flat = pa.array(self.log_factors.ravel().astype(np.float32))
-        width = int(np.prod(self.log_factors.shape[1:]))
-        factors = pa.FixedSizeListArray.from_arrays(flat, width)
-        return pa.table({"text": pa.array(self.texts, pa.large_string()), "log_factors": factors})
+        return self.table_with("log_factors", self.log_factors.astype(np.float32))
 
     @classmethod
     def from_arrow(cls, table: pa.Table, words: int, combinations: int) -> Counted:
@@ -89,17 +77,11 @@ class Counted:
         Raises:
             FormatError: It is none, or of other words or codes.
         """
-        width, there = words * combinations, "log_factors" in table.column_names
-        want = pa.list_(pa.float32(), width)
-        if not there or table.schema.field("log_factors").type != want:
-            raise FormatError(f"log_factors must be lists of {width} float32")
-        flat = table["log_factors"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        texts: list[Any] = [None]
-        if "text" in table.column_names:
-            texts = table["text"].to_pylist()
-        if None in texts or len(flat) != len(texts) * width or not np.isfinite(flat).all():
-            raise FormatError("every text must have finite factors")
-        return cls(texts, flat.reshape(len(texts), words, combinations).astype(np.float16))
+        texts, values = texts_and_values(table, "log_factors")
+        width = words * combinations
+        if values.shape[1] != width or values.dtype != np.float32 or not np.isfinite(values).all():
+            raise FormatError(f"log_factors must be lists of {width} float32, finite ones")
+        return cls(texts, values.reshape(len(texts), words, combinations).astype(np.float16))
 
 
 def expected(observed: Tensor, values: Tensor, events: Tensor, fmt: BehaviourFormat) -> Tensor:

@@ -26,7 +26,7 @@ from userip_fast.em.columns import MOST, PROPOSERS, Grid, choose, has_all
 from userip_fast.em.counted import expected
 from userip_fast.em.lifts import Calibration, Usual, log_lifts, log_norm
 from userip_fast.em.posterior import PosteriorEStep
-from userip_fast.em.readings import Readings, gradients, log_likelihoods
+from userip_fast.em.readings import Readings, gradients
 from userip_fast.em.scorer import soft_tables
 from userip_fast.em.steps import (
     Block,
@@ -303,12 +303,8 @@ class Crowd:
 
     def _table(self, grid: Grid) -> Tensor:
         """[E, Z] of the kinds that EM reads."""
-        asked = self.engine, self.readings, grid.soft
-        tokens = self.config.pack_tokens
-        if self.neutral is None:
-            told = log_likelihoods(*asked, tokens, self._read)
-        else:
-            told = log_lifts(*asked, self.neutral, tokens, self._read)
+        asked = self.engine, self.readings, grid.soft, self.neutral
+        told = log_lifts(*asked, self.config.pack_tokens, self._read)
         return self.values(told, self.texts, self.counts)
 
     def values(self, told: Tensor, texts: list[str], counts: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class GradientEStep:
     Args:
         engine: Scores packs.
         start: [S, D] fp32, the shared start of each soft row.
-        config: Steps, learning rate, stopping, commitment, pack size.
+        config: Steps, learning rate, stopping, pack size.
         on_step: Called after each pack with (users, mean NLL per weight), for progress.
         cache: Keeps descents, which do not depend on the codebooks: later sweeps, and a run that
             goes on after a kill, reuse them. None keeps 1 GiB in memory.
@@ -50,53 +50,37 @@ class GradientEStep:
 
     def run(self, block: Block, codebooks: list[Codebook] | None, state: EMState) -> Profiles:
         """See `EStep.run`."""
-        theta, nll, cost = self._from_start(block)
-        if codebooks is not None and self.config.refine_steps:
-            codes = assign(codebooks, theta, self.engine.layout.field_slices)
-            target = decode(codebooks, codes, self.engine.layout.field_slices)
-            theta, nll, more = self._descend(block, target, self.config.refine_steps, target)
-            cost = cost + more
-        codes_now = None
+        theta, nll, cost = self._descent(block)
+        codes = None
         if codebooks is not None:
-            codes_now = assign(codebooks, theta, self.engine.layout.field_slices)
-        return Profiles(
-            hashes=block.hashes,
-            code_ids=codes_now,
-            nll=nll,
-            weight=torch.from_numpy(block.behaviour.total_weight),
-            forward_equivalents=cost,
-            theta=theta,
-        )
+            codes = assign(codebooks, theta, self.engine.layout.field_slices)
+        return Profiles(block.hashes, codes, nll, block.weight, cost, theta)
 
-    def _from_start(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    def _descent(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         key = block.digest()  # the same users may come again with another history
         start = self.start.cpu().expand(block.behaviour.num_users, -1, -1)
         users = start.shape[:1]
         like = {"theta": tuple(start.shape), "nll": tuple(users), "cost": tuple(users)}
         found = found_like(self.cache, "descents", key, like)
         if found is None:
-            found = dict(zip(like, self._descend(block, start, self.config.steps, None)))
+            found = dict(zip(like, self._descend(block, start)))
             self.cache.put("descents", key, found)
         return found["theta"], found["nll"], found["cost"]
 
-    def _descend(
-        self, block: Block, start: Tensor, steps: int, target: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _descend(self, block: Block, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """At most `steps` Adam steps per user; (theta [U, S, D], nll [U], forward equivalents [U]).
 
         A user leaves once its NLL per weight has not fallen by `tolerance` for `patience` steps,
         and the next one of the block enters the pack. NLL is what the last step saw: that of
         theta before it moved for the last time, as theta's own would take another pass.
         """
-        config, lm = self.config, self.engine.lm
+        config, lm, steps = self.config, self.engine.lm, self.config.steps
         users, soft, dim = start.shape
         theta = start.to(lm.device, torch.float32).clone(memory_format=torch.contiguous_format)
         rows = theta.view(users * soft, dim)
         m, v = torch.zeros_like(rows), torch.zeros_like(rows)
         step = torch.zeros(users * soft, dtype=torch.int32, device=lm.device)
-        weight = torch.from_numpy(block.behaviour.total_weight).clamp_min(1e-9).float()
-        anchor = None if target is None else target.to(theta)
-        pull = config.commitment / (dim * lm.embedding_rms**2)
+        weight = block.weight.clamp_min(1e-9).float()
 
         best = torch.full((users,), float("inf"))
         last = torch.zeros(users)
@@ -116,16 +100,13 @@ class GradientEStep:
                 at = (here[:, None] * soft + torch.arange(soft, device=lm.device)).flatten()
             x = theta[here].requires_grad_()
             nll = self.engine.nll(pack, x)
-            loss = (nll / own.to(nll)).sum()
-            if anchor is not None and pull:
-                loss = loss + pull * (x - anchor[here]).square().sum()
-            (grad,) = torch.autograd.grad(loss, x)
+            (grad,) = torch.autograd.grad((nll / own.to(nll)).sum(), x)
             sparse_adam(
                 rows, m, v, step, at, grad.reshape(-1, dim), lr=config.lr * lm.embedding_rms
             )
             now.append(nll.detach())
             # Until somebody can leave nobody has to know, and the device is not waited for.
-            if len(now) < self._sure_to_stay(taken[index], waited[index], steps):
+            if len(now) < self._sure_to_stay(taken[index], waited[index]):
                 continue
             for nlls in torch.stack(now).cpu().float():
                 last[index] = nlls
@@ -141,9 +122,10 @@ class GradientEStep:
 
         return theta.cpu(), last, 2 * taken
 
-    def _sure_to_stay(self, taken: Tensor, waited: Tensor, steps: int) -> int:
+    def _sure_to_stay(self, taken: Tensor, waited: Tensor) -> int:
         """Steps that nobody of the pack can leave before, the next included: at least 1."""
-        left = torch.minimum(self.config.patience - waited, (steps - taken).to(waited.dtype))
+        still = (self.config.steps - taken).to(waited.dtype)
+        left = torch.minimum(self.config.patience - waited, still)
         return max(1, int(left.min()))
 
 
@@ -152,12 +134,3 @@ def assign(codebooks: list[Codebook], theta: Tensor, slices: tuple[slice, ...]) 
     return torch.stack(
         [book.assign(theta[:, s].flatten(1))[0] for book, s in zip(codebooks, slices)], dim=1
     )
-
-
-def decode(codebooks: list[Codebook], code_ids: Tensor, slices: tuple[slice, ...]) -> Tensor:
-    """Soft prompts [U, S, D] that stand at the codewords of `code_ids` [U, J]."""
-    parts = [
-        book.codewords[code_ids[:, j]].view(len(code_ids), s.stop - s.start, -1)
-        for j, (book, s) in enumerate(zip(codebooks, slices))
-    ]
-    return torch.cat(parts, dim=1)

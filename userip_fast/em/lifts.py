@@ -16,11 +16,11 @@ for all codes. What counting tells beyond the LM (`userip_fast.em.counted`) is a
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from userip_fast.core.errors import FormatError
+from userip_fast.em.by_text import ByText, texts_and_values
 from userip_fast.em.counted import Counted
 from userip_fast.em.readings import Readings, log_likelihoods
 from userip_fast.lm.engine import Engine
@@ -37,15 +38,13 @@ _PRIOR = 10.0  # events that the shares of an item's reactions start with
 
 
 @dataclass(frozen=True, eq=False)
-class Usual:
+class Usual(ByText):
     """How often each reaction went to each item.
 
     Attributes:
-        texts: Of the T items that had some.
-        counts: [T, W] int64.
+        counts: [T, W] int64, of the items that had some.
     """
 
-    texts: list[str]
     counts: Int64
 
     @classmethod
@@ -56,23 +55,16 @@ class Usual:
         return cls(texts, np.asarray(found, np.int64).reshape(len(texts), len(words)))
 
     @cached_property
-    def _row(self) -> dict[str, int]:
-        return {text: i for i, text in enumerate(self.texts)}
-
-    @cached_property
     def digest(self) -> bytes:
         """Of everything."""
-        told = hashlib.sha256("\x1f".join(self.texts).encode())
-        told.update(self.counts.tobytes())
-        return told.digest()
+        return self.digest_with(self.counts)
 
     def log_shares(self, texts: Sequence[str]) -> Tensor:
         """[n, W] fp64, smoothed towards the shares of all reactions: those of a new item."""
         total = self.counts.sum(0) + 1.0
         usual = total / total.sum()
-        rows = np.asarray([self._row.get(text, len(self.texts)) for text in texts], np.int64)
-        none = np.zeros((1, self.counts.shape[1]), np.int64)
-        own = np.concatenate([self.counts, none])[rows]
+        none = np.zeros((1, self.counts.shape[1]), np.int64)  # the last row, which -1 is
+        own = np.concatenate([self.counts, none])[self.rows_of(texts)]
         shares = (own + _PRIOR * usual) / (own.sum(1, keepdims=True) + _PRIOR)
         return torch.from_numpy(np.log(shares))
 
@@ -84,9 +76,7 @@ class Usual:
 
     def to_arrow(self) -> pa.Table:
         """Ready for Parquet."""
-        width = self.counts.shape[1]
-        counts = pa.FixedSizeListArray.from_arrays(pa.array(self.counts.ravel()), width)
-        return pa.table({"text": pa.array(self.texts, pa.large_string()), "counts": counts})
+        return self.table_with("counts", self.counts)
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> Usual:
@@ -95,14 +85,10 @@ class Usual:
         Raises:
             FormatError: It is none.
         """
-        told = table.schema.field("counts").type if "counts" in table.column_names else pa.null()
-        if not pa.types.is_fixed_size_list(told) or told.value_type != pa.int64():
-            raise FormatError("counts must be lists of whole numbers, as many as words")
-        counts = table["counts"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        texts = table["text"].to_pylist()
-        if len(counts) != len(texts) * told.list_size or None in texts or (counts < 0).any():
-            raise FormatError("every text must have counts of 0 or more")
-        return cls(texts, counts.reshape(len(texts), -1))
+        texts, counts = texts_and_values(table, "counts")
+        if counts.dtype != np.int64 or (counts < 0).any():
+            raise FormatError("every text must have counts of 0 or more, as many as words")
+        return cls(texts, counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,22 +208,18 @@ PLAIN = Calibration()
 
 
 def log_lifts(
-    engine: Engine,
-    readings: Readings,
-    soft: Tensor,
-    neutral: Tensor,
-    tokens: int,
-    on_rows: Callable[[int], None] = lambda rows: None,
+    engine: Engine, readings: Readings, soft: Tensor, neutral: Tensor | None, *how: Any
 ) -> Tensor:
-    """[E, Z] fp32, log p(kind | codes) - log p(kind | nothing told).
+    """[E, Z] fp32, log p(kind | codes) - log p(kind | nothing told); see `log_likelihoods`.
 
     Args:
-        soft: [Z, S, D] soft rows of each combination of codes, on the LM's device.
-        neutral: [S, D] soft rows that tell nothing.
-        tokens, on_rows: As in `log_likelihoods`.
+        neutral: [S, D] soft rows that tell nothing; None for p(kind | codes) alone.
+        how: `tokens` and `on_rows`.
     """
+    if neutral is None:
+        return log_likelihoods(engine, readings, soft, *how)
     rows = torch.cat([soft, neutral.to(soft)[None]])
-    values = log_likelihoods(engine, readings, rows, tokens, on_rows)
+    values = log_likelihoods(engine, readings, rows, *how)
     return values[:, :-1] - values[:, -1:]
 
 

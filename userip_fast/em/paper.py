@@ -82,7 +82,7 @@ def run_paper(
         hashes=block.hashes,
         code_ids=assign(books, found, slices),
         nll=_nll(block, engine, theta.detach(), config),
-        weight=torch.from_numpy(block.behaviour.total_weight),
+        weight=block.weight,
         forward_equivalents=torch.full((users,), 2.0 * config.paper_epochs),
         theta=found,
     )

@@ -68,7 +68,7 @@ class PosteriorEStep:
             hashes=block.hashes,
             code_ids=found.code_ids,
             nll=found.nll.float(),
-            weight=torch.from_numpy(block.behaviour.total_weight),
+            weight=block.weight,
             forward_equivalents=scorer.cost.float(),
             log_resp=[r.float() for r in found.log_resp],
             elbo=found.elbo,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ from userip_fast.lm.foldin import FoldIn
 from userip_fast.lm.frozen import FrozenLM
 from userip_fast.prompts.behaviour import Source, Told
 from userip_fast.prompts.layout import Layout, ProfileField
-from userip_fast.prompts.packing import Int64, telling
+from userip_fast.prompts.packing import Int64
 
 _TOLD_USERS = 1 << 14  # whose soft rows codewords start from
 _CHOOSING_USERS = 128  # who choose among more words than there are codes
@@ -68,7 +67,6 @@ class Starts:
         generator = torch.Generator().manual_seed(seed)
         spread = self.config.start_spread * self.engine.lm.embedding_rms
         books = []
-        behaviour = self._of_behaviour(seed) if "behaviour" in self.kinds else []
         told: list[Codebook] = []
         if "told" in self.kinds:
             assert self.told is not None
@@ -82,8 +80,6 @@ class Starts:
             if kind == "kmeans++":
                 x = self.thetas[:, s].flatten(1)
                 codewords = Codebook.kmeans(x, f.codebook_size, seed=seed).codewords
-            elif kind == "behaviour":
-                codewords = behaviour[j].repeat(1, f.num_virtual_tokens)
             elif kind == "words":
                 words = word_codewords(self.engine.lm, f)
                 codewords = torch.cat([words, codewords[len(words) :]])
@@ -99,23 +95,6 @@ class Starts:
         found = GradientEStep(self.engine, self.start, self.config).run(self.block, None, EMState())
         assert found.theta is not None
         return found.theta
-
-    def _of_behaviour(self, seed: int) -> list[Tensor]:
-        """Per field [K_j, D]: the same of the mean embedding of a user's behaviour."""
-        center = self.means.mean(0)
-        sizes = [f.codebook_size for f in self.fields]
-        levels = ResidualCodebook.kmeans(self.means - center, sizes, seed=seed).levels
-        return [center + book.codewords for book in levels]
-
-    @cached_property
-    def means(self) -> Tensor:
-        """[U, D] fp32: mean embedding of each user's behaviour, weighed by what carries loss."""
-        b, lm = self.block.behaviour, self.engine.lm
-        kinds, kind = np.unique(b.ids, return_inverse=True)
-        table = lm.embed(torch.from_numpy(kinds).long().to(lm.device)).double().cpu()
-        users = pairwise(b.offsets.tolist())
-        rows = [torch.from_numpy(telling(b.weight[x:y])) @ table[kind[x:y]] for x, y in users]
-        return torch.stack(rows).float()
 
     def _chosen(self, books: list[Codebook]) -> list[Codebook]:
         """Of more words than codes those that some users' behaviour speaks for most."""

@@ -31,6 +31,11 @@ class Block:
     behaviour: Behaviour
     hashes: npt.NDArray[np.uint64]
 
+    @property
+    def weight(self) -> Tensor:
+        """[U] fp64, sum of the loss weights of each user."""
+        return torch.from_numpy(self.behaviour.total_weight)
+
     def select(self, users: npt.NDArray[np.int64]) -> Block:
         """Some of the users, in ascending order."""
         return Block(self.behaviour.select(users), self.hashes[users])

@@ -25,11 +25,12 @@ from userip_fast.core.segments import Part, Segments
 from userip_fast.em.cache import BlockCache, found_like
 from userip_fast.em.columns import Grid, has_all, has_some, places
 from userip_fast.em.lifts import Calibration, log_lifts
-from userip_fast.em.readings import Readings, log_likelihoods
+from userip_fast.em.readings import Readings
 from userip_fast.em.steps import Profiles, books_digest
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import profile_posterior
-from userip_fast.prompts.behaviour import BehaviourFormat, Source, Told
+from userip_fast.prompts.behaviour import Source, Told
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.packing import Behaviour, Int64
 
 Kind = tuple[str, str]
@@ -248,12 +249,8 @@ class EventTable:
         if cache is not None and (found := found_like(cache, "table", key, like)):
             return found["values"]
         before = bar.done
-        asked = self.engine, readings, self.grid.soft
-        tokens = self.config.pack_tokens
-        if (neutral := self.calibration.neutral) is None:
-            values = log_likelihoods(*asked, tokens, bar.advance)
-        else:
-            values = log_lifts(*asked, neutral, tokens, bar.advance)
+        asked = self.engine, readings, self.grid.soft, self.calibration.neutral
+        values = log_lifts(*asked, self.config.pack_tokens, bar.advance)
         self._unpaid += bar.done - before
         if cache is not None:
             cache.put("table", key, {"values": values})

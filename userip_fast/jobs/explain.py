@@ -71,8 +71,41 @@ def explain(
     """
     codes, sure = _codes_of(model, data, show) if bank is None else _codes_in(bank, model, data)
     source = BehaviourSource(model.format.events(data, model.catalogue), model.format)
+    result = examples_of(model, source, codes, sure, items=items, examples=examples)
+    if users is not None:
+        columns = _traits(users, data, model.config.data.user, traits)
+        random = np.random.default_rng(seed)
+        total = len(model.config.fields) * len(columns)
+        with progress("associations", total, "traits", show) as bar:
+            for j, f in enumerate(model.config.fields):
+                known = codes[:, j] < f.codebook_size
+                found = result["associations"][f.name] = {}
+                for name, values in columns.items():
+                    trait = np.where(known, values, -1)
+                    found[name] = association(codes[:, j], trait, permutations, random)
+                    bar.advance(1)
+    if out is not None:
+        write_json(Path(out) / "explain.json", result)
+    return result
+
+
+def examples_of(
+    model: Model,
+    source: BehaviourSource,
+    codes: Int64,
+    sure: np.ndarray[Any, Any] | None,
+    *,
+    items: int = 3,
+    examples: int = 2,
+) -> dict[str, Any]:
+    """As `explain`, without associations.
+
+    Args:
+        codes: [U, J] of the users of `source`.
+        sure: [U, J] their probabilities, if there are any.
+    """
     told = source.rendered()
-    result: dict[str, Any] = {"fields": {}, "associations": {}}
+    fields = {}
     best = _best_feedback(source.events)
     for j, f in enumerate(model.config.fields):
         cards = {c["code"]: c for c in model.cards.get(f.name, [])}
@@ -99,22 +132,8 @@ def explain(
                     ],
                 }
             )
-        result["fields"][f.name] = {"codes": listed}
-    if users is not None:
-        columns = _traits(users, data, model.config.data.user, traits)
-        random = np.random.default_rng(seed)
-        total = len(model.config.fields) * len(columns)
-        with progress("associations", total, "traits", show) as bar:
-            for j, f in enumerate(model.config.fields):
-                known = codes[:, j] < f.codebook_size
-                found = result["associations"][f.name] = {}
-                for name, values in columns.items():
-                    trait = np.where(known, values, -1)
-                    found[name] = association(codes[:, j], trait, permutations, random)
-                    bar.advance(1)
-    if out is not None:
-        write_json(Path(out) / "explain.json", result)
-    return result
+        fields[f.name] = {"codes": listed}
+    return {"fields": fields, "associations": {}}
 
 
 def association(

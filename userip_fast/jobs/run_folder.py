@@ -24,7 +24,7 @@ class Run:
         self.checkpoints = root / "checkpoints"
         self.metrics, self.log = root / "metrics.json", root / "metrics.jsonl"
         self.scalars = root / "tensorboard"
-        self.report = root / "report.html"
+        self.report, self.explain = root / "report.html", root / "explain.json"
 
 
 @contextmanager

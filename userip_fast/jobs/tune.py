@@ -24,9 +24,9 @@ from userip_fast.em.crowd import APART_USERS
 from userip_fast.em.matching import agreement
 from userip_fast.em.steps import Profiles
 from userip_fast.em.table import has_table
-from userip_fast.jobs.fit import prepare
 from userip_fast.lm import FrozenLM
 from userip_fast.model.learned import make_trainer
+from userip_fast.model.prepare import prepare
 from userip_fast.prompts.packing import Int64
 
 Float64 = NDArray[np.float64]

@@ -83,13 +83,14 @@ def reading(context: PackContext) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
-def again() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def again(model: Any) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Contexts of a layer's first run and of its recomputation, which may be in another thread and
-    in another order, as torch's checkpoint wants them."""
+    in another order, as torch's checkpoint wants them: of the same pack, or, where the model ran
+    with other attention (`running`), with that."""
     now = _CURRENT.get()
-    return nullcontext(), nullcontext() if now is None else reading(
-        replace(now, asked=dict(now.asked))
-    )
+    if now is None:
+        return nullcontext(), running(model, model.config.get_text_config()._attn_implementation)
+    return nullcontext(), reading(replace(now, asked=dict(now.asked)))
 
 
 class Attended(Exception):  # noqa: N818 - a way out, not an error

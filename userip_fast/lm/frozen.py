@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from userip_fast.core.deprecated import RenamedMember
 from userip_fast.core.errors import MismatchError, UnsupportedError
 from userip_fast.lm import attention, stored
 from userip_fast.lm.foldin import FoldIn
@@ -59,6 +60,7 @@ class FrozenLM:
     fp8_report: GateReport | None = None
     bf16_report: BF16Report | None = None
     foldin: FoldIn | None = None
+    load = RenamedMember("lm.FrozenLM.load")
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,10 +59,12 @@ def set_recompute(model: Any, on: bool) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     if on:
-        # Nothing is random; attention is of the same pack.
+        # Nothing is random; attention is the same.
         settings = {
-            "use_reentrant": False, "preserve_rng_state": False, "context_fn": attention.again,
-        }  # fmt: skip
+            "use_reentrant": False,
+            "preserve_rng_state": False,
+            "context_fn": partial(attention.again, model),
+        }
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)(settings)
     # A layer recomputes where it is in training mode; the rest stays in eval mode, without dropout.

@@ -45,7 +45,14 @@ from userip_fast.core.files import atomic_dir, read_json, read_tensors, write_js
 from userip_fast.core.late import Late
 from userip_fast.core.profiles import codes_of
 from userip_fast.core.segments import Part, Segments
-from userip_fast.core.sums import MANIFEST, check_seal, check_sums, folder_sums, sealed
+from userip_fast.core.sums import (
+    MANIFEST,
+    MODEL_FORMATS,
+    check_seal,
+    check_sums,
+    folder_sums,
+    sealed,
+)
 from userip_fast.data import Catalogue
 from userip_fast.em import columns
 from userip_fast.em.amortised import Head
@@ -57,13 +64,13 @@ from userip_fast.lm import FrozenLM, open_lm, stored
 from userip_fast.lm.trace import Workload
 from userip_fast.model.learned import Learned
 from userip_fast.model.table import EVENTS, ByTable
-from userip_fast.prompts.behaviour import BehaviourFormat
+from userip_fast.prompts.format import BehaviourFormat
 
 logger = logging.getLogger("userip_fast")
 
 M = TypeVar("M", bound=ByTable)
 
-_FORMAT, _VERSION = "userip_fast.model.fitted", 1
+_VERSION = 1
 _LM, _TOKENIZER = "lm", "tokenizer"  # sub-folders
 _CONFIG, _CODEBOOKS, _START = "config.json", "codebooks.safetensors", "start.safetensors"
 _HEAD, _CATALOGUE, _CARDS = "head.safetensors", "catalogue.parquet", "codes.json"
@@ -90,7 +97,7 @@ def save_model(model: ByTable, path: str | Path) -> None:
         if model.lm.embedded:
             _copy_lm(model.lm, tmp / _LM)
         about = {
-            "format": _FORMAT,
+            "format": MODEL_FORMATS[0],
             "version": _VERSION,
             "userip_fast": __version__,
             "fingerprint": model.fingerprint,
@@ -151,7 +158,7 @@ def load_model(
     """See `userip_fast.model.fitted.Model.load`."""
     root = Path(path)
     manifest = read_json(root / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") not in MODEL_FORMATS:
         raise FormatError(f"{root}: not a userip_fast model")
     if manifest.get("version") != _VERSION:
         raise FormatError(

@@ -21,16 +21,16 @@ from userip_fast.core.errors import ConfigError
 from userip_fast.core.files import sweep_leftovers
 from userip_fast.data import Data
 from userip_fast.em.cache import DiskCache
+from userip_fast.em.checkpoints import Log
 from userip_fast.em.steps import Profiles
-from userip_fast.em.trainer import Log
 from userip_fast.lm import stored
 from userip_fast.model.files import load_model, save_model
 from userip_fast.model.learned import check_probabilities
 from userip_fast.model.table import ByTable
 from userip_fast.model.tally import Tally
-from userip_fast.prompts.behaviour import BehaviourSource
+from userip_fast.prompts.behaviour import Source
 from userip_fast.prompts.packing import Int64
-from userip_fast.prompts.stream import StreamSource, behaviour_source
+from userip_fast.prompts.stream import behaviour_source
 
 logger = logging.getLogger("userip_fast")
 
@@ -116,7 +116,7 @@ class Model(ByTable):
 
     def infer_blocks(
         self,
-        source: BehaviourSource | StreamSource,
+        source: Source,
         *,
         users: tuple[int, int] | None = None,
         cache: DiskCache | None = None,
@@ -149,15 +149,16 @@ class Model(ByTable):
                 ", ".join(map(repr, changed[:10])),
             )
 
-    def source(self, data: Data, on_bad: str | None = None) -> BehaviourSource | StreamSource:
-        """Behaviour of the users of `data` as this model reads it; see `behaviour_source`.
+    def source(self, data: Data, on_bad: str | None = None) -> Source:
+        """Behaviour of the users of `data` as this model reads it.
 
         Raises:
+            DataError: See `Source.without_untold`.
             MismatchError: `data` tells items in another text than the model was fitted on.
         """
         self.format.check_text(data)
-        rule = on_bad or self.config.data.on_bad
-        return behaviour_source(data, self.format, self.catalogue, self.lm.tokenizer, rule)
+        source = behaviour_source(data, self.format, self.catalogue)
+        return source.without_untold(self.lm.tokenizer, on_bad or self.config.data.on_bad)
 
     def bank_writer(self, out: str | Path, update: bool = False) -> BankWriter:
         """A writer of this model's codes into the bank at `out`; see `infer`."""

@@ -23,7 +23,7 @@ from userip_fast.em.lifts import PLAIN, Calibration
 from userip_fast.em.trainer import FitResult, Trainer
 from userip_fast.lm import FrozenLM, make_engine
 from userip_fast.lm.engine import Engine, check_positions
-from userip_fast.prompts.behaviour import BehaviourFormat
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.layout import Layout, PromptTemplate
 
 

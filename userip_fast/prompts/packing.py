@@ -76,15 +76,7 @@ class Behaviour:
         first, of_user = self.sequences
         cuts = ragged_arange(of_user[users] + 1, np.diff(of_user)[users] - 1)
         moved = np.repeat(offsets[:-1] - self.offsets[users], np.diff(of_user)[users] - 1)
-        return Behaviour(
-            self.ids[rows],
-            self.segment[rows],
-            self.position[rows],
-            self.weight[rows],
-            offsets,
-            self.events[users],
-            first[cuts] + moved,
-        )
+        return self._of(rows, offsets, self.events[users], first[cuts] + moved)
 
     def by_sequence(self) -> tuple[Behaviour, Int64]:
         """Every sequence as a user of its own (`events` are its user's), and [C] whose it is."""
@@ -99,22 +91,20 @@ class Behaviour:
         user = np.searchsorted(self.offsets, self.cuts, side="right") - 1
         cuts = self.cuts - self.offsets[user]
         kept = cuts < tokens[user]
-        return Behaviour(
-            self.ids[rows],
-            self.segment[rows],
-            self.position[rows],
-            self.weight[rows],
-            offsets,
-            self.events,
-            (cuts + offsets[user])[kept],
+        return self._of(rows, offsets, self.events, (cuts + offsets[user])[kept])
+
+    def _of(self, rows: Int64, offsets: Int64, events: Int64, cuts: Int64) -> Behaviour:
+        """Some rows, as those of other users."""
+        return replace(
+            self,
+            ids=self.ids[rows],
+            segment=self.segment[rows],
+            position=self.position[rows],
+            weight=self.weight[rows],
+            offsets=offsets,
+            events=events,
+            cuts=cuts,
         )
-
-
-def telling(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """[n] shares of behaviour tokens in a soft row that tells of them: half by their loss weight
-    [n], half alike. The soft row is the mean of their embeddings."""
-    weight = weight.astype(np.float64)
-    return np.asarray(0.5 * weight / max(weight.sum(), 1e-30) + 0.5 / max(1, len(weight)))
 
 
 def ragged_arange(starts: Int64, lengths: Int64) -> Int64:

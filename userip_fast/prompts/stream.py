@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from userip_fast.core.errors import DataError
 from userip_fast.core.keys import hash_keys
 from userip_fast.core.profiles import NEGATIVE_WORDS
 from userip_fast.data import Catalogue, Data, Events, InteractionStream
-from userip_fast.prompts.behaviour import BehaviourFormat, BehaviourSource, Told
+from userip_fast.prompts.behaviour import BehaviourSource, Told, check_untold
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.layout import Layout, TokenTable, tokenize_events
 from userip_fast.prompts.packing import Behaviour, Int64
 from userip_fast.prompts.reach import Reach
-
-logger = logging.getLogger("userip_fast")
 
 _SURVEY_USERS = 1 << 16
 _TOLD_USERS = 1 << 12  # of a stream, those who are looked at before the rest is read
@@ -72,13 +69,16 @@ class StreamSource:
     """
 
     def __init__(
-        self, data: InteractionStream, fmt: BehaviourFormat, catalogue: Catalogue, tokenizer: Any
+        self,
+        data: InteractionStream,
+        fmt: BehaviourFormat,
+        catalogue: Catalogue,
+        tokens: EventTokens | None = None,
     ) -> None:
         self.data, self.format, self.catalogue = data, fmt, catalogue
-        self._tokens = EventTokens(tokenizer, fmt)
+        self._tokens = tokens
         self._recent: dict[tuple[int, int], BehaviourSource] = {}
         self.empty: Int64 = np.zeros(0, np.int64)
-        self.empty = self._find_empty(tokenizer)
 
     @property
     def num_users(self) -> int:
@@ -86,7 +86,7 @@ class StreamSource:
 
     def hashes_of(self, start: int, stop: int) -> npt.NDArray[np.uint64]:
         """See `Source`."""
-        return self._users(start, stop).hashes
+        return self.part(start, stop).hashes
 
     def users_between(self, low: int, high: int) -> tuple[int, int]:
         """See `Source`."""
@@ -98,11 +98,11 @@ class StreamSource:
 
     def keys_of(self, start: int, stop: int) -> pa.Array:
         """See `Source`."""
-        return self._users(start, stop).events.user_keys
+        return self.part(start, stop).events.user_keys
 
     def events_of(self, start: int, stop: int) -> Events:
         """See `Source`."""
-        return self._users(start, stop).events
+        return self.part(start, stop).events
 
     def content_key(self) -> str:
         """See `Source`."""
@@ -114,18 +114,18 @@ class StreamSource:
 
     def block(self, tokenizer: Any, layout: Layout, start: int, stop: int) -> Behaviour:
         """See `Source`."""
-        return self._users(start, stop).block(tokenizer, layout, 0, stop - start)
+        return self.part(start, stop).block(tokenizer, layout, 0, stop - start)
 
     def told(self, tokenizer: Any, start: int, stop: int, repeats: bool = False) -> Told:
         """See `Source`."""
-        return self._users(start, stop).told(tokenizer, 0, stop - start, repeats)
+        return self.part(start, stop).told(tokenizer, 0, stop - start, repeats)
 
     def reach(self, tokenizer: Any, start: int, stop: int) -> Reach:
         """See `Source`."""
-        return self._users(start, stop).reach(tokenizer, 0, stop - start)
+        return self.part(start, stop).reach(tokenizer, 0, stop - start)
 
-    def _users(self, start: int, stop: int) -> BehaviourSource:
-        """Users `start:stop`, the last few blocks asked for being kept."""
+    def part(self, start: int, stop: int) -> BehaviourSource:
+        """See `Source`; the last few asked for are kept."""
         if (found := self._recent.get((start, stop))) is not None:
             return found
         # Users of `data` at which those of this source lie, behind the empty ones before them.
@@ -145,8 +145,22 @@ class StreamSource:
         self._recent[start, stop] = found
         return found
 
+    def without_untold(self, tokenizer: Any, on_bad: str) -> StreamSource:
+        """See `Source`."""
+        told = StreamSource(
+            self.data, self.format, self.catalogue, EventTokens(tokenizer, self.format)
+        )
+        told.empty = told._find_empty(tokenizer)
+        names = [self.data.users(u, u + 1).user_keys[0].as_py() for u in told.empty[:10].tolist()]
+        check_untold(len(told.empty), names, self.data.num_users, self.format, on_bad)
+        some = min(_TOLD_USERS, told.num_users)
+        who = "users" if some == told.num_users else f"of the first {some:,} users"
+        told.reach(tokenizer, 0, some).warn(*self.format.limits[:2], who)
+        return told
+
     def _find_empty(self, tokenizer: Any) -> Int64:
         """Reads all users only where the catalogue has an event that does not fit by itself."""
+        assert self._tokens is not None
         words: tuple[str, ...] | None = None
         texts = self.data.item_text.to_pylist()
         if self.format.negatives:
@@ -162,7 +176,7 @@ class StreamSource:
             return self.empty
         found = [
             start
-            + self._users(start, min(start + _SURVEY_USERS, self.data.num_users)).empty_users(
+            + self.part(start, min(start + _SURVEY_USERS, self.data.num_users)).empty_users(
                 tokenizer
             )
             for start in range(0, self.data.num_users, _SURVEY_USERS)
@@ -172,53 +186,9 @@ class StreamSource:
 
 
 def behaviour_source(
-    data: Data, fmt: BehaviourFormat, catalogue: Catalogue, tokenizer: Any, on_bad: str
+    data: Data, fmt: BehaviourFormat, catalogue: Catalogue
 ) -> BehaviourSource | StreamSource:
-    """Behaviour of the users of `data`, those whose history truncates to nothing refused or
-    dropped. What of the others does not reach the LM is told in the log.
-
-    Raises:
-        DataError: Such users exist and `on_bad` is "error", or nobody is left.
-    """
+    """Behaviour of the users of `data`, in memory or on disk as the data is."""
     if isinstance(data, InteractionStream):
-        stream = StreamSource(data, fmt, catalogue, tokenizer)
-        names = [data.users(u, u + 1).user_keys[0].as_py() for u in stream.empty[:10].tolist()]
-        _check_truncated(len(stream.empty), names, data.num_users, fmt, on_bad)
-        some = min(_TOLD_USERS, stream.num_users)
-        who = "users" if some == stream.num_users else f"of the first {some:,} users"
-        stream.reach(tokenizer, 0, some).warn(*fmt.limits[:2], who)
-        return stream
-    source = BehaviourSource(fmt.events(data, catalogue), fmt)
-    empty = truncated_users(source, tokenizer, on_bad)
-    if len(empty):
-        keep = np.setdiff1d(np.arange(data.num_users), empty)
-        source = BehaviourSource(fmt.events(data.select_users(keep), catalogue), fmt)
-    source.reach(tokenizer, 0, source.num_users).warn(*fmt.limits[:2])
-    return source
-
-
-def truncated_users(source: BehaviourSource, tokenizer: Any, on_bad: str) -> Int64:
-    """Users whose history truncates to nothing; DataError as `behaviour_source` says."""
-    empty = source.empty_users(tokenizer)
-    names = [source.events.user_keys[int(u)].as_py() for u in empty[:10]]
-    _check_truncated(len(empty), names, source.num_users, source.format, on_bad)
-    return empty
-
-
-def _check_truncated(
-    count: int, names: list[Any], users: int, fmt: BehaviourFormat, on_bad: str
-) -> None:
-    if count:
-        name = "chunk_tokens" if fmt.chunk_tokens < fmt.max_tokens else "max_tokens"
-        limit = f"data.{name}={fmt.chunk_tokens}"
-        why = (
-            f"{count} users have a history that truncates to nothing: their latest event "
-            f"alone has more than {limit} tokens; first users: {names}"
-        )
-        if on_bad == "error":
-            raise DataError(
-                f"{why}; raise data.{name}, shorten the text, or skip them (on_bad=skip)"
-            )
-        if count == users:
-            raise DataError(f"{why}; nobody is left")
-        logger.warning("%s; skipped", why)
+        return StreamSource(data, fmt, catalogue)
+    return BehaviourSource(fmt.events(data, catalogue), fmt)

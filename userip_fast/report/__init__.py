@@ -1,1 +1,5 @@
 """A run as a page."""
+
+from userip_fast.core.deprecated import names_of
+
+__getattr__ = names_of(__name__)

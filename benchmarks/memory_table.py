@@ -1,8 +1,8 @@
-"""Tables of what a step takes: `python -m userip_fast.lm.memory_table`.
+"""Tables of what a step takes: `python benchmarks/memory_table.py`.
 
-    python -m userip_fast.lm.memory_table                                 # three known shapes
-    python -m userip_fast.lm.memory_table --lm FOLDER --budget-gib 24     # yours, and its way
-    python -m userip_fast.lm.memory_table --lm FOLDER --measure           # beside what is measured
+    python benchmarks/memory_table.py                                 # three known shapes
+    python benchmarks/memory_table.py --lm FOLDER --budget-gib 24     # yours, and its way
+    python benchmarks/memory_table.py --lm FOLDER --measure           # beside what is measured
 
 Everything is predicted (`userip_fast.lm.trace`) but the column that `--measure` adds.
 """
