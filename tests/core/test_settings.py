@@ -71,7 +71,8 @@ def test_a_flag_that_is_not_given_leaves_a_setting_alone():
 
 def test_no_flag_is_written_twice():
     """A command's signature has what it alone takes, but for names that mean another thing there:
-    users and items that `show` counts, and what `infer` and `bank merge` update."""
+    users and items that `show` counts, what `infer` and `bank merge` update, and probabilities that
+    `bank export` writes."""
     own = Counter()
     for file in Path(cli.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -86,5 +87,5 @@ def test_no_flag_is_written_twice():
                 )
     assert {"like", "shard", "codes", "layout"} <= set(own)
     assert {name for name, n in own.items() if n + (name in OPTIONS) > 1} == {
-        "users", "items", "update",
+        "users", "items", "update", "probabilities",
     }  # fmt: skip

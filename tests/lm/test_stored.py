@@ -150,7 +150,7 @@ def test_a_model_gets_no_fresh_sums_over_damage(tmp_path, monkeypatch, damage):
         else:
             DAMAGE[damage](entry / "model.safetensors")
 
-    monkeypatch.setattr("userip_fast.jobs.fit.ItemCounts.merge", harm)  # while a fit runs
+    monkeypatch.setattr("userip_fast.model.everyone.ItemCounts.merge", harm)  # while a fit runs
     with pytest.raises(FormatError, match=r"not what was loaded .*--resume"):
         uf.fit(read(), config=CONFIG, out=tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()

@@ -369,7 +369,7 @@ class Config:
 
 def _of_today(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Settings as they are called by now; see `userip_fast.core.deprecated`."""
-    if not isinstance(em := dict(values).get("em"), Mapping):
+    if not isinstance(values, Mapping) or not isinstance(em := values.get("em"), Mapping):
         return values
     kept = {name: deprecated.setting(f"em.{name}", value) for name, value in em.items()}
     return {**values, "em": {name: value for name, (stays, value) in kept.items() if stays}}
