@@ -148,6 +148,10 @@ class Server:
             if (name := "columns.parquet") in about["files"]:
                 columns = _read_columns(root / name, about["files"][name], sizes)
             prior = _log_prior(root / "codebooks.safetensors", sizes, columns)
+            if (joint := about.get("log_prior")) is not None:
+                if len(joint) != len(prior):
+                    raise FormatError(f"{root / MANIFEST}: log_prior must be of {len(prior)} codes")
+                prior = np.asarray(joint, np.float64)
             if columns is None:
                 columns = all_codes(sizes)
             words = words_of(about["behaviour"])

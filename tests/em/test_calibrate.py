@@ -149,6 +149,43 @@ def test_rare_tastes_are_named_where_that_tells_more():
     assert grid.likeliest(prior.float()[None], share)[1].tolist() == [[0]]
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_fields_that_go_together_have_a_prior_of_their_own(together):
+    """Codes of a field that come with those of another are told so; of fields drawn apart the
+    product stays."""
+    random = np.random.default_rng(0)
+    p = random.dirichlet(np.full(24, 0.5), 16)
+    world = World(2000, 30, 24)
+    first = random.integers(4, size=2000)
+    second = first if together else random.integers(4, size=2000)
+    taste = 4 * first + second
+    world.kinds = np.stack([random.choice(24, 30, p=p[z]) for z in taste])
+    world.counts = dict(zip(world.counts, np.bincount(world.kinds.ravel(), minlength=24).tolist()))
+    table = world.table(torch.from_numpy(np.log(p).T.copy()), None)
+    table.grid = Grid([Codebook(torch.zeros(4, 2)), Codebook(torch.zeros(4, 2))], None)
+    judging = np.arange(2000) % 10 == 0
+    how, _ = calibrate(world.source, judging, table, world.counts, None)
+    if not together:
+        assert how.log_prior is None
+        return
+    share = how.log_prior.exp().view(4, 4)
+    assert float(share.diagonal().sum()) > 0.95
+    np.testing.assert_allclose(share.sum(), 1, rtol=1e-12)
+    # It is kept, moves with the codes, and is what a grid and its marginals go by.
+    again = Calibration.from_state(how.state(), None, 16)
+    assert torch.equal(again.log_prior, how.log_prior)
+    orders = [torch.tensor([2, 0, 3, 1]), torch.tensor([1, 0, 2, 3])]
+    moved = how.reordered(orders).log_prior.view(4, 4)
+    assert torch.equal(moved, how.log_prior.view(4, 4)[orders[0]][:, orders[1]])
+    books = [Codebook(torch.zeros(4, 2)), Codebook(torch.zeros(4, 2))]
+    grid = Grid(books, None, None, how.log_prior)
+    assert torch.equal(grid.prior, how.log_prior)
+    _, codes, _ = grid.likeliest(how.log_prior[None].float())
+    assert int(codes[0, 0]) == int(share.sum(1).argmax())
+    with pytest.raises(FormatError, match="log_prior"):
+        Calibration.from_state({"log_prior": how.log_prior[:5]}, None, 16)
+
+
 def test_where_the_lm_tells_all_counts_change_little():
     world = World(1500, 40, 30)
     lifts = torch.from_numpy(world.p) - torch.from_numpy(world.p).exp().mean(1, keepdim=True).log()

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 
 import userip_fast as uf
 from userip_fast.core.config import Config, DataConfig, EMConfig, LMConfig
 from userip_fast.core.errors import ConfigError, DataError, FormatError, MismatchError
 from userip_fast.core.profiles import Profile, Ranking, likings, odds
 from userip_fast.em.lifts import PLAIN
-from userip_fast.em.scorer import log_prior
 from userip_fast.serve import Server
 
 sys.path.append(str(Path(__file__).parents[1] / "em"))
@@ -255,7 +255,10 @@ def test_choices_told_by_their_text_are_served(tmp_path):
     config = replace(CONFIG, lm=LMConfig(path=str(tiny.save("llama", tmp_path / "lm"))))
     model = uf.fit(replace(read(60), rating=None), config=config, out=tmp_path / "run")
     # As a calibration would have it that found events to say less than they seem to.
-    model.calibration = replace(model.calibration, half_events=10.0, code_prior=0.2)
+    joint = torch.arange(12.0).double().log_softmax(0)
+    model.calibration = replace(
+        model.calibration, half_events=10.0, code_prior=0.2, log_prior=joint
+    )
     model.save(tmp_path / "model")
     loaded, server = uf.Model.load(tmp_path / "model"), Server.open(tmp_path / "model")
     assert loaded.calibration.half_events == 10.0
@@ -263,8 +266,10 @@ def test_choices_told_by_their_text_are_served(tmp_path):
     p = loaded.profile(items)
     np.testing.assert_allclose(p, loaded.profile(items, [None] * 4), rtol=1e-6)
     np.testing.assert_allclose(server.profile(items), p, rtol=5e-4, atol=1e-6)
-    priors = [np.exp(log_prior(book).numpy()) for book in loaded.codebooks]
-    told = p.astype(np.float64).reshape([len(q) for q in priors])
+    grid = joint.exp().numpy().reshape(4, 3)
+    priors, told = [grid.sum(1), grid.sum(0)], p.astype(np.float64).reshape(4, 3)
+    np.testing.assert_allclose(server.profile([]), joint.exp().numpy(), rtol=1e-6)
+    np.testing.assert_allclose(loaded.profile([]), joint.exp().numpy(), rtol=1e-6)
     for who in (loaded, server):
         profile = who.open_profile(items)
         np.testing.assert_allclose(profile.probabilities, p, rtol=5e-4, atol=1e-6)

@@ -34,6 +34,7 @@ CHUNK = 4_096  # users whose sums are added before they join the others': part o
 _HALF_EVENTS = (math.inf, 100.0, 30.0, 10.0, 3.0, 1.0)
 _CODE_PRIORS = (1.0, 0.5, 0.2, 0.05)  # the least still names the usual code where nothing is told
 _PRIORS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+_PRIOR_ROUNDS = 10  # of EM, which is for shares alone
 _EARLY = (2, 5, 15)  # events of judges that are told to predict as many more
 _JUDGES = 8_192  # at most
 
@@ -102,6 +103,10 @@ def calibrate(
         best.name,
         best.how.half_events,
     )
+    if judges.count and len(table.grid.sizes) > 1 and best.how.columns is None:
+        joint = _joint_prior(source, tokenizer, table, judging, best)
+        name = f"{best.name}, fields together"
+        best.consider(replace(best.how, log_prior=joint), best.values, joint, name)
     share = best.code_prior(table.grid, others)
     best.how = replace(best.how, code_prior=share)
     if choice is None:
@@ -144,6 +149,28 @@ class _Way:
     def usual(self) -> Tensor:
         """[Z] log prior of the codes that were counted."""
         return _log_mean(self.users) if self.shares else self.log_prior
+
+
+def _joint_prior(
+    source: Source,
+    tokenizer: object,
+    table: EventTable,
+    judging: npt.NDArray[np.bool_],
+    best: _Best,
+) -> Tensor:
+    """[Z] log shares of combinations of codes among users who do not judge, by EM with all else as
+    it is."""
+    log_prior = best.log_prior
+    for _ in range(_PRIOR_ROUNDS):
+        users = torch.zeros(len(log_prior), dtype=torch.float64)
+        for first, told in chunks(source, tokenizer, len(judging)):
+            rows = torch.from_numpy(table.rows_told(told))
+            ends, weights = torch.from_numpy(told.offsets), best.how.weights(told.offsets)
+            log_resp, _ = profile_posterior(best.values, rows, ends, log_prior, weights)
+            whose = ~judging[first : first + len(log_resp)]
+            users += torch.from_numpy(log_resp.double().exp().numpy()[whose].sum(0))
+        log_prior = _log_mean(users)
+    return log_prior
 
 
 class _Best:

@@ -39,7 +39,8 @@ from torch import Tensor
 from userip_fast.codebook.books import Codebook
 from userip_fast.core.config import EMConfig
 from userip_fast.core.profiles import joint
-from userip_fast.em.scorer import log_prior, soft_tables, with_mean
+from userip_fast.em.scorer import log_prior as log_shares
+from userip_fast.em.scorer import soft_tables, with_mean
 from userip_fast.em.steps import books_digest
 from userip_fast.lm.engine import Engine
 from userip_fast.ops import profile_posterior
@@ -81,14 +82,19 @@ class Grid:
 
     Args:
         codes: [Z, J] int64, which; code K_j stands for the field's mean codeword. None for all.
+        log_prior: [Z] fp64 of all; None for the product of the fields' own.
 
     Attributes:
         codes: [Z, J] int64.
-        log_prior: [Z] fp64, a product over fields; of some it adds up to less than one.
+        log_prior: [Z] fp64; a product over some adds up to less than one.
     """
 
     def __init__(
-        self, codebooks: list[Codebook], engine: Engine, codes: Tensor | None = None
+        self,
+        codebooks: list[Codebook],
+        engine: Engine,
+        codes: Tensor | None = None,
+        log_prior: Tensor | None = None,
     ) -> None:
         self._codebooks, self._engine, self._all = codebooks, engine, codes is None
         self.sizes = [len(book) for book in codebooks]
@@ -96,9 +102,13 @@ class Grid:
             ranges = [torch.arange(k) for k in self.sizes]
             codes = torch.cartesian_prod(*ranges).view(-1, len(ranges))
         self.codes = codes
-        self._priors = [log_prior(book).double() for book in codebooks]
-        priors = [torch.cat([p, torch.zeros(1).double()]) for p in self._priors]
-        self.log_prior = torch.stack([p[k] for p, k in zip(priors, codes.T)]).sum(0)
+        if log_prior is None:
+            self._priors = [log_shares(book) for book in codebooks]
+            priors = [torch.cat([p, torch.zeros(1).double()]) for p in self._priors]
+            self.log_prior = torch.stack([p[k] for p, k in zip(priors, codes.T)]).sum(0)
+        else:
+            self._priors = [p[0] for p in self.marginals(log_prior[None])]
+            self.log_prior = log_prior
 
     @cached_property
     def soft(self) -> Tensor:
@@ -242,7 +252,7 @@ class _Search:
         self.read, self.events = read, (kinds, offsets, weights)
         self.sizes = [len(book) for book in codebooks]
         self.combinations = math.prod(self.sizes)
-        self.log_priors = [log_prior(book).numpy() for book in codebooks]
+        self.log_priors = [log_shares(book).numpy() for book in codebooks]
         seed = np.frombuffer(books_digest(codebooks), np.uint32)
         self.random = np.random.default_rng(seed.tolist())
         self.users = len(offsets) - 1

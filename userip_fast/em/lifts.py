@@ -107,6 +107,8 @@ class Calibration:
             [0, 1]. With all of it that is the likeliest code. After few events that is for most
             users one of few, which says little of them; with less it is the one that their events
             speak for. Probabilities are as they are.
+        log_prior: [Z] fp64 of all combinations of codes, where users show that some of one field go
+            with some of another; None for the product of the fields' own.
         raw: Whether the table is to be calibrated yet; it then keeps what it reads.
     """
 
@@ -117,13 +119,14 @@ class Calibration:
     counted: Counted | None = None
     columns: Tensor | None = None
     code_prior: float = 1.0
+    log_prior: Tensor | None = None
     raw: bool = False
 
     @property
     def plain(self) -> bool:
-        """Whether values are likelihoods, count whole, and codes are the likeliest."""
+        """Whether values are likelihoods, count whole, and codes are the likeliest by a product."""
         told = self.neutral is None and math.isinf(self.half_events)
-        return told and self.code_prior == 1
+        return told and self.code_prior == 1 and self.log_prior is None
 
     @property
     def finite_half(self) -> float | None:
@@ -161,19 +164,29 @@ class Calibration:
         if self.columns is not None:  # they stay where they are
             new = [order.argsort()[k] for order, k in zip(orders, self.columns.T)]
             return replace(self, columns=torch.stack(new, dim=1))
-        counted = self.counted and self.counted.reordered(orders)
-        if self.log_norm is None:
-            return replace(self, counted=counted)
-        grid = self.log_norm.view([len(order) for order in orders])
-        for j, order in enumerate(orders):
-            grid = grid.index_select(j, order)
-        return replace(self, log_norm=grid.flatten().clone(), counted=counted)
+
+        def moved(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            grid = x.view([len(order) for order in orders])
+            for j, order in enumerate(orders):
+                grid = grid.index_select(j, order)
+            return grid.flatten().clone()
+
+        return replace(
+            self,
+            log_norm=moved(self.log_norm),
+            counted=self.counted and self.counted.reordered(orders),
+            log_prior=moved(self.log_prior),
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that `from_state` reads, beside `neutral`."""
         out = {"half_events": torch.tensor([self.half_events], dtype=torch.float64)}
         if self.code_prior != 1:  # as in older models, whose fingerprints stay what they were
             out["code_prior"] = torch.tensor([self.code_prior], dtype=torch.float64)
+        if self.log_prior is not None:
+            out["log_prior"] = self.log_prior
         return out if self.log_norm is None else {**out, "log_norm": self.log_norm}
 
     @classmethod
@@ -192,15 +205,18 @@ class Calibration:
         share = state.get("code_prior", torch.ones(1, dtype=torch.float64))
         if share.shape != (1,) or not 0 <= float(share[0]) <= 1:
             raise FormatError("code_prior must be one number in [0, 1]")
-        how = cls(half_events=float(half[0]), code_prior=float(share[0]))
+        for name in ("log_norm", "log_prior"):
+            if (x := state.get(name)) is not None and (
+                x.shape != (combinations,) or x.dtype != torch.float64 or not x.isfinite().all()
+            ):
+                raise FormatError(f"{name} must be fp64 [{combinations}] and finite")
+        how = cls(
+            half_events=float(half[0]),
+            code_prior=float(share[0]),
+            log_prior=state.get("log_prior"),
+        )
         if norm is None:
             return how
-        if (
-            norm.shape != (combinations,)
-            or norm.dtype != torch.float64
-            or not norm.isfinite().all()
-        ):
-            raise FormatError(f"log_norm must be fp64 [{combinations}] and finite")
         return replace(how, neutral=neutral, log_norm=norm)
 
 

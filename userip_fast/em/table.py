@@ -129,7 +129,7 @@ class EventTable:
         self.cache: BlockCache | None = None
         self.show = False
         columns = self.calibration.columns
-        self.grid = Grid(codebooks, engine, columns)
+        self.grid = Grid(codebooks, engine, columns, self.calibration.log_prior)
         self.parts: list[Part] = []
         self._raw: list[tuple[list[str], Behaviour, Tensor]] = []
         self.values = torch.empty(0, len(self.grid.codes))

@@ -111,9 +111,15 @@ def save_model(model: ByTable, path: str | Path) -> None:
             "behaviour": model.format.to_dict(),
             "half_events": model.calibration.finite_half,
             "code_prior": model.calibration.code_prior,
+            **_joint_prior(model.calibration),
             "files": folder_sums(tmp, but=[EVENTS]),
         }
         write_json(tmp / MANIFEST, sealed(about))
+
+
+def _joint_prior(how: Calibration) -> dict[str, list[float]]:
+    """What serving, which has no torch, is told of a prior that is no product."""
+    return {} if how.log_prior is None else {"log_prior": how.log_prior.tolist()}
 
 
 def _write_start(model: ByTable, root: Path) -> None:
