@@ -88,13 +88,9 @@ class FeatureBank:
 
         See `BankWriter` for the arguments and for what is raised.
         """
-        with BankWriter(
-            path,
-            fields=fields,
-            model_fingerprint=model_fingerprint,
-            metadata=metadata,
-            lock_timeout_s=lock_timeout_s,
-        ) as writer:
+        about: dict[str, Any] = {"fields": fields, "metadata": metadata}
+        about["model_fingerprint"] = model_fingerprint
+        with BankWriter(path, **about, lock_timeout_s=lock_timeout_s) as writer:
             writer.append(user_keys, code_ids, probabilities, profiles)
         return cls.open(path)
 
