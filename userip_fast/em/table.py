@@ -36,7 +36,7 @@ from userip_fast.prompts.packing import Behaviour, Int64
 Kind = tuple[str, str]
 """An item's text, and the word for how it went ("" where none is told)."""
 
-_SURVEY_USERS = 1 << 16
+_SURVEY_USERS = 1 << 14
 _TEXTS = 1 << 12  # read before they are kept: what a kill may cost
 
 

@@ -14,7 +14,7 @@ from userip_fast.model.fitted import Model, all_probabilities
 from userip_fast.model.tally import Tally
 from userip_fast.prompts.behaviour import Source
 
-_BANK_BLOCK = 1 << 18  # users handed to the bank's writer at once
+_BANK_BLOCK = 1 << 14  # users handed to the writer at once; a stream keeps the last few blocks
 
 
 @dataclass(frozen=True)
