@@ -50,7 +50,7 @@ def unseen_pairs(
     if not len(label) or label.min() == label.max():
         return {}
     draw = Bootstrap.draw(task.test.user[mask], ctr.seeds, ctr.bootstrap)
-    others = ("none", "text", "kmeans_attributes", "mixture", "foldin")
+    others = ("none", "text", "kmeans_attributes", "mixture", "mixture_words", "foldin")
     pairs = [(ours, f) for ours in ("affinity", "theta") for f in others]
     for b in ctr.backbones:
         own = {f: [s[mask] for s in by[b]] for f, by in scores.items() if b in by}
@@ -84,6 +84,7 @@ def comparisons(
             ("all+ids", "all"),
             ("ids_prob", "none"),
             ("affinity", "mixture"),
+            ("affinity", "mixture_words"),
             ("all", "none"),
         ):
             if ours in mean and theirs in mean:

@@ -388,8 +388,9 @@ class _Evaluation:
         for kind in ("foldin", "text", "attribute_affinity"):
             if f"number:{kind}" in asked:
                 others |= inputs.number_part(kind)["test"]
-        if "score:mixture" in asked:
-            others |= inputs.mixture_scores(0)["test"]
+        for feature in ("mixture", "mixture_words"):
+            if f"score:{feature}" in asked:
+                others |= inputs.mixture_scores(0, feature)["test"]
         if "score:ids" in asked:
             others |= inputs.affinities(0)["test"]
             if self.task.choices:  # as against sampled items: popularity is put back

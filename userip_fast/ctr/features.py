@@ -82,7 +82,7 @@ class Profiles:
         self.catalogue = Catalogue.from_interactions(learn)
         self.sizes = [f.codebook_size for f in config.fields]
         self._books: dict[tuple[str, int], tuple[Vectors, ResidualCodebook]] = {}
-        self._mixtures: dict[int, FreeMixture] = {}
+        self._mixtures: dict[tuple[int, bool], FreeMixture] = {}
         self._known_states: dict[str, Float64] = {}
         self._fitted: dict[tuple[str, int], Model] = {}
 
@@ -102,8 +102,9 @@ class Profiles:
             return {"codes": np.stack(columns, axis=1).astype(np.int64)}
         if feature in ("ids", "paper"):
             return self._inferred(feature, view, seed)
-        if feature == "mixture":
-            p = self.mixture(seed).posterior(*self.choices(view))
+        if feature in ("mixture", "mixture_words"):
+            mixture = self.mixture(seed, feature == "mixture_words")
+            p = mixture.posterior(*self.choices(view))
             return {"codes": self._digits(p.argmax(1)), "probabilities": p.astype(np.float32)}
         if feature == "generosity":
             return {"codes": self._digits(np.searchsorted(self.quantiles, self._generosity(view)))}
@@ -111,15 +112,15 @@ class Profiles:
         x = torch.from_numpy(vectors(view)).float()
         return {"codes": book.assign(x)[0].numpy()}
 
-    def mixture(self, seed: int) -> FreeMixture:
-        """The mixture without an LM."""
-        if seed not in self._mixtures:
+    def mixture(self, seed: int, by_words: bool = False) -> FreeMixture:
+        """The mixture without an LM, of items alone or also `by_words` of their texts."""
+        if (seed, by_words) not in self._mixtures:
             scale = self.format.scale
             words = len(scale.words) if scale else 1
-            self._mixtures[seed] = FreeMixture(
-                *self.choices(self.learn), self.learn.num_items, math.prod(self.sizes), seed, words
-            )
-        return self._mixtures[seed]
+            size = self.learn.num_items, math.prod(self.sizes), seed, words
+            texts = self.learn.item_text.to_pylist() if by_words else None
+            self._mixtures[seed, by_words] = FreeMixture(*self.choices(self.learn), *size, texts)
+        return self._mixtures[seed, by_words]
 
     def choices(self, view: Interactions) -> tuple[Int64, Int64, Int64 | None]:
         """Offsets, items and words of feedback of a view's own events; of choices no words."""
@@ -165,6 +166,8 @@ class Profiles:
         key |= {"learn": data_digest(self.learn), "data": config["data"]}
         if feature in ("generosity", "mixture"):
             return key
+        if feature == "mixture_words":
+            return key | {"table": TABLE_RECIPE}
         if feature in ("kmeans_attributes", "kmeans_tfidf", "mf_clusters"):
             return key | {"restarts": em["kmeans_restarts"], "attributes": self.attributes}
         key |= {"lm": config["lm"], "fields": config["fields"], "lm_seed": em.pop("seed")}

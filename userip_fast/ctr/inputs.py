@@ -34,7 +34,9 @@ _OF_LM = ("code:ids", "probabilities:ids", "score:ids")
 PARTS: Mapping[str, tuple[str, ...]] = {
     "none": (),
     "mixture_ids": ("code:mixture",),
-    "mixture": ("code:mixture", "probabilities:mixture", "score:mixture"),
+    **{
+        f: (f"code:{f}", f"probabilities:{f}", f"score:{f}") for f in ("mixture", "mixture_words")
+    },
     "foldin": ("number:foldin",),
     "history": ("history",),
     "text": ("number:text",),
@@ -126,8 +128,9 @@ class Inputs:
         elif kind == "number":
             found = self._standardised(self.number_part(what))
         elif kind == "score":
-            scores = {"mixture": self.mixture_scores, "ids": self.affinities, "theta": self.told}
-            found = self._standardised(scores[what](seed))
+            scores = {"ids": self.affinities, "theta": self.told}
+            told = scores[what](seed) if what in scores else self.mixture_scores(seed, what)
+            found = self._standardised(told)
         else:
             found = self._profile(kind, what, seed)
         return found
@@ -222,11 +225,13 @@ class Inputs:
             told[side] = {f"{feature}_p{k}": own[:, k] for k in range(own.shape[1])}
         return self._standardised(told)
 
-    def mixture_scores(self, seed: int) -> dict[str, dict[str, NDArray[np.float32]]]:
-        mixture = self.profiles.mixture(seed)
-        p = np.stack([v["probabilities"] for v in self.profile("mixture", seed)])
+    def mixture_scores(
+        self, seed: int, feature: str = "mixture"
+    ) -> dict[str, dict[str, NDArray[np.float32]]]:
+        mixture = self.profiles.mixture(seed, feature == "mixture_words")
+        p = np.stack([v["probabilities"] for v in self.profile(feature, seed)])
         return {
-            side: {"mixture": mixture.score(p[r.view, r.user], r.item).astype(np.float32)}
+            side: {feature: mixture.score(p[r.view, r.user], r.item).astype(np.float32)}
             for side in SIDES
             for r in [self._side(side)]
         }

@@ -296,8 +296,8 @@ def _introduction(command: str, done: list[Any]) -> list[str]:
 def _headline(done: list[Any]) -> list[str]:
     """New users of 10 events: what each step adds, in one recommender."""
     columns = (
-        "none", "best cluster", "mixture", "foldin", "text", "ids", "affinity", "theta", "all",
-        "all+ids",
+        "none", "best cluster", "mixture", "mixture_words", "foldin", "text", "ids", "affinity",
+        "theta", "all", "all+ids",
     )  # fmt: skip
     lines = [
         f"New users known by 10 events, AUC in {BACKBONE}; *item alone* is the better of its rate"
@@ -480,7 +480,8 @@ def _apart(r: Mapping[str, Any]) -> list[str]:
     ):
         told, rows = [], 0
         for feature in (
-            "none", "mixture", "foldin", "text", "ids", "affinity", "theta", "all", "all+ids",
+            "none", "mixture", "mixture_words", "foldin", "text", "ids", "affinity", "theta",
+            "all", "all+ids",
         ):  # fmt: skip
             by = r["slices"].get(feature) or {}
             areas = [s[name]["mean"] for s in by.values() if s.get(name)]

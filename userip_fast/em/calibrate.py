@@ -21,21 +21,24 @@ from torch import Tensor
 
 from userip_fast.core.prefetch import Prefetch
 from userip_fast.em.columns import Grid
-from userip_fast.em.counted import Counted, expected
+from userip_fast.em.counted import Counted, WordFactors, expected
+from userip_fast.em.free import WORD_PRIORS
 from userip_fast.em.lifts import PLAIN, Calibration, Usual, log_norm
+from userip_fast.em.shared_words import SharedWords
 from userip_fast.em.table import EventTable, Kind
 from userip_fast.ops import profile_posterior
 from userip_fast.prompts.behaviour import Source, Told
 from userip_fast.prompts.packing import Int64
 
-TABLE_RECIPE = 6
+TABLE_RECIPE = 7
 """Changes with what a fit makes of the same data, LM and settings."""
 CHUNK = 4_096  # users whose sums are added before they join the others': part of the result
 _HALF_EVENTS = (math.inf, 100.0, 30.0, 10.0, 3.0, 1.0)
 _CODE_PRIORS = (1.0, 0.5, 0.2, 0.05)  # the least still names the usual code where nothing is told
-_PRIORS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+_PRIORS = (1000.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+_WORD_ROUNDS = 10  # of scaling, for words compete
 _PRIOR_ROUNDS = 10  # of EM, which is for shares alone
-_EARLY = (2, 5, 15)  # events of judges that are told to predict as many more
+_EARLY = (2, 5, 10, 20)  # events of judges that are told to predict as many more
 _JUDGES = 8_192  # at most
 
 logger = logging.getLogger("userip_fast.em")
@@ -69,14 +72,32 @@ def calibrate(
     asked = [(text, word) for text in texts for word in table.words]
     events = torch.tensor([counts.get(kind, 0) for kind in asked], dtype=torch.float64)
 
-    def read(how: Calibration) -> tuple[Calibration, Tensor]:
+    def read(how: Calibration, more: Tensor | None = None) -> tuple[Calibration, Tensor]:
+        """With its norm, and values; `more` [E, Z] is what counts tell in `how.counted`'s place."""
+        if more is None and how.counted is not None:
+            more = how.counted.log_of(texts)
+        told = lifts
+        if more is not None:
+            told = lifts + (more if usual is None else fmt.feedback_weight * more)
         if counted and usual is None:
-            own = lifts if how.counted is None else lifts + how.counted.log_of(texts)
-            how = replace(how, log_norm=log_norm(own, events))
-        return how, how.values(lifts, texts, fmt.feedback_weight)
+            how = replace(how, log_norm=log_norm(told, events))
+        return how, replace(how, counted=None).values(told, texts, fmt.feedback_weight)
 
-    def factors(n: Tensor, prior: float) -> Counted:
-        return Counted.of(texts, n, expected(n, values, events, fmt), len(table.words), prior)
+    shared = SharedWords.among(texts if counted else [])
+    word_priors = WORD_PRIORS if shared.words else (None,) if counted else ()
+
+    def by_words(n: Tensor, prior: float | None) -> WordFactors | None:
+        """Of [E, Z] events that were counted."""
+        if prior is None:
+            return None
+        log_factors = np.zeros((len(shared.words), len(table.words) * n.shape[1]))
+        for _ in range(_WORD_ROUNDS):
+            more = torch.from_numpy(shared.spread(log_factors)).view(n.shape)
+            e = expected(n, read(plain, more)[1], events, fmt)
+            flat = [x.view(len(texts), -1).numpy() for x in (n, e)]
+            log_factors = shared.scaled(log_factors, flat[0], flat[1], prior)
+        found = log_factors.reshape(len(shared.words), len(table.words), -1)
+        return WordFactors(shared.words, found.astype(np.float16))
 
     plain, values = read(Calibration(neutral, usual=usual, columns=table.calibration.columns))
     ways = [_Way("codes", values, table.grid.log_prior)]
@@ -92,12 +113,20 @@ def calibrate(
             way.count(rows, told.offsets, ~judge)
     best = _Best(judges)
     best.consider(plain, values, table.grid.log_prior, "the LM alone")
-    choice: tuple[_Way, float] | None = None
-    if counted and judges.count:
-        for way, prior in itertools.product(ways, _PRIORS):
-            how, own = read(replace(plain, counted=factors(way.events, prior)))
-            if best.consider(how, own, way.usual, f"counts of {way.name} above {prior:g}"):
-                choice = way, prior
+    choice: tuple[_Way, float | None, float] | None = None
+    for way, pooled in itertools.product(ways, word_priors if judges.count else ()):
+        by = by_words(way.events, pooled)
+        of_words = None if by is None else by.log_of(texts)
+        e = expected(way.events, read(plain, of_words)[1], events, fmt)
+        for prior in _PRIORS:
+            found = Counted.of(texts, way.events, e, len(table.words), prior, by)
+            more = torch.from_numpy(found.log_factors).float().flatten(0, 1)
+            more = more if of_words is None else more + of_words
+            how, own = read(replace(plain, counted=found), more)
+            name = f"counts of {way.name} above {prior:g}"
+            name += f", of words above {pooled:g}" if pooled else ""
+            if best.consider(how, own, way.usual, name):
+                choice = way, pooled, prior
     logger.info(
         "judges choose %s; each of n events counts 1 / (1 + n / %g)",
         best.name,
@@ -112,11 +141,15 @@ def calibrate(
     if choice is None:
         return best.how, best.log_prior
     # What they chose by not being counted, they join.
-    way, prior = choice
+    way, pooled, prior = choice
     for first, told in chunks(source, tokenizer, len(judging)):
         judge = judging[first : first + len(told.offsets) - 1]
         way.count(table.rows_told(told), told.offsets, judge)
-    return read(replace(best.how, counted=factors(way.events, prior)))[0], way.usual
+    by = by_words(way.events, pooled)
+    of_words = None if by is None else by.log_of(texts)
+    e = expected(way.events, read(plain, of_words)[1], events, fmt)
+    made = Counted.of(texts, way.events, e, len(table.words), prior, by)
+    return read(replace(best.how, counted=made))[0], way.usual
 
 
 class _Way:

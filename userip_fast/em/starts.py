@@ -185,7 +185,7 @@ class ToldUsers:
     def _mixture(self, codes: int, seed: int) -> FreeMixture:
         if (codes, seed) not in self._free:
             size = len(self._texts), codes, seed, max(1, len(self.words))
-            self._free[codes, seed] = FreeMixture(*self._told, *size)
+            self._free[codes, seed] = FreeMixture(*self._told, *size, list(self._texts))
         return self._free[codes, seed]
 
     def _groups(self, codes: int, seed: int) -> Codebook:

@@ -57,7 +57,7 @@ from userip_fast.data import Catalogue
 from userip_fast.em import columns
 from userip_fast.em.amortised import Head
 from userip_fast.em.checkpoints import load_codebooks
-from userip_fast.em.counted import Counted
+from userip_fast.em.counted import Counted, WordFactors
 from userip_fast.em.lifts import Calibration, Usual
 from userip_fast.em.matching import numbered_like
 from userip_fast.lm import FrozenLM, open_lm, stored
@@ -74,7 +74,8 @@ _VERSION = 1
 _LM, _TOKENIZER = "lm", "tokenizer"  # sub-folders
 _CONFIG, _CODEBOOKS, _START = "config.json", "codebooks.safetensors", "start.safetensors"
 _HEAD, _CATALOGUE, _CARDS = "head.safetensors", "catalogue.parquet", "codes.json"
-_USUAL, _COUNTED, _COLUMNS = "reactions.parquet", "counted.parquet", "columns.parquet"
+_USUAL, _COUNTED, _SHARED = "reactions.parquet", "counted.parquet", "words.parquet"
+_COLUMNS = "columns.parquet"
 _ALWAYS = (_CONFIG, _CODEBOOKS, _START, _CATALOGUE, _CARDS)
 _LM_FILES = ("lm/config.json", "lm/model.safetensors")
 
@@ -126,7 +127,8 @@ def _write_start(model: ByTable, root: Path) -> None:
     """The start, and how events count."""
     how = model.calibration
     write_tensors(root / _START, {"start": model.start, **how.state()})
-    for name, told in ((_USUAL, how.usual), (_COUNTED, how.counted)):
+    shared = how.counted and how.counted.shared
+    for name, told in ((_USUAL, how.usual), (_COUNTED, how.counted), (_SHARED, shared)):
         if told is not None:
             pq.write_table(told.to_arrow(), root / name)
     if how.columns is not None:
@@ -241,6 +243,10 @@ def _read_start(root: Path, config: Config, files: Mapping[str, Any]) -> tuple[T
         with _of_file(root / _COUNTED):
             words = len(how.usual.counts[0]) if how.usual else 1
             counted = Counted.from_arrow(_read_table(root / _COUNTED), words, combinations)
+        if _SHARED in files:
+            with _of_file(root / _SHARED):
+                shared = WordFactors.from_arrow(_read_table(root / _SHARED), words, combinations)
+            counted = replace(counted, shared=shared)
         how = replace(how, counted=counted)
     return start, how
 
