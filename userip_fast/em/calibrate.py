@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +28,7 @@ from userip_fast.em.shared_words import SharedWords
 from userip_fast.em.table import EventTable, Kind
 from userip_fast.ops import profile_posterior
 from userip_fast.prompts.behaviour import Source, Told
+from userip_fast.prompts.format import BehaviourFormat
 from userip_fast.prompts.packing import Int64
 
 TABLE_RECIPE = 7
@@ -66,40 +67,9 @@ def calibrate(
         usual: Reactions to items, where events tell of them and are told by lifts.
         groups: log p(kind | code) [E, Z] and log prior [Z] of what codes began at, if known.
     """
-    neutral = table.calibration.neutral
-    fmt, lifts, texts = source.format, table.values, table.texts
-    counted = neutral is not None
-    asked = [(text, word) for text in texts for word in table.words]
-    events = torch.tensor([counts.get(kind, 0) for kind in asked], dtype=torch.float64)
-
-    def read(how: Calibration, more: Tensor | None = None) -> tuple[Calibration, Tensor]:
-        """With its norm, and values; `more` [E, Z] is what counts tell in `how.counted`'s place."""
-        if more is None and how.counted is not None:
-            more = how.counted.log_of(texts)
-        told = lifts
-        if more is not None:
-            told = lifts + (more if usual is None else fmt.feedback_weight * more)
-        if counted and usual is None:
-            how = replace(how, log_norm=log_norm(told, events))
-        return how, replace(how, counted=None).values(told, texts, fmt.feedback_weight)
-
-    shared = SharedWords.among(texts if counted else [])
-    word_priors = WORD_PRIORS if shared.words else (None,) if counted else ()
-
-    def by_words(n: Tensor, prior: float | None) -> WordFactors | None:
-        """Of [E, Z] events that were counted."""
-        if prior is None:
-            return None
-        log_factors = np.zeros((len(shared.words), len(table.words) * n.shape[1]))
-        for _ in range(_WORD_ROUNDS):
-            more = torch.from_numpy(shared.spread(log_factors)).view(n.shape)
-            e = expected(n, read(plain, more)[1], events, fmt)
-            flat = [x.view(len(texts), -1).numpy() for x in (n, e)]
-            log_factors = shared.scaled(log_factors, flat[0], flat[1], prior)
-        found = log_factors.reshape(len(shared.words), len(table.words), -1)
-        return WordFactors(shared.words, found.astype(np.float16))
-
-    plain, values = read(Calibration(neutral, usual=usual, columns=table.calibration.columns))
+    counted = table.calibration.neutral is not None
+    reader = _Reader(table, counts, usual, source.format)
+    plain, values = reader.read(reader.plain)
     ways = [_Way("codes", values, table.grid.log_prior)]
     if groups is not None:
         ways.append(_Way("groups", *groups, shares=True))
@@ -114,15 +84,11 @@ def calibrate(
     best = _Best(judges)
     best.consider(plain, values, table.grid.log_prior, "the LM alone")
     choice: tuple[_Way, float | None, float] | None = None
-    for way, pooled in itertools.product(ways, word_priors if judges.count else ()):
-        by = by_words(way.events, pooled)
-        of_words = None if by is None else by.log_of(texts)
-        e = expected(way.events, read(plain, of_words)[1], events, fmt)
-        for prior in _PRIORS:
-            found = Counted.of(texts, way.events, e, len(table.words), prior, by)
-            more = torch.from_numpy(found.log_factors).float().flatten(0, 1)
-            more = more if of_words is None else more + of_words
-            how, own = read(replace(plain, counted=found), more)
+    word_priors = WORD_PRIORS if reader.shared.words else (None,)
+    for way, pooled in itertools.product(ways, word_priors if counted and judges.count else ()):
+        made = reader.factors(way.events, pooled, _PRIORS)
+        for prior, (found, log_factors) in zip(_PRIORS, made):
+            how, own = reader.read(replace(plain, counted=found), log_factors)
             name = f"counts of {way.name} above {prior:g}"
             name += f", of words above {pooled:g}" if pooled else ""
             if best.consider(how, own, way.usual, name):
@@ -145,11 +111,72 @@ def calibrate(
     for first, told in chunks(source, tokenizer, len(judging)):
         judge = judging[first : first + len(told.offsets) - 1]
         way.count(table.rows_told(told), told.offsets, judge)
-    by = by_words(way.events, pooled)
-    of_words = None if by is None else by.log_of(texts)
-    e = expected(way.events, read(plain, of_words)[1], events, fmt)
-    made = Counted.of(texts, way.events, e, len(table.words), prior, by)
-    return read(replace(best.how, counted=made))[0], way.usual
+    ((found, log_factors),) = reader.factors(way.events, pooled, [prior])
+    return reader.read(replace(best.how, counted=found), log_factors)[0], way.usual
+
+
+class _Reader:
+    """Reads a table under calibrations, with what was counted.
+
+    Attributes:
+        plain: The table's calibration, but for its norm and what counting tells.
+        shared: Words of its texts.
+    """
+
+    def __init__(
+        self,
+        table: EventTable,
+        counts: Mapping[Kind, int],
+        usual: Usual | None,
+        fmt: BehaviourFormat,
+    ) -> None:
+        self.table, self.texts, self.format = table, table.texts, fmt
+        how = table.calibration
+        self.plain = Calibration(how.neutral, usual=usual, columns=how.columns)
+        asked = [(text, word) for text in table.texts for word in table.words]
+        self.events = torch.tensor([counts.get(kind, 0) for kind in asked], dtype=torch.float64)
+        self.shared = SharedWords.among([] if how.neutral is None else table.texts)
+
+    def read(self, how: Calibration, more: Tensor | None = None) -> tuple[Calibration, Tensor]:
+        """`how` with its norm, and values [E, Z].
+
+        Args:
+            more: [E, Z] fp32 what counting tells beyond the LM, in the place of `how.counted`.
+        """
+        told, weight = self.table.values, self.format.feedback_weight
+        if more is not None:
+            told = told + (more if how.usual is None else weight * more)
+        if how.neutral is not None and how.usual is None:
+            how = replace(how, log_norm=log_norm(told, self.events))
+        return how, replace(how, counted=None).values(told, self.texts, weight)
+
+    def factors(
+        self, n: Tensor, pooled: float | None, priors: Sequence[float]
+    ) -> Iterator[tuple[Counted, Tensor]]:
+        """By each prior the factors of `n` [E, Z] counted events, and [E, Z] what they tell.
+
+        Args:
+            pooled: The prior of factors of words; None for none of these.
+        """
+        by = None if pooled is None else self._by_words(n, pooled)
+        of_words = None if by is None else by.log_of(self.texts)
+        e = self._expected(n, of_words)
+        for prior in priors:
+            found = Counted.of(self.texts, n, e, len(self.table.words), prior, by)
+            own = torch.from_numpy(found.log_factors).float().flatten(0, 1)
+            yield found, own if of_words is None else own + of_words
+
+    def _by_words(self, n: Tensor, prior: float) -> WordFactors:
+        shape = len(self.shared.words), len(self.table.words), n.shape[1]
+        log_factors = np.zeros((shape[0], shape[1] * shape[2]))
+        for _ in range(_WORD_ROUNDS):
+            e = self._expected(n, torch.from_numpy(self.shared.spread(log_factors)).view(n.shape))
+            observed, told = (x.view(len(self.texts), -1).numpy() for x in (n, e))
+            log_factors = self.shared.scaled(log_factors, observed, told, prior)
+        return WordFactors(self.shared.words, log_factors.reshape(shape).astype(np.float16))
+
+    def _expected(self, n: Tensor, more: Tensor | None) -> Tensor:
+        return expected(n, self.read(self.plain, more)[1], self.events, self.format)
 
 
 class _Way:
