@@ -101,7 +101,7 @@ def agree(taste, code):
 
 @pytest.mark.parametrize("rated", [False, True])
 def test_a_mixture_of_words_finds_what_items_hide(rated):
-    taste, offsets, item, level, texts = planted(rated)
+    _, offsets, item, level, texts = planted(rated)
     new, new_offsets, *events, _ = planted(rated, seed=1)
     size = len(texts), 2, 0, 2
     alone = FreeMixture(offsets, item, level, *size)

@@ -83,8 +83,7 @@ def comparisons(
         for ours, theirs in (
             ("all+ids", "all"),
             ("ids_prob", "none"),
-            ("affinity", "mixture"),
-            ("affinity", "mixture_words"),
+            *((f, g) for f in ("affinity", "ids_affinity") for g in ("mixture", "mixture_words")),
             ("all", "none"),
         ):
             if ours in mean and theirs in mean:

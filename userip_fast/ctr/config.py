@@ -13,7 +13,7 @@ from userip_fast.core.settings import Rule, at_least, check, setting
 FEATURES = (
     "none", "random", "generosity", "kmeans_attributes", "kmeans_tfidf", "kmeans_states",
     "mf_clusters", "mixture_ids", "mixture", "mixture_words", "foldin", "history", "text", "paper",
-    "ids", "ids_prob", "affinity", "theta", "all", "all+ids",
+    "ids", "ids_prob", "affinity", "ids_affinity", "theta", "all", "all+ids",
 )  # fmt: skip
 """What a recommender knows of the user, beside the statistics that `none` has as well."""
 DEFAULT_FEATURES = tuple(f for f in FEATURES if f not in ("random", "paper", "theta"))
@@ -24,7 +24,7 @@ CLUSTERS = (
     "mixture_ids",
 )  # fmt: skip
 """Codes without an LM, of equal capacity. (`mixture` comes with probabilities and score as well, as
-`affinity` does of an LM; `mixture_words` is what codewords begin at, and no rival of ours.)"""
+`ids_affinity` of an LM; `mixture_words` is what codewords begin at, and no rival of ours.)"""
 HISTORY = "history"
 """The one feature that has a backbone of its own, `DIN`: the profile's events themselves."""
 DIN = "din"

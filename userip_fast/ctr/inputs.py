@@ -42,6 +42,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "text": ("number:text",),
     "ids_prob": _OF_LM[:2],
     "affinity": _OF_LM[2:],
+    "ids_affinity": _OF_LM,
     "theta": ("score:theta",),
     "all": _WITHOUT_LM,
     "all+ids": (*_WITHOUT_LM, *_OF_LM),
