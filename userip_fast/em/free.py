@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -55,9 +56,14 @@ class _Counts:
 
     def transposed(self, resp: Float64) -> Float64:
         """[E, K] sums over a kind's users of `resp` [U, K]."""
+        return row_sums(resp, *self._users)
+
+    @cached_property
+    def _users(self) -> tuple[Int64, Int64]:
+        """As `kinds` and `offsets`, the users of each kind."""
         order = np.argsort(self.kinds, kind="stable")
         ends = np.cumsum(np.bincount(self.kinds, minlength=self.num_kinds))
-        return row_sums(resp, self.user[order], np.concatenate([[0], ends]))
+        return self.user[order], np.concatenate([[0], ends])
 
 
 class FreeMixture:
@@ -103,9 +109,11 @@ class FreeMixture:
             first, later = (self._some(offsets, item, level, m).some(held) for m in (early, ~early))
             tells: dict[tuple[float | None, float, float], float] = {}
 
+            learned = counts.some(~held)
+
             def consider(pooled: float | None, shrink: float) -> None:
                 self.pooled, self.shrink = pooled, shrink
-                self._fit(counts.some(~held), seed)
+                self._fit(learned, seed)
                 found = {(pooled, shrink, p): self._predicts(first, later, p) for p in _POWERS}
                 tells.update(found)
 

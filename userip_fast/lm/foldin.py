@@ -46,7 +46,7 @@ def kind_vectors(
         kinds: [N] its kind.
         seed: Of the randomised singular value decomposition (Halko et al., 2011).
     """
-    pairs = np.unique(np.stack([users, kinds]), axis=1)
+    pairs = np.stack(np.divmod(np.unique(users * num_kinds + kinds), max(1, num_kinds)))
     counts = np.bincount(pairs[1], minlength=num_kinds)
     scale = 1 / np.sqrt(counts + _COMMON)
     num_users = int(users.max(initial=-1)) + 1
