@@ -139,7 +139,8 @@ class Codes:
         learned = ~lesson.judge
         offsets = np.concatenate([[0], np.cumsum(lesson.count[learned])])
         title = lesson.title[np.repeat(learned, lesson.count)]
-        free = FreeMixture(offsets, title, None, len(log.titles), CODES, 0)
+        size = len(log.titles), CODES, 0
+        free = FreeMixture(offsets, title, None, *size, texts=log.titles)
         resp = free.posterior(offsets, title, None, power=1.0)
         user = np.repeat(np.arange(len(resp)), np.diff(offsets))
         sums = resp.T @ sums_of(lesson.vectors[title], user, len(resp))
