@@ -2,8 +2,8 @@
 
 Every code has its own p(item | code) for choices, or p(word | item, code) for ratings, smoothed
 towards what no code tells, or what it tells of the words that an item shares with others; EM on the
-same users. It takes less than a minute, and is where the LM's codewords start and a rival that they are judged
-by. By items alone it knows nothing of one that it has not met.
+same users. It takes less than a minute, and is where the LM's codewords start and a rival that they
+are judged by. By items alone it knows nothing of one that it has not met.
 """
 
 from __future__ import annotations
