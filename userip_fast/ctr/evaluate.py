@@ -183,7 +183,7 @@ class _Evaluation:
                 jobs["judging"] = jobs.get("judging", 0) + 1
         if set(_LM_FEATURES.values()) & set(jobs):
             jobs["LM"] = 1
-        if {"ids", "ids_prob", "affinity", "all+ids"} & set(ctr.features):
+        if {"ids", "ids_prob", "affinity", "ids_affinity", "all+ids"} & set(ctr.features):
             jobs["codes"] = ctr.seeds
         rows = (len(task.train) + len(task.test)) / 1e5
         read = (task.learn.num_events + sum(v.num_events for v in task.views)) / 1e5

@@ -158,7 +158,7 @@ def confusion(name: str, counts: np.ndarray[Any, Any], traits: Sequence[str]) ->
     return str(svg)
 
 
-OURS = ("ids", "ids_prob", "affinity", "theta", "all+ids")
+OURS = ("ids", "ids_prob", "affinity", "ids_affinity", "theta", "all+ids")
 
 
 def ctr_points(result: Mapping[str, Any]) -> list[tuple[float, float, float, str]]:
