@@ -40,6 +40,7 @@ from userip_fast.core.sums import MANIFEST, folder_sums, sealed
 from userip_fast.data.filters import RowFilter
 from userip_fast.data.nete import read_nete
 from userip_fast.em.cache import DiskCache
+from userip_fast.em.counted import Counted, WordFactors
 from userip_fast.em.gradient import GradientEStep
 from userip_fast.em.steps import EMState
 from userip_fast.em.table import EventTable
@@ -251,8 +252,16 @@ def finished_blocks(made: uf.Model, folder: Path) -> dict[str, Callable[[], torc
 
 def model(folder: Path) -> Job:
     """Any file of a model folder; then what a loaded model is asked for."""
-    made_model(folder)
-    root = folder / "model"
+    made = made_model(folder)
+    # So few users are no judges of counts: some are put there.
+    factors = np.random.default_rng(0).normal(size=(2, 3, 3)).astype(np.float16)
+    shared = WordFactors(["red", "reel"], factors)
+    counted = Counted(tiny.TEXTS[:2], factors, shared)
+    made.calibration = replace(made.calibration, counted=counted)
+    made.keep_table(None)
+    root = folder / "counted"
+    made.save(root)
+    assert {"counted.parquet", "words.parquet"} <= {p.name for p in root.iterdir()}
     whole = {p: p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
     files = [p for p in whole if p.parent == root or p.name == "config.json"]
     items, rated = [0, 3, 1], [5, 1, 3]
