@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
+import tiny
 import torch
 from test_lifts import FIT, choices, lm  # noqa: F401
 from test_resume import read
@@ -311,16 +312,25 @@ def test_factors_are_kept_checked_and_renumbered():
         Counted.from_arrow(told, 3, 6)
 
 
-@pytest.mark.parametrize("rated", [False, True])
-def test_a_model_keeps_what_was_counted(lm, tmp_path, rated, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize(
+    ("rated", "words"), [(False, False), (True, False), (False, True), (True, True)]
+)
+def test_a_model_keeps_what_was_counted(lm, tmp_path, rated, words, monkeypatch):  # noqa: F811
     """A fit's table, a loaded model's and one that reads everything anew are the same."""
-    # Whatever the judges of so small a log say: counts are taken.
-    monkeypatch.setattr(
-        "userip_fast.em.calibrate._Judges.told", lambda self, how, *told: float(bool(how.counted))
-    )
+
+    def told(self, how, *rest):
+        """Whatever the judges of so small a log say: counts are taken, of words too."""
+        return float(bool(how.counted and (how.counted.shared or not words)))
+
+    monkeypatch.setattr("userip_fast.em.calibrate._Judges.told", told)
+    if words:
+        texts = [f"{word} {text}" for text in tiny.TEXTS[:3] for word in ("old", "new")]
+        monkeypatch.setattr(tiny, "TEXTS", texts)
     data = read(60) if rated else choices()
     model = uf.fit(data, lm, config=FIT, out=tmp_path / "run")
-    assert model.calibration.counted is not None
+    counted = model.calibration.counted
+    assert counted is not None
+    assert (counted.shared is not None) == words
     table = model.event_table()
     kinds = list(table._numbering.number)
     model.save(tmp_path / "model")
@@ -334,7 +344,7 @@ def test_a_model_keeps_what_was_counted(lm, tmp_path, rated, monkeypatch):  # no
     assert anew is not table
     at = anew.rows(kinds)
     assert torch.equal(anew.values[at], table.values)
-    (tmp_path / "model" / "counted.parquet").unlink()
+    (tmp_path / "model" / ("words.parquet" if words else "counted.parquet")).unlink()
     with pytest.raises(FormatError):
         uf.Model.load(tmp_path / "model")
 

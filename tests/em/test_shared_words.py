@@ -5,17 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
-import tiny
 import torch
 from test_calibrate import World
-from test_lifts import FIT, choices, lm  # noqa: F401
-from test_resume import read
 
-import userip_fast as uf
 from userip_fast.core.errors import FormatError
 from userip_fast.em.counted import Counted, WordFactors
 from userip_fast.em.free import FreeMixture
-from userip_fast.em.lifts import Calibration
 from userip_fast.em.shared_words import SharedWords, words_of
 
 TEXTS = [
@@ -137,11 +132,9 @@ def test_words_that_say_nothing_do_no_harm(rated):
     """The same log under texts drawn anew: held-out users keep them from doing harm."""
     taste, offsets, item, level, texts = planted(rated, users=1200, items=200)
     drawn = np.random.default_rng(1).permutation(texts).tolist()
-    found = [
-        agree(taste, FreeMixture(*log, t).posterior(offsets, item, level).argmax(1))
-        for log in [(offsets, item, level, len(texts), 2, 0, 2)]
-        for t in (None, drawn)
-    ]
+    log = offsets, item, level
+    mixtures = (FreeMixture(*log, len(texts), 2, 0, 2, t) for t in (None, drawn))
+    found = [agree(taste, mixture.posterior(*log).argmax(1)) for mixture in mixtures]
     assert found[1] > found[0] - 0.02
 
 
@@ -208,39 +201,9 @@ def test_factors_of_words_are_kept_checked_and_renumbered():
         WordFactors.from_arrow(words.to_arrow(), 1, 6)
 
 
-@pytest.mark.parametrize("rated", [False, True])
-def test_a_model_keeps_factors_of_words(lm, tmp_path, rated, monkeypatch):  # noqa: F811
-    """A fit's table, a loaded model's and one that reads everything anew are the same."""
-    monkeypatch.setattr(
-        "userip_fast.em.calibrate._Judges.told",
-        lambda self, how, *told: float(bool(how.counted and how.counted.shared)),
-    )
-    texts = [f"{word} {text}" for text in tiny.TEXTS[:3] for word in ("old", "new")]
-    monkeypatch.setattr(tiny, "TEXTS", texts)
-    data = read(60) if rated else choices()
-    model = uf.fit(data, lm, config=FIT, out=tmp_path / "run")
-    assert model.calibration.counted.shared is not None
-    table = model.event_table()
-    kinds = list(table._numbering.number)
-    model.save(tmp_path / "model")
-    again = uf.Model.load(tmp_path / "model")
-    assert again.fingerprint == model.fingerprint
-    loaded = again.event_table()
-    at = loaded.rows(kinds)
-    assert torch.equal(loaded.values[at], table.values)
-    model.keep_table(None)
-    anew = model.event_table()
-    at = anew.rows(kinds)
-    assert torch.equal(anew.values[at], table.values)
-    (tmp_path / "model" / "words.parquet").write_bytes(b"no table")
-    with pytest.raises(FormatError):
-        uf.Model.load(tmp_path / "model")
-
-
 def test_neutral_is_needed_for_words():
     """Likelihoods, of which no usual part is known, are not counted."""
     world = World(200, 10, 12)
     world.texts = [f"w{i % 2} item {i}" for i in range(12)]
     how, _ = world.calibrate(torch.from_numpy(world.p))
     assert how.counted is None
-    assert isinstance(how, Calibration)

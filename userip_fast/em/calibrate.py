@@ -58,6 +58,7 @@ def calibrate(
 
     Whose events are counted for a code is what the table says, or what the groups say that codes
     began at: an LM that was told nothing tells no users apart, and counts then are all there is.
+    Words that texts share may be counted too, before the texts.
 
     Args:
         judging: [U] which of the source's first users judge; the others are counted first, and

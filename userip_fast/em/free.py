@@ -98,7 +98,7 @@ class FreeMixture:
     ) -> None:
         self.items, self.codes = num_items, codes
         self.words = 1 if level is None else words
-        self.shared = SharedWords.among(texts or [""] * num_items)
+        self.shared = SharedWords.among(texts or [])
         self.shrink, self.power = 1.0, 1.0
         self.pooled: float | None = None
         counts = self._counts(offsets, item, level)
@@ -107,9 +107,8 @@ class FreeMixture:
             place = np.arange(len(item)) - np.repeat(offsets[:-1], np.diff(offsets))
             early = place < np.repeat(np.diff(offsets) // 2, np.diff(offsets))
             first, later = (self._some(offsets, item, level, m).some(held) for m in (early, ~early))
-            tells: dict[tuple[float | None, float, float], float] = {}
-
             learned = counts.some(~held)
+            tells: dict[tuple[float | None, float, float], float] = {}
 
             def consider(pooled: float | None, shrink: float) -> None:
                 self.pooled, self.shrink = pooled, shrink
